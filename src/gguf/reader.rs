@@ -1,0 +1,1 @@
+//! A GGUF file: its header is read and checked when it is opened, its weights stay where they are.

@@ -1,0 +1,1 @@
+//! Metadata values, read in place.
