@@ -34,6 +34,9 @@ pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
 
+#[cfg(test)]
+mod tests;
+
 pub use act::{Act, ActKind, IntAct};
 
 /// One block of a weight format, exactly as it lies in a file (little-endian).
