@@ -207,19 +207,14 @@ fn axpy<H: Half, T: KvElement>(a: f32, x: &[T], y: &mut [f32]) {
     }
 }
 
-/// `Σ w·x` of one row of float weights, for each float format.
-#[inline(always)]
-pub fn dot_f16<H: Half>(row: &[f16], x: &[f32]) -> f32 {
-    dot_with(row, x, H::widen, widen)
-}
-
-/// Compiles every helper of this file for one tier: plain functions with the tier's
-/// `#[target_feature]`, and `floats(k)`, which puts them into a [`super::Kernels`] table.
+/// Compiles every helper of this file, and the definition of every weight format, for one tier: plain
+/// functions with the tier's `#[target_feature]`, and `install_common(k)`, which puts them into a
+/// [`super::Kernels`] table. A format's own kernel, where a tier has one, is installed after it.
 macro_rules! float_doors {
     ($half:ty $(, #[$tier:meta])?) => {
         use $crate::quant::{self, act, float as weights};
         use $crate::simd::float::{self, Running};
-        use $crate::simd::{Kernels, MatMul, Rows, Tokens};
+        use $crate::simd::{self, Kernels, MatMul, Rows, Tokens};
         use $crate::pool::Stripe;
 
         $(#[$tier])?
@@ -255,25 +250,18 @@ macro_rules! float_doors {
             float::attend::<$half, half::f16>(q, k, v, dim, run, acc)
         }
         $(#[$tier])?
-        fn matmul_f32(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-            let rows = quant::blocks::<f32>(w.bytes);
-            float::matmul_rows(rows, w.k, x, y, weights::dot)
+        fn matmul_defined(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
+            simd::matmul_rows(w, x, y, |row, x| w.format.dot(row, x))
         }
         $(#[$tier])?
         fn matmul_f16(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-            let rows = quant::blocks::<half::f16>(w.bytes);
-            float::matmul_rows(rows, w.k, x, y, float::dot_f16::<$half>)
-        }
-        $(#[$tier])?
-        fn matmul_bf16(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-            let rows = quant::blocks::<half::bf16>(w.bytes);
-            float::matmul_rows(rows, w.k, x, y, |row, x| {
-                weights::dot_with(row, x, |h| h.map(weights::widen_bf16), weights::widen_bf16)
+            simd::matmul_rows(w, x, y, |row, x| {
+                weights::dot_with(quant::blocks(row), x.floats(), <$half as float::Half>::widen, float::widen)
             })
         }
 
-        /// Puts this tier's float helpers into the table.
-        fn install_floats(k: &mut Kernels) {
+        /// Puts this tier's float helpers, and the definition of every weight format, into the table.
+        fn install_common(k: &mut Kernels) {
             k.quantize = quantize;
             k.rms_norm = rms_norm;
             k.add = add;
@@ -282,26 +270,9 @@ macro_rules! float_doors {
             k.rope = rope;
             k.attend_f32 = attend_f32;
             k.attend_f16 = attend_f16;
-            k.matmul[quant::Format::F32.index()] = matmul_f32 as MatMul;
-            k.matmul[quant::Format::F16.index()] = matmul_f16 as MatMul;
-            k.matmul[quant::Format::BF16.index()] = matmul_bf16 as MatMul;
+            k.matmul = [matmul_defined as MatMul; quant::Format::COUNT];
+            k.matmul[quant::Format::F16.index()] = matmul_f16;
         }
     };
 }
 pub(super) use float_doors;
-
-/// The loop nest of the float formats: rows outside, so that a row is read from memory once.
-#[inline(always)]
-pub(super) fn matmul_rows<T>(
-    w: &[T],
-    k: usize,
-    x: super::Tokens<'_>,
-    y: &mut crate::pool::Stripe<'_>,
-    dot: impl Fn(&[T], &[f32]) -> f32,
-) {
-    for (r, row) in w.chunks_exact(k).enumerate() {
-        for t in 0..x.len() {
-            y.row(t)[r] = dot(row, x.token(t).floats());
-        }
-    }
-}

@@ -17,7 +17,7 @@ mod scalar;
 
 use crate::pool::Stripe;
 use crate::quant::act::{Act, ActKind, ActMut, Acts};
-use crate::quant::{Block, Format};
+use crate::quant::Format;
 use float::Running;
 use half::f16;
 use std::sync::OnceLock;
@@ -110,12 +110,6 @@ impl<'a> Rows<'a> {
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
-
-    /// Row `r` as blocks.
-    fn row<B: Block>(&self, r: usize) -> &'a [B] {
-        let n = self.row_bytes();
-        crate::quant::blocks(&self.bytes[r * n..][..n])
-    }
 }
 
 /// The tokens of a product: rows of some activations, picked by index, so that an expert's tokens
@@ -152,6 +146,27 @@ impl<'a> Tokens<'a> {
 pub type MatMul = unsafe fn(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>);
 
 type Attend<T> = unsafe fn(q: &[f32], k: &[T], v: &[T], dim: usize, run: &mut [Running], acc: &mut [f32]);
+
+/// The loop nest of what has no kernel of its own: rows outside, so that a row is read from memory
+/// once. `dot` is a row's dot product with one token.
+#[inline(always)]
+fn matmul_rows(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, dot: impl Fn(&[u8], Act<'_>) -> f32) {
+    for (r, row) in w.bytes.chunks_exact(w.row_bytes()).enumerate() {
+        for t in 0..x.len() {
+            y.row(t)[r] = dot(row, x.token(t));
+        }
+    }
+}
+
+/// The last rows, from `first` on, of a kernel that works in groups: by the definition.
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
+fn matmul_rest(w: Rows<'_>, first: usize, x: Tokens<'_>, y: &mut Stripe<'_>) {
+    for (r, row) in w.bytes.chunks_exact(w.row_bytes()).enumerate().skip(first) {
+        for t in 0..x.len() {
+            y.row(t)[r] = w.format.dot(row, x.token(t));
+        }
+    }
+}
 
 /// The functions of a tier. Each field is described at the method that calls it.
 #[derive(Clone)]

@@ -7,19 +7,11 @@ use crate::quant::Format;
 
 float_doors!(Portable);
 
-fn matmul_quant(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    for (r, row) in w.bytes.chunks_exact(w.row_bytes()).enumerate() {
-        for t in 0..x.len() {
-            y.row(t)[r] = w.format.dot(row, x.token(t));
-        }
-    }
-}
-
 /// The table in which every slot is filled.
 pub(super) fn table() -> Kernels {
     Kernels {
         tier: Tier::Scalar,
-        matmul: [matmul_quant; Format::COUNT],
+        matmul: [matmul_defined; Format::COUNT],
         quantize,
         rms_norm,
         add,
@@ -31,7 +23,7 @@ pub(super) fn table() -> Kernels {
     }
 }
 
-/// Nothing lies below this tier; its float formats take the vectorizable loops.
+/// Nothing lies below this tier.
 pub(super) fn install(k: &mut Kernels) {
-    install_floats(k);
+    install_common(k);
 }
