@@ -19,9 +19,23 @@
 //! Float formats (F32, F16, BF16) use [`float::dot`]: 16 partial sums and a fixed tree.
 
 pub mod act;
+pub mod bits;
 pub mod float;
+pub mod iq4_nl;
+pub mod iq4_xs;
+pub mod q2_k;
+pub mod q3_k;
 pub mod q4_0;
+pub mod q4_1;
+pub mod q4_k;
+pub mod q5_0;
+pub mod q5_1;
+pub mod q5_k;
+pub mod q6_k;
 pub mod q8_0;
+
+#[cfg(test)]
+mod tests;
 
 pub use act::{Act, ActKind, IntAct};
 
@@ -160,7 +174,17 @@ formats! {
     F32    = 0,  "F32",    f32,             F32;
     F16    = 1,  "F16",    half::f16,       F32;
     Q4_0   = 2,  "Q4_0",   q4_0::Q4_0,      Q8;
+    Q4_1   = 3,  "Q4_1",   q4_1::Q4_1,      Q8;
+    Q5_0   = 6,  "Q5_0",   q5_0::Q5_0,      Q8;
+    Q5_1   = 7,  "Q5_1",   q5_1::Q5_1,      Q8;
     Q8_0   = 8,  "Q8_0",   q8_0::Q8_0,      Q8;
+    Q2_K   = 10, "Q2_K",   q2_k::Q2_K,      Q8K;
+    Q3_K   = 11, "Q3_K",   q3_k::Q3_K,      Q8K;
+    Q4_K   = 12, "Q4_K",   q4_k::Q4_K,      Q8K;
+    Q5_K   = 13, "Q5_K",   q5_k::Q5_K,      Q8K;
+    Q6_K   = 14, "Q6_K",   q6_k::Q6_K,      Q8K;
+    IQ4_NL = 20, "IQ4_NL", iq4_nl::Iq4Nl,   Q8;
+    IQ4_XS = 23, "IQ4_XS", iq4_xs::Iq4Xs,   Q8K;
     BF16   = 30, "BF16",   half::bf16,      F32;
 }
 
@@ -206,6 +230,7 @@ pub struct TypeInfo {
 /// Tensor types that exist in files but that octet does not compute with, from the GGUF
 /// specification and the reference's type table: `(id, name, elements per block, bytes per block)`.
 const OTHERS: &[(u32, &str, u64, u64)] = &[
+    // Older tables say 40, from a time when both scales were f32.
     (9, "Q8_1", 32, 36),
     (15, "Q8_K", 256, 292),
     (16, "IQ2_XXS", 256, 66),
@@ -224,6 +249,8 @@ const OTHERS: &[(u32, &str, u64, u64)] = &[
     (35, "TQ2_0", 256, 66),
     (39, "MXFP4", 32, 17),
     (40, "NVFP4", 64, 36),
+    (41, "Q1_0", 128, 18),
+    (42, "Q2_0", 64, 18),
 ];
 
 /// Looks a GGUF tensor type up, among all that are known.

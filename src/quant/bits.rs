@@ -1,0 +1,27 @@
+//! Small pieces that several formats share.
+//!
+//! Every format that splits its weights over bit planes does it the same way: `n` bytes hold
+//! `n · 8 / BITS` weights, weight `i` in byte `i % n`, its bits at `BITS · (i / n)`. Neighbouring
+//! weights are in neighbouring bytes, so unpacking is a shift and a mask of whole registers.
+
+/// Adds one bit plane to unpacked weights: the `BITS` bits of weight `i`, shifted left by `lift`.
+///
+/// `bytes`: `(n)`; `out`: `(n · 8 / BITS)`, zero in the bits of this plane.
+#[inline(always)]
+pub fn unpack<const BITS: usize>(bytes: &[u8], lift: usize, out: &mut [i8]) {
+    debug_assert_eq!(out.len() * BITS, bytes.len() * 8);
+    let mask = (1u8 << BITS) - 1;
+    for (j, out) in out.chunks_exact_mut(bytes.len()).enumerate() {
+        for (q, b) in out.iter_mut().zip(bytes) {
+            *q |= (((b >> (BITS * j)) & mask) << lift) as i8;
+        }
+    }
+}
+
+/// The exact dot product of int8 values.
+///
+/// At most 256 products of magnitude at most 128 · 127 each: far inside `i32`.
+#[inline(always)]
+pub fn idot(q: &[i8], x: &[i8]) -> i32 {
+    q.iter().zip(x).map(|(&q, &x)| q as i32 * x as i32).sum()
+}

@@ -1,0 +1,83 @@
+//! IQ4_XS: 256 weights in 8 sub-blocks of 32, coded as in [`super::iq4_nl`], each with a 6-bit scale.
+//! `w = d·(sc - 32) · VALUES[q]`.
+//!
+//! Each 16 bytes of `qs` hold a sub-block. The low 4 bits of scale `s` are a nibble of
+//! `scales_l[s / 2]`, low for even `s`; the upper 2 bits are in `scales_h`, at bit `2 · s`
+//! (llama.cpp, `block_iq4_xs`).
+
+use super::bits::idot;
+use super::{Act, Block, IntBlock, Terms, int_dot, iq4_nl};
+use half::f16;
+
+/// The block.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Iq4Xs {
+    /// Scale of the scales.
+    pub d: f16,
+    /// Upper 2 bits of the scales.
+    pub scales_h: u16,
+    /// Low 4 bits of the scales.
+    pub scales_l: [u8; 4],
+    /// Codes.
+    pub qs: [u8; 128],
+}
+const _: () = assert!(size_of::<Iq4Xs>() == 136);
+
+impl Iq4Xs {
+    /// The weights' integers, -127..=113.
+    #[inline(always)]
+    pub fn quants(&self) -> [i8; 256] {
+        let mut q = [0; 256];
+        for (codes, q) in self.qs.chunks_exact(16).zip(q.chunks_exact_mut(32)) {
+            iq4_nl::values(codes, q);
+        }
+        q
+    }
+
+    /// Sub-block `s`'s scale, less the offset: -32..=31.
+    #[inline(always)]
+    pub fn sub_scale(&self, s: usize) -> i8 {
+        let low = self.scales_l[s / 2] >> (4 * (s % 2)) & 15;
+        let high = (self.scales_h >> (2 * s) & 3) as u8;
+        (low | high << 4) as i8 - 32
+    }
+}
+
+impl Block for Iq4Xs {
+    const WEIGHTS: usize = 256;
+
+    fn decode(&self, out: &mut [f32]) {
+        let d = self.d.to_f32_const();
+        let q = self.quants();
+        for (s, (out, q)) in out.chunks_exact_mut(32).zip(q.chunks_exact(32)).enumerate() {
+            let d = d * self.sub_scale(s) as f32;
+            for (out, q) in out.iter_mut().zip(q) {
+                *out = d * *q as f32;
+            }
+        }
+    }
+
+    fn dot(row: &[Self], x: Act<'_>) -> f32 {
+        int_dot(row, x.int())
+    }
+}
+
+impl IntBlock for Iq4Xs {
+    const HAS_MIN: bool = false;
+
+    /// `|isum| ≤ 256 · 32 · 127 · 127 < 2²⁷`.
+    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
+        let mut isum = 0;
+        let q = self.quants();
+        for (s, (q, x)) in q.chunks_exact(32).zip(x.chunks_exact(32)).enumerate() {
+            isum += self.sub_scale(s) as i32 * idot(q, x);
+        }
+        Terms {
+            scale: self.d.to_f32_const(),
+            isum,
+            min: 0.0,
+            msum: 0,
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Q4_K: 256 weights of 4 bits in 8 sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum.
+//! `w = d·sc · q - dmin·m`.
+//!
+//! Each 32 bytes of `qs` hold two sub-blocks, the first in the low and the second in the high nibbles.
+//! The 6-bit numbers are packed as [`scale_min`] reads them (llama.cpp, `block_q4_K`).
+
+use super::bits::{idot, unpack};
+use super::{Act, Block, IntBlock, Terms, int_dot};
+use half::f16;
+
+/// The block.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Q4_K {
+    /// Scale of the scales.
+    pub d: f16,
+    /// Scale of the minimums.
+    pub dmin: f16,
+    /// 6-bit scales and minimums.
+    pub scales: [u8; 12],
+    /// Nibbles.
+    pub qs: [u8; 128],
+}
+const _: () = assert!(size_of::<Q4_K>() == 144);
+
+/// Sub-block `s`'s scale and minimum, 0..=63, in Q4_K and Q5_K.
+///
+/// Bytes 0..4 hold the scales and bytes 4..8 the minimums of sub-blocks 0..4, in 6 bits each. Bytes
+/// 8..12 hold the low nibbles of sub-blocks 4..8 (scale low, minimum high), whose upper 2 bits fill
+/// the 2 free bits of bytes 0..8.
+#[inline(always)]
+pub fn scale_min(scales: &[u8; 12], s: usize) -> (u8, u8) {
+    if s < 4 {
+        (scales[s] & 63, scales[s + 4] & 63)
+    } else {
+        (
+            scales[s + 4] & 15 | scales[s - 4] >> 6 << 4,
+            scales[s + 4] >> 4 | scales[s] >> 6 << 4,
+        )
+    }
+}
+
+/// Decodes Q4_K and Q5_K: unpacked weights `q`, scales and minimums.
+#[inline(always)]
+pub(super) fn decode(d: f16, dmin: f16, scales: &[u8; 12], q: &[i8; 256], out: &mut [f32]) {
+    let (d, dmin) = (d.to_f32_const(), dmin.to_f32_const());
+    for (s, (out, q)) in out.chunks_exact_mut(32).zip(q.chunks_exact(32)).enumerate() {
+        let (sc, m) = scale_min(scales, s);
+        let (d, m) = (d * sc as f32, dmin * m as f32);
+        for (out, q) in out.iter_mut().zip(q) {
+            *out = d * *q as f32 - m;
+        }
+    }
+}
+
+/// `isum` and `msum` of Q4_K and Q5_K.
+///
+/// Weights up to 31: `|isum| ≤ 256 · 63 · 31 · 127 < 2²⁶`, `|msum| ≤ 256 · 63 · 127 < 2²¹`.
+#[inline(always)]
+pub(super) fn sums(scales: &[u8; 12], q: &[i8; 256], x: &[i8], sums: &[i16]) -> (i32, i32) {
+    let (mut isum, mut msum) = (0, 0);
+    for (s, (q, x)) in q.chunks_exact(32).zip(x.chunks_exact(32)).enumerate() {
+        let (sc, m) = scale_min(scales, s);
+        isum += sc as i32 * idot(q, x);
+        msum += m as i32 * (sums[2 * s] as i32 + sums[2 * s + 1] as i32);
+    }
+    (isum, msum)
+}
+
+impl Q4_K {
+    /// The weights' integers, 0..=15.
+    #[inline(always)]
+    pub fn quants(&self) -> [i8; 256] {
+        let mut q = [0; 256];
+        for (bytes, q) in self.qs.chunks_exact(32).zip(q.chunks_exact_mut(64)) {
+            unpack::<4>(bytes, 0, q);
+        }
+        q
+    }
+}
+
+impl Block for Q4_K {
+    const WEIGHTS: usize = 256;
+
+    fn decode(&self, out: &mut [f32]) {
+        decode(self.d, self.dmin, &self.scales, &self.quants(), out);
+    }
+
+    fn dot(row: &[Self], x: Act<'_>) -> f32 {
+        int_dot(row, x.int())
+    }
+}
+
+impl IntBlock for Q4_K {
+    const HAS_MIN: bool = true;
+
+    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
+        let (isum, msum) = self::sums(&self.scales, &self.quants(), x, sums);
+        Terms {
+            scale: self.d.to_f32_const(),
+            isum,
+            min: -self.dmin.to_f32_const(),
+            msum,
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! Q5_K: 256 weights of 5 bits in 8 sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum.
+//! `w = d·sc · q - dmin·m`.
+//!
+//! Q4_K with one more bit: bit `i / 32` of `qh[i % 32]` is the fifth bit of weight `i`
+//! (llama.cpp, `block_q5_K`).
+
+use super::bits::unpack;
+use super::{Act, Block, IntBlock, Terms, int_dot, q4_k};
+use half::f16;
+
+/// The block.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Q5_K {
+    /// Scale of the scales.
+    pub d: f16,
+    /// Scale of the minimums.
+    pub dmin: f16,
+    /// 6-bit scales and minimums; see [`q4_k::scale_min`].
+    pub scales: [u8; 12],
+    /// Fifth bits.
+    pub qh: [u8; 32],
+    /// Nibbles.
+    pub qs: [u8; 128],
+}
+const _: () = assert!(size_of::<Q5_K>() == 176);
+
+impl Q5_K {
+    /// The weights' integers, 0..=31.
+    #[inline(always)]
+    pub fn quants(&self) -> [i8; 256] {
+        let mut q = [0; 256];
+        for (bytes, q) in self.qs.chunks_exact(32).zip(q.chunks_exact_mut(64)) {
+            unpack::<4>(bytes, 0, q);
+        }
+        unpack::<1>(&self.qh, 4, &mut q);
+        q
+    }
+}
+
+impl Block for Q5_K {
+    const WEIGHTS: usize = 256;
+
+    fn decode(&self, out: &mut [f32]) {
+        q4_k::decode(self.d, self.dmin, &self.scales, &self.quants(), out);
+    }
+
+    fn dot(row: &[Self], x: Act<'_>) -> f32 {
+        int_dot(row, x.int())
+    }
+}
+
+impl IntBlock for Q5_K {
+    const HAS_MIN: bool = true;
+
+    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
+        let (isum, msum) = q4_k::sums(&self.scales, &self.quants(), x, sums);
+        Terms {
+            scale: self.d.to_f32_const(),
+            isum,
+            min: -self.dmin.to_f32_const(),
+            msum,
+        }
+    }
+}

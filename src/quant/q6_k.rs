@@ -1,0 +1,79 @@
+//! Q6_K: 256 weights of 6 bits in 16 sub-blocks of 16, each with an 8-bit scale.
+//! `w = d · sc · (q - 32)`.
+//!
+//! In two halves of 128 weights: 64 bytes of `ql` hold the low nibbles (weights 0..64 low, 64..128
+//! high), 32 bytes of `qh` the upper 2 bits, laid out as in [`super::q2_k`] (llama.cpp, `block_q6_K`).
+
+use super::bits::{idot, unpack};
+use super::{Act, Block, IntBlock, Terms, int_dot};
+use half::f16;
+
+/// The block.
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Q6_K {
+    /// Low 4 bits.
+    pub ql: [u8; 128],
+    /// Upper 2 bits.
+    pub qh: [u8; 64],
+    /// Sub-blocks' scales.
+    pub scales: [i8; 16],
+    /// Scale of the scales.
+    pub d: f16,
+}
+const _: () = assert!(size_of::<Q6_K>() == 210);
+
+impl Q6_K {
+    /// The weights' integers, less the offset: -32..=31.
+    #[inline(always)]
+    pub fn quants(&self) -> [i8; 256] {
+        let mut q = [0; 256];
+        for (half, q) in q.chunks_exact_mut(128).enumerate() {
+            unpack::<4>(&self.ql[64 * half..][..64], 0, q);
+            unpack::<2>(&self.qh[32 * half..][..32], 4, q);
+        }
+        q.map(|q| q - 32)
+    }
+}
+
+impl Block for Q6_K {
+    const WEIGHTS: usize = 256;
+
+    fn decode(&self, out: &mut [f32]) {
+        let d = self.d.to_f32_const();
+        let q = self.quants();
+        for ((out, q), sc) in out
+            .chunks_exact_mut(16)
+            .zip(q.chunks_exact(16))
+            .zip(self.scales)
+        {
+            let d = d * sc as f32;
+            for (out, q) in out.iter_mut().zip(q) {
+                *out = d * *q as f32;
+            }
+        }
+    }
+
+    fn dot(row: &[Self], x: Act<'_>) -> f32 {
+        int_dot(row, x.int())
+    }
+}
+
+impl IntBlock for Q6_K {
+    const HAS_MIN: bool = false;
+
+    /// `|isum| ≤ 256 · 128 · 32 · 127 < 2²⁷`.
+    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
+        let mut isum = 0;
+        let q = self.quants();
+        for ((q, x), sc) in q.chunks_exact(16).zip(x.chunks_exact(16)).zip(self.scales) {
+            isum += sc as i32 * idot(q, x);
+        }
+        Terms {
+            scale: self.d.to_f32_const(),
+            isum,
+            min: 0.0,
+            msum: 0,
+        }
+    }
+}

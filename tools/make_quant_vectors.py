@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Writes tests/data/quant/*.bin: what the reference makes of some weight blocks.
+
+Run by hand, from the root of the repository, when a format is added:
+
+    pip install gguf numpy
+    python3 tools/make_quant_vectors.py --ggml path/to/libggml-base.so
+
+decode.bin   blocks and the floats that they decode to, by the `gguf` package's Python code. With --ggml,
+             llama.cpp's own code is asked as well, and must agree bit for bit.
+encode.bin   rows of floats, importance weights, and the blocks that llama.cpp's quantizer makes of them,
+             without and with the weights. Only with --ggml: Python has no code for most formats.
+             The library must be a build without fused multiply-add in ggml-quants.c, which is what
+             cmake makes for x86-64 (`libggml-base` is compiled for the baseline CPU).
+
+Both are little-endian sequences of records.
+decode.bin:  u32 type id, u32 bytes, u32 floats, the bytes, the floats.
+encode.bin:  first u32 rows, u32 row length, the rows, one row of importance weights; then
+             u32 type id, u32 bytes, the blocks of all rows without weights, and with.
+"""
+
+import argparse
+import ctypes
+import os
+import struct
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as T
+
+# Where the f16 numbers of a block lie.
+F16_AT = {
+    T.F16: [0],
+    T.Q4_0: [0],
+    T.Q4_1: [0, 2],
+    T.Q5_0: [0],
+    T.Q5_1: [0, 2],
+    T.Q8_0: [0],
+    T.Q2_K: [80, 82],
+    T.Q3_K: [108],
+    T.Q4_K: [0, 2],
+    T.Q5_K: [0, 2],
+    T.Q6_K: [208],
+    T.IQ4_NL: [0],
+    T.IQ4_XS: [0],
+    T.BF16: [],
+}
+
+# Zero, minus zero, the smallest and the largest denormal, one, the largest, and negatives of some.
+EDGES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x3C00, 0x7BFF, 0xFBFF, 0xB801]
+
+
+class Ggml:
+    """The few functions of libggml-base that are needed."""
+
+    def __init__(self, path):
+        self.lib = ctypes.CDLL(path)
+        self.lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+
+    def decode(self, t, raw, n):
+        """raw: whole blocks of type t, n weights -> n floats."""
+        out = np.empty(n, np.float32)
+        name = {T.IQ4_NL: "iq4_nl", T.IQ4_XS: "iq4_xs"}.get(t, t.name[0].lower() + t.name[1:])
+        fun = getattr(self.lib, "dequantize_row_" + name)
+        fun(
+            ctypes.c_char_p(raw),
+            out.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_int64(n),
+        )
+        return out
+
+    def encode(self, t, rows, weights):
+        """rows: (n, k) floats, weights: (k) or None -> bytes."""
+        n, k = rows.shape
+        per, size = gguf.GGML_QUANT_SIZES[t]
+        out = ctypes.create_string_buffer(n * k // per * size)
+        pointer = weights.ctypes.data_as(ctypes.c_void_p) if weights is not None else None
+        wrote = self.lib.ggml_quantize_chunk(
+            ctypes.c_int(t.value),
+            rows.ctypes.data_as(ctypes.c_void_p),
+            out,
+            ctypes.c_int64(0),
+            ctypes.c_int64(n),
+            ctypes.c_int64(k),
+            pointer,
+        )
+        assert wrote == len(out.raw)
+        return out.raw
+
+
+def same(a, b):
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def decode_blocks(t, rng):
+    """Random blocks with scales of a usual size, then edges."""
+    size = gguf.GGML_QUANT_SIZES[t][1]
+    blocks = []
+    for _ in range(6):
+        b = bytearray(rng.bytes(size))
+        for at in F16_AT[t]:
+            b[at : at + 2] = np.float16(rng.normal() * 0.02).tobytes()
+        blocks.append(b)
+    if t == T.BF16:
+        blocks += [struct.pack("<H", e) for e in EDGES]
+        return b"".join(bytes(b) for b in blocks)
+    for i, e in enumerate(EDGES):
+        fill = [rng.bytes(size), b"\xff" * size, b"\x00" * size][i % 3]
+        b = bytearray(fill)
+        for j, at in enumerate(F16_AT[t]):
+            b[at : at + 2] = struct.pack("<H", EDGES[(i + 3 * j) % len(EDGES)])
+        blocks.append(b)
+    return b"".join(bytes(b) for b in blocks)
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    args.add_argument("--ggml", help="llama.cpp's libggml-base.so")
+    args.add_argument("--out", default="tests/data/quant")
+    args = args.parse_args()
+    rng = np.random.default_rng(20261121)
+    ggml = Ggml(args.ggml) if args.ggml else None
+
+    with open(os.path.join(args.out, "decode.bin"), "wb") as f:
+        for t in F16_AT:
+            raw = decode_blocks(t, rng)
+            x = gguf.quants.dequantize(np.frombuffer(raw, np.uint8), t).astype(np.float32).ravel()
+            if ggml and t not in (T.F16, T.BF16):
+                assert same(x, ggml.decode(t, raw, len(x))), f"{t.name}: gguf-py and ggml disagree"
+                print(f"{t.name}: {len(x)} weights, gguf-py and ggml agree")
+            f.write(struct.pack("<III", t.value, len(raw), len(x)) + raw + x.tobytes())
+
+
+if __name__ == "__main__":
+    main()
