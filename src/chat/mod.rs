@@ -1,1 +1,3 @@
 //! From people to tokens and back.
+
+pub mod tokenizer;
