@@ -1,3 +1,5 @@
 //! From people to tokens and back.
 
+pub mod gguf_vocab;
+pub mod session;
 pub mod tokenizer;
