@@ -1,3 +1,8 @@
 //! From people to tokens and back.
 
+pub mod jinja;
+mod json;
+pub mod sampler;
+mod schema;
+pub mod template;
 pub mod tokenizer;
