@@ -1,10 +1,13 @@
 //! The integration tests, one binary.
 
+mod chat;
 mod model;
 
 use std::path::PathBuf;
 
 /// A file of `tests/data`.
 fn data(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data")
+        .join(name)
 }

@@ -537,28 +537,35 @@ fn build_bpe(vocab: &Vocab, byte_fallback: bool) -> tokenizers::Result<BPE> {
     builder.vocab_and_merges(map, merges).build()
 }
 
-/// Finds user-defined pieces.
+/// Finds pieces of a set in text, the longest at each place.
 #[derive(Default)]
-struct Matcher {
+pub(super) struct Matcher {
     ids: HashMap<String, u32>,
     /// By first byte, the lengths that occur, longest first.
     lengths: HashMap<u8, Vec<usize>>,
 }
 
 impl Matcher {
+    /// The user-defined pieces, for normalized text.
     fn new(pieces: &[Piece]) -> Matcher {
+        Matcher::from_texts(
+            (0u32..)
+                .zip(pieces)
+                .filter(|(_, piece)| piece.kind == PieceKind::UserDefined)
+                // GGUF and Hugging Face files may write a plain space where SentencePiece writes ▁.
+                .map(|(id, piece)| (piece.text.replace(' ', SPACE), id)),
+        )
+    }
+
+    /// Of equal texts the first is kept; empty ones are left out.
+    pub(super) fn from_texts(texts: impl Iterator<Item = (String, u32)>) -> Matcher {
         let mut matcher = Matcher::default();
-        for (id, piece) in pieces.iter().enumerate() {
-            if piece.kind != PieceKind::UserDefined || piece.text.is_empty() {
-                continue;
-            }
-            // GGUF and Hugging Face files may write a plain space where SentencePiece writes ▁.
-            let text = piece.text.replace(' ', SPACE);
+        for (text, id) in texts.filter(|(text, _)| !text.is_empty()) {
             let lengths = matcher.lengths.entry(text.as_bytes()[0]).or_default();
             if let Err(place) = lengths.binary_search_by(|have| text.len().cmp(have)) {
                 lengths.insert(place, text.len());
             }
-            matcher.ids.entry(text).or_insert(id as u32);
+            matcher.ids.entry(text).or_insert(id);
         }
         matcher
     }
@@ -568,7 +575,7 @@ impl Matcher {
     }
 
     /// The longest piece that starts at byte `at`: (id, bytes).
-    fn longest_at(&self, text: &str, at: usize) -> Option<(u32, usize)> {
+    pub(super) fn longest_at(&self, text: &str, at: usize) -> Option<(u32, usize)> {
         let lengths = self.lengths.get(&text.as_bytes()[at])?;
         lengths.iter().find_map(|&len| {
             let id = self.ids.get(text.get(at..at + len)?)?;
