@@ -3,4 +3,7 @@
 pub mod chat;
 pub mod error;
 pub mod gguf;
+pub mod moe;
+pub mod pool;
 pub mod quant;
+pub mod simd;

@@ -60,6 +60,7 @@ impl Block for f32 {
         out[0] = *self;
     }
 
+    #[inline(always)]
     fn dot(row: &[f32], x: Act<'_>) -> f32 {
         dot(row, x.floats())
     }
@@ -72,6 +73,7 @@ impl Block for f16 {
         out[0] = self.to_f32_const();
     }
 
+    #[inline(always)]
     fn dot(row: &[f16], x: Act<'_>) -> f32 {
         dot_with(
             row,
@@ -89,6 +91,7 @@ impl Block for bf16 {
         out[0] = self.to_f32_const();
     }
 
+    #[inline(always)]
     fn dot(row: &[bf16], x: Act<'_>) -> f32 {
         dot_with(row, x.floats(), |h| h.map(widen_bf16), widen_bf16)
     }

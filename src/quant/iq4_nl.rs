@@ -53,6 +53,7 @@ impl Block for Iq4Nl {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -62,6 +63,7 @@ impl IntBlock for Iq4Nl {
     const HAS_MIN: bool = false;
 
     /// `|isum| ≤ 32 · 127 · 127 < 2¹⁹`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
         Terms {
             scale: self.d.to_f32_const(),

@@ -58,6 +58,7 @@ impl Block for Iq4Xs {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -67,6 +68,7 @@ impl IntBlock for Iq4Xs {
     const HAS_MIN: bool = false;
 
     /// `|isum| ≤ 256 · 32 · 127 · 127 < 2²⁷`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
         let mut isum = 0;
         let q = self.quants();

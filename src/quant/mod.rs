@@ -81,6 +81,7 @@ pub struct Terms {
 }
 
 /// [`Block::dot`] for every integer format: the exact terms of each block, one float step per block.
+#[inline(always)]
 pub fn int_dot<B: IntBlock>(row: &[B], x: IntAct<'_>) -> f32 {
     let mut acc = 0.0f32;
     for (b, block) in row.iter().enumerate() {
@@ -163,6 +164,7 @@ macro_rules! formats {
             }
 
             /// The scalar dot product of one row with one token's activations ([`Block::dot`]).
+            #[inline(always)]
             pub fn dot(self, row: &[u8], x: Act<'_>) -> f32 {
                 match self { $( Format::$variant => <$block as Block>::dot(blocks(row), x), )* }
             }

@@ -57,6 +57,7 @@ impl Block for Q2_K {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -66,6 +67,7 @@ impl IntBlock for Q2_K {
     const HAS_MIN: bool = true;
 
     /// `|isum| ≤ 256 · 15 · 3 · 127 < 2²¹`, `|msum| ≤ 256 · 15 · 127 < 2¹⁹`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
         let (mut isum, mut msum) = (0, 0);
         let q = self.quants();

@@ -61,6 +61,7 @@ impl Block for Q3_K {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -70,6 +71,7 @@ impl IntBlock for Q3_K {
     const HAS_MIN: bool = false;
 
     /// `|isum| ≤ 256 · 32 · 4 · 127 < 2²²`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
         let mut isum = 0;
         let (q, sc) = (self.quants(), self.sub_scales());

@@ -28,6 +28,7 @@ impl Block for Q4_0 {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -36,6 +37,7 @@ impl Block for Q4_0 {
 impl IntBlock for Q4_0 {
     const HAS_MIN: bool = false;
 
+    #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
         let mut isum = 0;
         for (j, q) in self.qs.iter().enumerate() {

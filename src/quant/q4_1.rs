@@ -40,6 +40,7 @@ impl Block for Q4_1 {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -49,6 +50,7 @@ impl IntBlock for Q4_1 {
     const HAS_MIN: bool = true;
 
     /// `|isum| ≤ 32 · 15 · 127`, `|msum| ≤ 32 · 127`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
         Terms {
             scale: self.d.to_f32_const(),

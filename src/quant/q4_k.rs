@@ -86,6 +86,7 @@ impl Block for Q4_K {
         decode(self.d, self.dmin, &self.scales, &self.quants(), out);
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -94,6 +95,7 @@ impl Block for Q4_K {
 impl IntBlock for Q4_K {
     const HAS_MIN: bool = true;
 
+    #[inline(always)]
     fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
         let (isum, msum) = self::sums(&self.scales, &self.quants(), x, sums);
         Terms {

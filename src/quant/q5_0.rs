@@ -51,6 +51,7 @@ impl Block for Q5_0 {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -60,6 +61,7 @@ impl IntBlock for Q5_0 {
     const HAS_MIN: bool = false;
 
     /// `|isum| ≤ 32 · 16 · 127`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
         Terms {
             scale: self.d.to_f32_const(),

@@ -39,6 +39,7 @@ impl Block for Q5_1 {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -48,6 +49,7 @@ impl IntBlock for Q5_1 {
     const HAS_MIN: bool = true;
 
     /// `|isum| ≤ 32 · 31 · 127`, `|msum| ≤ 32 · 127`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
         Terms {
             scale: self.d.to_f32_const(),

@@ -45,6 +45,7 @@ impl Block for Q5_K {
         q4_k::decode(self.d, self.dmin, &self.scales, &self.quants(), out);
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -53,6 +54,7 @@ impl Block for Q5_K {
 impl IntBlock for Q5_K {
     const HAS_MIN: bool = true;
 
+    #[inline(always)]
     fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
         let (isum, msum) = q4_k::sums(&self.scales, &self.quants(), x, sums);
         Terms {

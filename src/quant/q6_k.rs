@@ -54,6 +54,7 @@ impl Block for Q6_K {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -63,6 +64,7 @@ impl IntBlock for Q6_K {
     const HAS_MIN: bool = false;
 
     /// `|isum| ≤ 256 · 128 · 32 · 127 < 2²⁷`.
+    #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
         let mut isum = 0;
         let q = self.quants();

@@ -24,6 +24,7 @@ impl Block for Q8_0 {
         }
     }
 
+    #[inline(always)]
     fn dot(row: &[Self], x: Act<'_>) -> f32 {
         int_dot(row, x.int())
     }
@@ -32,6 +33,7 @@ impl Block for Q8_0 {
 impl IntBlock for Q8_0 {
     const HAS_MIN: bool = false;
 
+    #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
         let isum = self
             .qs

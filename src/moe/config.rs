@@ -1,0 +1,158 @@
+//! From a file's metadata to the shape of the model.
+
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+
+/// An architecture that the forward pass runs, as GGUF names it.
+pub struct Arch {
+    /// `general.architecture`, and the prefix of its metadata keys.
+    pub name: &'static str,
+    /// What it is called by people.
+    pub title: &'static str,
+    /// RoPE base when the file does not say.
+    pub rope_base: f32,
+}
+
+/// One row per architecture. Mixtral has no name of its own: it is `llama` with experts.
+pub const ARCHS: &[Arch] = &[Arch { name: "llama", title: "Mixtral, Mistral and Llama", rope_base: 10_000.0 }];
+
+/// The shape of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Transformer layers.
+    pub n_layer: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Query heads.
+    pub n_head: usize,
+    /// Key/value heads; each serves `n_head / n_kv` query heads (GQA).
+    pub n_kv: usize,
+    /// Width of a head.
+    pub d_head: usize,
+    /// Width of the feed-forward part (of one expert).
+    pub d_ff: usize,
+    /// Experts in a layer; 1 in a dense model.
+    pub n_expert: usize,
+    /// Experts that a token takes.
+    pub n_used: usize,
+    /// Whether a router chooses the experts; false in a dense model.
+    pub routed: bool,
+    /// Tokens in the vocabulary.
+    pub n_vocab: usize,
+    /// Positions that the model was trained for.
+    pub n_ctx: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_eps: f32,
+    /// RoPE's theta.
+    pub rope_base: f32,
+    /// Dimensions of a head that RoPE rotates.
+    pub n_rot: usize,
+}
+
+impl Config {
+    /// Reads and checks the metadata.
+    ///
+    /// # Errors
+    /// If the architecture is not supported, a key is missing or has the wrong type, or numbers
+    /// contradict each other.
+    pub fn read(file: &Gguf) -> Result<Config> {
+        let name = file
+            .get_str("general.architecture")?
+            .ok_or_else(|| Error::missing(file.path(), "metadata key general.architecture", ""))?;
+        let arch = ARCHS.iter().find(|a| a.name == name).ok_or_else(|| {
+            let known: Vec<_> = ARCHS.iter().map(|a| format!("{} ({})", a.name, a.title)).collect();
+            Error::unsupported(file.path(), "this architecture", known.join(", "), format!("{name:?}"))
+        })?;
+        let key = |suffix: &str| format!("{}.{suffix}", arch.name);
+        let optional = |suffix: &str| -> Result<Option<usize>> {
+            Ok(file.get_u32(&key(suffix))?.map(|n| n as usize))
+        };
+        let number = |suffix: &str| -> Result<usize> {
+            match optional(suffix)? {
+                Some(0) => Err(Error::invalid(file.path(), format!("metadata key {}", key(suffix)), "at least 1", 0)),
+                Some(n) => Ok(n),
+                None => Err(Error::missing(file.path(), format!("metadata key {}", key(suffix)), "")),
+            }
+        };
+        let positive = |suffix: &str, default: f32| -> Result<f32> {
+            let x = file.get_f32(&key(suffix))?.unwrap_or(default);
+            if x.is_finite() && x > 0.0 {
+                Ok(x)
+            } else {
+                let what = format!("metadata key {}", key(suffix));
+                Err(Error::invalid(file.path(), what, "a positive number", x))
+            }
+        };
+
+        let d_model = number("embedding_length")?;
+        let n_head = number("attention.head_count")?;
+        let n_kv = optional("attention.head_count_kv")?.unwrap_or(n_head);
+        let d_head = optional("attention.key_length")?.unwrap_or(d_model / n_head);
+        let n_expert = optional("expert_count")?.unwrap_or(0);
+        let embedding = file
+            .tensor("token_embd.weight")
+            .ok_or_else(|| Error::missing(file.path(), "tensor token_embd.weight", ""))?;
+        let config = Config {
+            n_layer: number("block_count")?,
+            d_model,
+            n_head,
+            n_kv,
+            d_head,
+            d_ff: number("feed_forward_length")?,
+            n_expert: n_expert.max(1),
+            n_used: if n_expert > 0 { number("expert_used_count")? } else { 1 },
+            routed: n_expert > 0,
+            n_vocab: embedding.shape.get(1).copied().unwrap_or(0) as usize,
+            n_ctx: number("context_length")?,
+            rms_eps: positive("attention.layer_norm_rms_epsilon", 1e-5)?,
+            rope_base: positive("rope.freq_base", arch.rope_base)?,
+            n_rot: optional("rope.dimension_count")?.unwrap_or(d_head),
+        };
+        config.check(file, arch.name)?;
+        Ok(config)
+    }
+
+    /// Refuses numbers that contradict each other, and settings that would silently change the answer.
+    fn check(&self, file: &Gguf, arch: &str) -> Result<()> {
+        let bad = |what: &str, expected: String, found: usize| {
+            Err(Error::invalid(file.path(), format!("metadata key {arch}.{what}"), expected, found))
+        };
+        if self.n_kv == 0 || !self.n_head.is_multiple_of(self.n_kv) {
+            return bad("attention.head_count_kv", format!("a divisor of {} heads", self.n_head), self.n_kv);
+        }
+        if self.d_head == 0 {
+            return bad("attention.head_count", format!("at most {}", self.d_model), self.n_head);
+        }
+        if self.n_rot > self.d_head || !self.n_rot.is_multiple_of(2) {
+            return bad("rope.dimension_count", format!("an even number up to {}", self.d_head), self.n_rot);
+        }
+        if self.n_used > self.n_expert {
+            return bad("expert_used_count", format!("at most {} experts", self.n_expert), self.n_used);
+        }
+        if let Some(d) = file.get_u32(&format!("{arch}.attention.value_length"))?
+            && d as usize != self.d_head
+        {
+            return bad("attention.value_length", format!("{} as for keys", self.d_head), d as usize);
+        }
+        let scaling = file.get_str(&format!("{arch}.rope.scaling.type"))?.unwrap_or("none");
+        if scaling != "none" {
+            return Err(Error::unsupported(file.path(), "this RoPE scaling", "none", format!("{scaling:?}")));
+        }
+        Ok(())
+    }
+
+    /// Things that are probably mistakes of whoever made the file, one sentence each.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.routed && self.rope_base == 10_000.0 {
+            warnings.push(
+                "rope.freq_base is 10000, but Mixtral was trained with 1000000: answers will be poor".to_string(),
+            );
+        }
+        let is_8x22b = self.routed && self.d_model == 6144 && self.n_layer == 56;
+        if is_8x22b && self.n_ctx == 32768 {
+            warnings.push("context_length is 32768, but Mixtral 8x22B was trained with 65536".to_string());
+        }
+        warnings
+    }
+}

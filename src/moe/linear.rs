@@ -1,0 +1,117 @@
+//! Matrix products with weights, many in one parallel region.
+
+use super::Machine;
+use crate::gguf::Bytes;
+use crate::pool::Part;
+use crate::quant::Format;
+use crate::quant::act::{ActKind, Acts};
+use crate::simd::{Rows, Tokens};
+use std::ops::Range;
+
+/// A weight matrix `(n_out, n_in)` in the mapped file.
+#[derive(Clone)]
+pub struct Weight {
+    /// Its format.
+    pub format: Format,
+    /// Length of a row.
+    pub n_in: usize,
+    /// Rows.
+    pub n_out: usize,
+    /// The rows, as they lie in the file.
+    pub bytes: Bytes,
+}
+
+impl Weight {
+    /// Rows `r` of the matrix.
+    pub fn rows(&self, r: Range<usize>) -> Rows<'_> {
+        let n = self.format.row_bytes(self.n_in);
+        Rows { format: self.format, bytes: &self.bytes[r.start * n..r.end * n], k: self.n_in }
+    }
+
+    /// Row `r` as floats: `out (n_in)`.
+    pub fn decode_row(&self, r: usize, out: &mut [f32]) {
+        self.format.decode(self.rows(r..r + 1).bytes, out);
+    }
+}
+
+/// One input in every kind of activations that its weights want; each kind is made once.
+#[derive(Default)]
+pub struct Input {
+    f32: Acts,
+    q8: Acts,
+    q8k: Acts,
+}
+
+impl Input {
+    /// Prepares `x (n_tok, k)` for all of `weights`.
+    pub fn prepare<'w>(
+        &mut self,
+        machine: &Machine,
+        x: &[f32],
+        k: usize,
+        weights: impl IntoIterator<Item = &'w Weight>,
+    ) {
+        let mut done = [false; 3];
+        for w in weights {
+            let kind = w.format.act();
+            if std::mem::replace(&mut done[kind as usize], true) {
+                continue;
+            }
+            let acts = match kind {
+                ActKind::F32 => &mut self.f32,
+                ActKind::Q8 => &mut self.q8,
+                ActKind::Q8K => &mut self.q8k,
+            };
+            acts.reset(kind, x.len() / k, k);
+            machine.pool.each(&mut acts.tokens_mut(), |t, out| {
+                machine.kernels.prepare(kind, &x[t * k..][..k], out);
+            });
+        }
+    }
+
+    /// The activations for weights of `format`, which were among those prepared for.
+    fn of(&self, format: Format) -> &Acts {
+        match format.act() {
+            ActKind::F32 => &self.f32,
+            ActKind::Q8 => &self.q8,
+            ActKind::Q8K => &self.q8k,
+        }
+    }
+}
+
+/// One product `y[i] = w · x[pick[i]]`.
+pub struct Job<'a> {
+    /// `(n_out, n_in)`
+    pub w: &'a Weight,
+    /// Prepared for `w`, `(n_tok, n_in)`.
+    pub x: &'a Input,
+    /// Which tokens of `x`, `(n)`.
+    pub pick: &'a [u32],
+    /// `(n, n_out)`
+    pub y: &'a mut [f32],
+}
+
+/// Bytes of weights that one task reads: large enough to be worth a task, small enough to balance.
+const TASK_BYTES: usize = 128 << 10;
+/// Rows per task are a multiple of this, the widest row group of any tier.
+const ROW_GROUP: usize = 16;
+
+/// Computes all jobs.
+pub fn matmul(machine: &Machine, jobs: &mut [Job<'_>]) {
+    let (mut parts, sources): (Vec<Part<'_>>, Vec<_>) = jobs
+        .iter_mut()
+        .map(|job| {
+            let rows = TASK_BYTES / job.w.format.row_bytes(job.w.n_in);
+            let part = Part {
+                out: &mut *job.y,
+                width: job.w.n_out,
+                grain: rows.next_multiple_of(ROW_GROUP).max(ROW_GROUP),
+            };
+            (part, (job.w, Tokens { acts: job.x.of(job.w.format), pick: job.pick }))
+        })
+        .unzip();
+    machine.pool.stripes(&mut parts, |p, columns, mut stripe| {
+        let (w, tokens) = sources[p];
+        machine.kernels.matmul(w.rows(columns), tokens, &mut stripe);
+    });
+}

@@ -1,0 +1,210 @@
+//! How threads are made and woken. The only file that knows.
+//!
+//! Work is split over things that do not depend on each other (rows, experts, heads, tokens), never
+//! over a sum, so that results do not depend on the number of threads. Every function here hands each
+//! piece of work out exactly once, in small dynamic shares, and returns when all are done.
+
+use crate::error::{Error, Result};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// A fixed number of threads.
+pub struct Pool {
+    threads: usize,
+    rayon: rayon::ThreadPool,
+}
+
+impl Pool {
+    /// A pool of `threads` threads; 0 means one for each core ([`default_threads`]).
+    ///
+    /// # Errors
+    /// If the operating system refuses to start them.
+    pub fn new(threads: usize) -> Result<Pool> {
+        let threads = if threads == 0 { default_threads() } else { threads };
+        let rayon = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("octet-{i}"))
+            .build()
+            .map_err(|e| Error::Usage(format!("cannot start {threads} threads: {e}; a smaller --threads helps")))?;
+        Ok(Pool { threads, rayon })
+    }
+
+    /// Threads in the pool.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `f` on one of the pool's threads. Parallel calls inside it then start faster than from outside.
+    pub fn enter<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.rayon.install(f)
+    }
+
+    /// Calls `f(0)` … `f(n - 1)`, each once, on any thread, in any order.
+    pub fn tasks(&self, n: usize, f: impl Fn(usize) + Sync) {
+        if self.threads == 1 || n <= 1 {
+            (0..n).for_each(f);
+            return;
+        }
+        let next = AtomicUsize::new(0);
+        self.rayon.broadcast(|_| {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= n {
+                    break;
+                }
+                f(i);
+            }
+        });
+    }
+
+    /// Calls `f(i, &mut items[i])` for every item, each once.
+    pub fn each<T: Send>(&self, items: &mut [T], f: impl Fn(usize, &mut T) + Sync) {
+        let base = Shared(items.as_mut_ptr());
+        self.tasks(items.len(), |i| {
+            // SAFETY: `i` is inside the slice and `tasks` hands out each `i` once, so this is the only
+            // reference to the item; `items` is borrowed until `tasks` returns.
+            f(i, unsafe { &mut *base.get().add(i) });
+        });
+    }
+
+    /// Fills column stripes of several matrices in one go.
+    ///
+    /// Part `p` is a matrix `(n, width)`; its columns are cut into stripes of `grain` (the last one may
+    /// be narrower) and `f(p, columns, stripe)` is called once for each.
+    ///
+    /// # Panics
+    /// If a part's length is not a multiple of its width, or its grain is 0.
+    pub fn stripes(&self, parts: &mut [Part<'_>], f: impl Fn(usize, Range<usize>, Stripe<'_>) + Sync) {
+        for part in parts.iter() {
+            assert!(part.width > 0 && part.grain > 0 && part.out.len().is_multiple_of(part.width));
+        }
+        let shares = |p: &Part<'_>| p.width.div_ceil(p.grain);
+        let total = parts.iter().map(&shares).sum();
+        let base = Shared(parts.as_mut_ptr());
+        let n_parts = parts.len();
+        self.tasks(total, |mut i| {
+            for p in 0..n_parts {
+                // SAFETY: the parts outlive this call and nobody changes them meanwhile; only the
+                // plain fields and the data pointer of `out` are read.
+                let part = unsafe { &*base.get().add(p) };
+                let n = shares(part);
+                if i < n {
+                    let columns = i * part.grain..part.width.min((i + 1) * part.grain);
+                    let stripe = Stripe {
+                        // SAFETY: `columns.start < width`, inside the matrix.
+                        base: unsafe { part.out.as_ptr().cast_mut().add(columns.start) },
+                        width: columns.len(),
+                        stride: part.width,
+                        rows: part.out.len() / part.width,
+                        matrix: PhantomData,
+                    };
+                    return f(p, columns, stripe);
+                }
+                i -= n;
+            }
+        });
+    }
+}
+
+/// A matrix to be filled by [`Pool::stripes`].
+pub struct Part<'a> {
+    /// `(n, width)`, row-major.
+    pub out: &'a mut [f32],
+    /// Columns.
+    pub width: usize,
+    /// Columns of a stripe.
+    pub grain: usize,
+}
+
+/// Some columns of a matrix, owned by one task: every row's piece can be written, nothing else.
+pub struct Stripe<'a> {
+    base: *mut f32,
+    width: usize,
+    stride: usize,
+    rows: usize,
+    matrix: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Stripe<'a> {
+    /// All of a matrix `(n, width)`.
+    pub fn whole(matrix: &'a mut [f32], width: usize) -> Stripe<'a> {
+        assert!(width > 0 && matrix.len().is_multiple_of(width));
+        Stripe { base: matrix.as_mut_ptr(), width, stride: width, rows: matrix.len() / width, matrix: PhantomData }
+    }
+
+    /// Rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the stripe.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Row `i`'s piece, `(width)`.
+    ///
+    /// # Panics
+    /// If there is no row `i`.
+    pub fn row(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows);
+        // SAFETY: row `i` exists, so its piece lies inside the matrix; stripes of one matrix do not
+        // overlap, and `&mut self` allows one piece at a time.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(i * self.stride), self.width) }
+    }
+}
+
+/// A pointer that may cross threads; each use says why that is sound.
+struct Shared<T>(*mut T);
+
+impl<T> Shared<T> {
+    fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+// SAFETY: only used above, where tasks touch disjoint items or read plain data.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+/// Threads to use when nobody says: the cores that this process may run on.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_once() {
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(threads).unwrap();
+            let mut hits = vec![0usize; 1000];
+            pool.enter(|| pool.each(&mut hits, |i, h| *h += i + 1));
+            assert!(hits.iter().enumerate().all(|(i, h)| *h == i + 1));
+        }
+    }
+
+    #[test]
+    fn stripes_cover_every_element_once() {
+        let pool = Pool::new(3).unwrap();
+        let (mut a, mut b) = (vec![0.0f32; 5 * 37], vec![0.0f32; 64]);
+        let mut parts =
+            [Part { out: &mut a, width: 37, grain: 16 }, Part { out: &mut b, width: 64, grain: 7 }];
+        pool.stripes(&mut parts, |p, columns, mut stripe| {
+            assert_eq!(stripe.width(), columns.len());
+            for r in 0..stripe.rows() {
+                for (c, y) in columns.clone().zip(stripe.row(r)) {
+                    *y += (1000 * p + 100 * r + c) as f32 + 1.0;
+                }
+            }
+        });
+        for (i, y) in a.iter().enumerate() {
+            assert_eq!(*y, (100 * (i / 37) + i % 37) as f32 + 1.0);
+        }
+        for (i, y) in b.iter().enumerate() {
+            assert_eq!(*y, (1000 + i) as f32 + 1.0);
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! Every format, every available tier, awkward sizes: the same bits as scalar.
+
+use super::*;
+use crate::quant::Format;
+
+/// A small deterministic generator (SplitMix64, Steele et al. 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in -1..1.
+    fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+
+    /// Random blocks whose floats are all finite: any 16 bits that could be an f16 (or the upper half
+    /// of an f32) with the largest exponent lose one bit of it.
+    fn blocks(&mut self, format: Format, n: usize) -> Vec<u8> {
+        let mut bytes: Vec<u8> = (0..n).map(|_| self.next() as u8).collect();
+        let odd_scale = format == Format::Q6_K || format == Format::Q3_K;
+        for block in bytes.chunks_exact_mut(format.block_bytes()) {
+            let len = block.len();
+            // Scales are at the start or the end of a block; keep them in f16's middle range.
+            let scales: &[usize] = match format {
+                Format::F32 => &[2],
+                Format::F16 | Format::BF16 => &[0],
+                Format::Q2_K => &[80, 82],
+                _ if odd_scale => &[len - 2],
+                _ => &[0, 2],
+            };
+            for &at in scales {
+                block[at + 1] = (block[at + 1] & 0x83) | 0x2c;
+            }
+        }
+        bytes
+    }
+}
+
+/// f64s are not aligned bytes; a tensor in a mapped file is.
+fn aligned(bytes: &[u8]) -> Vec<u64> {
+    let mut out = vec![0u64; bytes.len().div_ceil(8)];
+    bytemuck::cast_slice_mut(&mut out)[..bytes.len()].copy_from_slice(bytes);
+    out
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// The lower tiers of this machine, and the best; each is compared with scalar.
+fn others() -> Vec<&'static Kernels> {
+    available().into_iter().filter(|t| *t != Tier::Scalar).map(Kernels::of).collect()
+}
+
+fn prepare(kernels: &Kernels, format: Format, x: &[f32], k: usize) -> Acts {
+    let mut acts = Acts::default();
+    acts.reset(format.act(), x.len() / k, k);
+    for (out, x) in acts.tokens_mut().iter_mut().zip(x.chunks_exact(k)) {
+        kernels.prepare(format.act(), x, out);
+    }
+    acts
+}
+
+/// `y` starts as NaN, so that an element that was never written shows.
+fn product(kernels: &Kernels, format: Format, bytes: &[u8], n: usize, k: usize, acts: &Acts, pick: &[u32]) -> Vec<f32> {
+    let mut y = vec![f32::NAN; pick.len() * n];
+    let w = Rows { format, bytes, k };
+    kernels.matmul(w, Tokens { acts, pick }, &mut Stripe::whole(&mut y, n));
+    y
+}
+
+#[test]
+fn matmul_is_the_same_in_every_tier() {
+    let mut random = Random(1);
+    let scalar = Kernels::of(Tier::Scalar);
+    for &format in Format::ALL {
+        let block = format.block_weights();
+        for k in [block, 2 * block, 3 * block, 5 * block, 1024] {
+            for n in [1, 3, 4, 7, 8, 15, 16, 17, 33] {
+                for n_tok in [1, 2, 5] {
+                    let bytes = random.blocks(format, n * format.row_bytes(k));
+                    let bytes = aligned(&bytes);
+                    let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
+                    let acts = prepare(scalar, format, &random.floats(n_tok * k), k);
+                    let pick: Vec<u32> = (0..n_tok as u32).rev().collect();
+                    let want = product(scalar, format, bytes, n, k, &acts, &pick);
+                    assert!(want.iter().all(|y| y.is_finite()), "{format:?} {k} {n}");
+                    for tier in others() {
+                        let got = product(tier, format, bytes, n, k, &acts, &pick);
+                        assert_eq!(bits(&got), bits(&want), "{format:?} {:?} k {k} n {n}", tier.tier());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn matmul_with_extreme_integers_is_exact() {
+    let scalar = Kernels::of(Tier::Scalar);
+    for &format in Format::ALL {
+        let k = format.block_weights().max(16) * 4;
+        for fill in [0x00u8, 0x7f, 0x80, 0xff] {
+            for sign in [1.0f32, -1.0] {
+                let n = 32;
+                let mut bytes = vec![fill; n * format.row_bytes(k)];
+                // A finite scale wherever one may be.
+                let mut random = Random(7);
+                let model = random.blocks(format, bytes.len());
+                for (b, m) in bytes.chunks_exact_mut(format.block_bytes()).zip(model.chunks_exact(format.block_bytes())) {
+                    let len = b.len();
+                    for at in [0, 2, len - 2, len.saturating_sub(4)].into_iter().filter(|at| at + 2 <= len) {
+                        if len <= 4 || matches!(format, Format::Q2_K) == (at >= 80) {
+                            b[at..at + 2].copy_from_slice(&m[at..at + 2]);
+                        }
+                    }
+                    if matches!(format, Format::Q3_K | Format::Q6_K) {
+                        b[len - 2..].copy_from_slice(&m[len - 2..]);
+                    }
+                }
+                let bytes = aligned(&bytes);
+                let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
+                let acts = prepare(scalar, format, &vec![sign; k], k);
+                let want = product(scalar, format, bytes, n, k, &acts, &[0]);
+                for tier in others() {
+                    let got = product(tier, format, bytes, n, k, &acts, &[0]);
+                    assert_eq!(bits(&got), bits(&want), "{format:?} {:?} fill {fill:#x}", tier.tier());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn float_helpers_are_the_same_in_every_tier() {
+    let mut random = Random(2);
+    let scalar = Kernels::of(Tier::Scalar);
+    for n in [2, 16, 30, 32, 34, 64, 100, 128, 256, 1000, 4096] {
+        let (x, w) = (random.floats(n), random.floats(n));
+        let wide: Vec<f32> = x.iter().map(|x| x * 100.0).collect();
+        for tier in others() {
+            let both = |f: &dyn Fn(&Kernels) -> Vec<f32>| {
+                assert_eq!(bits(&f(tier)), bits(&f(scalar)), "{:?} n {n}", tier.tier());
+            };
+            both(&|k| {
+                let mut y = vec![f32::NAN; n];
+                k.rms_norm(&x, &w, 1e-5, &mut y);
+                y
+            });
+            both(&|k| {
+                let mut y = w.clone();
+                k.add(&x, &mut y);
+                k.add_scaled(0.3, &wide, &mut y);
+                y
+            });
+            both(&|k| {
+                let mut y = wide.clone();
+                k.silu_mul(&mut y, &w);
+                y
+            });
+            both(&|k| {
+                let mut y = wide.clone();
+                k.rope(&mut y[..n / 2 * 2], &x[..n / 2], &w[..n / 2]);
+                y
+            });
+        }
+    }
+}
+
+#[test]
+fn quantization_is_the_same_in_every_tier() {
+    let mut random = Random(3);
+    let scalar = Kernels::of(Tier::Scalar);
+    for format in [Format::Q8_0, Format::Q4_K] {
+        for scale in [1e-30f32, 1e-3, 1.0, 1e4, 1e30] {
+            let mut x: Vec<f32> = random.floats(1024).iter().map(|x| x * scale).collect();
+            x[256..512].fill(0.0);
+            // Halves, to be rounded to even: 127 · (i + 1/2) / 127.
+            for (i, x) in x[512..768].iter_mut().enumerate() {
+                *x = if i == 0 { 127.0 } else { (i % 100) as f32 + 0.5 };
+            }
+            let want = prepare(scalar, format, &x, 1024);
+            for tier in others() {
+                let got = prepare(tier, format, &x, 1024);
+                let (a, b) = (got.token(0).int(), want.token(0).int());
+                assert_eq!((a.qs, bits(a.d), a.sums), (b.qs, bits(b.d), b.sums), "{:?}", tier.tier());
+            }
+        }
+    }
+}
+
+#[test]
+fn quantization_rounds_half_to_even() {
+    let mut x = [0.0f32; 32];
+    x[..5].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -2.5]);
+    let acts = prepare(Kernels::of(Tier::Scalar), Format::Q8_0, &x, 32);
+    let got = acts.token(0).int();
+    assert_eq!(got.qs[..5], [127, 0, 2, 2, -2]);
+    assert_eq!((got.d[0], got.sums[0]), (1.0, 129));
+}
+
+#[test]
+fn attention_is_the_same_in_every_tier() {
+    let mut random = Random(4);
+    let scalar = Kernels::of(Tier::Scalar);
+    for dim in [8, 16, 32, 80, 128] {
+        for n in [1, 2, 17, 63, 64] {
+            let heads = 4;
+            let q: Vec<f32> = random.floats(heads * dim).iter().map(|q| q * 3.0).collect();
+            let (k, v) = (random.floats(2 * n * dim), random.floats(2 * n * dim));
+            let half = |x: &[f32]| x.iter().map(|x| f16::from_f32_const(*x)).collect::<Vec<_>>();
+            let (k16, v16) = (half(&k), half(&v));
+            let run = |kernels: &Kernels| {
+                let mut out = Vec::new();
+                for wide in [true, false] {
+                    let (mut run, mut acc) = ([Running::START; 4], vec![0.0; heads * dim]);
+                    for b in [0, n * dim] {
+                        let part = b..b + n * dim;
+                        if wide {
+                            kernels.attend_f32(&q, &k[part.clone()], &v[part], dim, &mut run, &mut acc);
+                        } else {
+                            kernels.attend_f16(&q, &k16[part.clone()], &v16[part], dim, &mut run, &mut acc);
+                        }
+                    }
+                    out.extend(acc);
+                    out.extend(run.iter().flat_map(|r| [r.max, r.sum]));
+                }
+                bits(&out)
+            };
+            for tier in others() {
+                assert_eq!(run(tier), run(scalar), "{:?} dim {dim} n {n}", tier.tier());
+            }
+        }
+    }
+}
+
+/// Softmax attention by the book, in f64.
+#[test]
+fn attention_is_attention() {
+    let mut random = Random(5);
+    let (dim, n) = (32, 64);
+    let (q, k, v) = (random.floats(dim), random.floats(n * dim), random.floats(n * dim));
+    let scores: Vec<f64> =
+        k.chunks(dim).map(|k| k.iter().zip(&q).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>().exp()).collect();
+    let total: f64 = scores.iter().sum();
+    let (mut run, mut acc) = ([Running::START], vec![0.0; dim]);
+    Kernels::of(Tier::Scalar).attend_f32(&q, &k, &v, dim, &mut run, &mut acc);
+    for (i, a) in acc.iter().enumerate() {
+        let want: f64 = scores.iter().zip(v.chunks(dim)).map(|(s, v)| s * v[i] as f64).sum::<f64>() / total;
+        assert!((*a as f64 / run[0].sum as f64 - want).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn exp_is_within_two_ulp() {
+    let mut worst = 0.0f64;
+    for i in -870_000..=880_000 {
+        let x = i as f32 * 1e-4;
+        let want = (x as f64).exp();
+        let ulp = (want as f32).max(f32::MIN_POSITIVE) as f64 * f32::EPSILON as f64;
+        worst = worst.max((float::exp(x) as f64 - want).abs() / ulp);
+    }
+    assert!(worst < 2.0, "{worst} ulp");
+    assert_eq!((float::exp(0.0), float::exp(-88.0), float::exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+}
+
+#[test]
+fn widening_f16_is_exact() {
+    for bits in 0..=u16::MAX {
+        let h = f16::from_bits(bits);
+        if !h.is_nan() {
+            assert_eq!(float::widen(h).to_bits(), h.to_f32_const().to_bits(), "{bits:#x}");
+        }
+    }
+}
+
+/// A tier that this machine has must be what `--isa` would take, and a cap must be kept.
+#[test]
+fn tiers_fall_through() {
+    assert_eq!(Kernels::of(Tier::Scalar).tier(), Tier::Scalar);
+    for tier in available() {
+        assert_eq!(Kernels::of(tier).tier(), tier);
+        assert_eq!(best(Some(tier)), tier);
+    }
+}
