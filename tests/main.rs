@@ -1,6 +1,8 @@
 //! The integration tests, one binary.
 
+mod alloc;
 mod chat;
+mod gguf;
 mod model;
 
 use std::path::PathBuf;

@@ -7,9 +7,11 @@
 
 pub mod reader;
 pub mod value;
+pub mod writer;
 
 pub use reader::{Bytes, Gguf};
 pub use value::{Array, Kind, Value};
+pub use writer::Writer;
 
 use crate::quant::{self, Format};
 
