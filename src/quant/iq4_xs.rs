@@ -7,7 +7,7 @@
 
 use super::bits::idot;
 use super::search::{self, groups, nearest};
-use super::{Act, Block, Encode, IntBlock, Terms, encode_blocks, int_dot, iq4_nl};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, iq4_nl, parts};
 use half::f16;
 
 /// The block.
@@ -86,7 +86,9 @@ impl IntBlock for Iq4Xs {
 impl Encode for Iq4Xs {
     #[inline(always)]
     fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        encode_blocks(x, importance, out, encode);
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
+            *out = encode(x, importance);
+        }
     }
 }
 

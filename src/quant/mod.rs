@@ -70,18 +70,17 @@ pub trait Encode: Block {
     fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]);
 }
 
-/// [`Encode::encode_row`] for formats whose blocks are made one by one.
+/// The floats of each block of a row, with the importance of their columns.
 #[inline(always)]
-fn encode_blocks<B: Block>(
-    x: &[f32],
-    importance: Option<&[f32]>,
-    out: &mut [B],
-    encode: impl Fn(&[f32], Option<&[f32]>) -> B,
-) {
-    let n = B::WEIGHTS;
-    for (b, (x, out)) in x.chunks_exact(n).zip(out).enumerate() {
-        *out = encode(x, importance.map(|w| &w[b * n..][..n]));
-    }
+fn parts<'a>(
+    x: &'a [f32],
+    importance: Option<&'a [f32]>,
+    weights: usize,
+) -> impl Iterator<Item = (&'a [f32], Option<&'a [f32]>)> {
+    let starts = (0..).step_by(weights);
+    x.chunks_exact(weights)
+        .zip(starts)
+        .map(move |(x, at)| (x, importance.map(|w| &w[at..at + weights])))
 }
 
 /// A block whose product with int8 activations is exact in `i32`.

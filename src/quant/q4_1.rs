@@ -5,7 +5,7 @@
 
 use super::bits::{idot, pack, truncate, unpack};
 use super::search::{self, WEIGHTED, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, encode_blocks, int_dot};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -64,7 +64,10 @@ impl Encode for Q4_1 {
     #[inline(always)]
     fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         let Some(columns) = importance else {
-            return encode_blocks(x, None, out, |x, _| plain(x));
+            for (x, out) in x.chunks_exact(32).zip(out) {
+                *out = plain(x);
+            }
+            return;
         };
         let mean_square = search::sum_of_squares(x) / x.len() as f32;
         let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));

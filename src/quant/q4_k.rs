@@ -6,7 +6,7 @@
 
 use super::bits::{idot, pack, unpack};
 use super::search::{self, Tries, WEIGHTED, groups, nearest};
-use super::{Act, Block, Encode, IntBlock, Terms, encode_blocks, int_dot};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
 /// The block.
@@ -117,19 +117,19 @@ const PLAIN: Tries = Tries {
 impl Encode for Q4_K {
     #[inline(always)]
     fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        encode_blocks(x, importance, out, |x, importance| {
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
             let (d, dmin, scales, q) = encode(x, importance, 15, PLAIN);
             let mut qs = [0; 128];
             for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
                 pack::<4>(q, 0, bytes);
             }
-            Q4_K {
+            *out = Q4_K {
                 d,
                 dmin,
                 scales,
                 qs,
-            }
-        });
+            };
+        }
     }
 }
 

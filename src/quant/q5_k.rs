@@ -6,7 +6,7 @@
 
 use super::bits::{pack, unpack};
 use super::search::Tries;
-use super::{Act, Block, Encode, IntBlock, Terms, encode_blocks, int_dot, q4_k};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts, q4_k};
 use half::f16;
 
 /// The block.
@@ -76,20 +76,20 @@ const PLAIN: Tries = Tries {
 impl Encode for Q5_K {
     #[inline(always)]
     fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        encode_blocks(x, importance, out, |x, importance| {
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
             let (d, dmin, scales, q) = q4_k::encode(x, importance, 31, PLAIN);
             let (mut qh, mut qs) = ([0; 32], [0; 128]);
             for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
                 pack::<4>(q, 0, bytes);
             }
             pack::<1>(&q, 4, &mut qh);
-            Q5_K {
+            *out = Q5_K {
                 d,
                 dmin,
                 scales,
                 qh,
                 qs,
-            }
-        });
+            };
+        }
     }
 }

@@ -6,7 +6,7 @@
 
 use super::bits::{idot, pack, unpack};
 use super::search::{self, groups, nearest};
-use super::{Act, Block, Encode, IntBlock, Terms, encode_blocks, int_dot};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
 /// The block.
@@ -82,7 +82,9 @@ impl IntBlock for Q6_K {
 impl Encode for Q6_K {
     #[inline(always)]
     fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        encode_blocks(x, importance, out, encode);
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
+            *out = encode(x, importance);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Q8_0: 32 weights of 8 bits, one f16 scale. `w = d · q` (llama.cpp, `block_q8_0`).
 
 use super::bits::truncate;
-use super::{Act, Block, Encode, IntBlock, Terms, encode_blocks, int_dot};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -52,7 +52,7 @@ impl IntBlock for Q8_0 {
 impl Encode for Q8_0 {
     #[inline(always)]
     fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [Self]) {
-        encode_blocks(x, None, out, |x, _| {
+        for (x, out) in x.chunks_exact(32).zip(out) {
             let max = x
                 .iter()
                 .fold(0.0, |m, x| if m > x.abs() { m } else { x.abs() });
@@ -62,11 +62,11 @@ impl Encode for Q8_0 {
             for (q, x) in qs.iter_mut().zip(x) {
                 *q = truncate(round(x * inv)) as i8;
             }
-            Q8_0 {
+            *out = Q8_0 {
                 d: f16::from_f32_const(d),
                 qs,
-            }
-        });
+            };
+        }
     }
 }
 
