@@ -18,10 +18,13 @@ pub struct Args {
     /// Most tokens of an answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub predict: Option<u32>,
+    /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
+    /// What it runs on.
     #[command(flatten)]
     pub machine: MachineOptions,
+    /// How tokens are chosen.
     #[command(flatten)]
     pub sampling: SamplingOptions,
 }

@@ -21,8 +21,10 @@ pub struct Args {
     /// One JSON document on standard output
     #[arg(long)]
     pub json: bool,
+    /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
+    /// What it runs on.
     #[command(flatten)]
     pub machine: MachineOptions,
 }

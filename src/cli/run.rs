@@ -38,10 +38,13 @@ pub struct Args {
     /// With --json: the K likeliest tokens and their log probabilities at each step
     #[arg(long, value_name = "K", requires = "json", default_value_t = 0)]
     pub logprobs: usize,
+    /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
+    /// What it runs on.
     #[command(flatten)]
     pub machine: MachineOptions,
+    /// How tokens are chosen.
     #[command(flatten)]
     pub sampling: SamplingOptions,
 }
