@@ -91,3 +91,23 @@ fn a_demo_prompt_is_v1_by_its_template() {
     let template = Template::choose(&tok, config["chat_template"].as_str()).unwrap();
     assert!(matches!(template, Template::V1));
 }
+
+#[test]
+fn demo_prompts_and_answers_have_the_reference_ids_and_text() {
+    let tok = Tokenizer::from_path(&data("tokenizers/demo.tokenizer.model")).unwrap();
+    let lines = lines("golden/demo_prompts.jsonl");
+    assert_eq!(lines.len(), 10);
+    for line in lines {
+        let text = line["text"].as_str().unwrap();
+        let mut got: Vec<u32> = tok.bos().into_iter().collect();
+        got.extend(tok.encode(text));
+        assert_eq!(got, ids(&line["ids"]), "{text:?}");
+        let answer = ids(&line["greedy"]);
+        let want = line["greedy_text"].as_str().unwrap();
+        assert_eq!(String::from_utf8(tok.decode(&answer)).unwrap(), want);
+        let mut stream = tok.stream();
+        let mut streamed: String = answer.iter().map(|&id| stream.push(id)).collect();
+        streamed += &stream.flush();
+        assert_eq!(streamed, want);
+    }
+}

@@ -207,8 +207,7 @@ fn top_k(candidates: &mut Candidates, k: usize) {
 
 /// Keeps the smallest set of likeliest tokens whose probability reaches `p` (Holtzman et al. 2019), at least one.
 fn top_p(candidates: &mut Candidates, p: f32) {
-    // Not `p >= 1.0`, so that NaN keeps all.
-    if !(p < 1.0) {
+    if p.is_nan() || p >= 1.0 {
         return;
     }
     candidates.sort();

@@ -16,6 +16,11 @@
 //! every NORMAL piece every cut into two NORMAL pieces, ordered by the score of the union and then by
 //! the longer left part. Only the model is used, without the crate's normalizers and added tokens:
 //! those prepend the dummy prefix once per segment between user-defined pieces, SentencePiece once per text.
+//! The ids were SentencePiece's in all of 60,000 random comparisons with Mixtral's two vocabularies (whose
+//! runs of spaces share one score), and the oracle's in all small random vocabularies whose scores differ, as a
+//! trained BPE's do. In made-up vocabularies with equal scores, ties may be resolved differently.
+//! Construction takes 60 to 80 ms for 32k pieces on a busy 2-core machine (`build_time` in the tests prints it).
+//!
 //! A plain SentencePiece BPE in the tests below is the oracle.
 
 use std::collections::{HashMap, HashSet};
@@ -184,7 +189,7 @@ pub struct Tokenizer {
     source: PathBuf,
     bpe: BPE,
     /// Piece text to id, for every kind; of equal texts the lowest id.
-    ids: HashMap<String, u32>,
+    ids: BpeVocab,
     /// The byte of a Byte piece, by id.
     bytes: HashMap<u32, u8>,
     user: Matcher,
@@ -229,7 +234,7 @@ impl Tokenizer {
                 ));
             }
         }
-        let mut ids = HashMap::with_capacity(n);
+        let mut ids = BpeVocab::with_capacity(n);
         let mut bytes = HashMap::new();
         for (id, piece) in vocab.pieces.iter().enumerate() {
             if piece.text.len() > MAX_PIECE_BYTES {
@@ -480,24 +485,29 @@ fn parse_byte(text: &str) -> Option<u8> {
 
 /// The crate's BPE model with merges rebuilt from the scores.
 fn build_bpe(vocab: &Vocab, byte_fallback: bool) -> tokenizers::Result<BPE> {
-    let mut normal: HashMap<&str, u32> = HashMap::with_capacity(vocab.pieces.len());
-    for (id, piece) in vocab.pieces.iter().enumerate() {
-        if piece.kind == PieceKind::Normal && !piece.text.is_empty() {
-            normal.entry(&piece.text).or_insert(id as u32);
+    // The crate's own map type hashes several times faster than std's, and half a million cuts are looked up here.
+    let mut map = BpeVocab::with_capacity(vocab.pieces.len() + 257);
+    let mut normal: Vec<u32> = Vec::with_capacity(vocab.pieces.len());
+    for (id, piece) in (0u32..).zip(&vocab.pieces) {
+        let usable = piece.kind == PieceKind::Normal && !piece.text.is_empty();
+        if usable && !map.contains_key(&piece.text) {
+            map.insert(piece.text.clone(), id);
+            normal.push(id);
         }
     }
     // (id of the union, bytes of the left part)
     let mut merges: Vec<(u32, u32)> = Vec::with_capacity(2 * normal.len());
-    for (&text, &id) in &normal {
+    for id in normal {
+        let text = &vocab.pieces[id as usize].text;
         for (cut, _) in text.char_indices().skip(1) {
-            if normal.contains_key(&text[..cut]) && normal.contains_key(&text[cut..]) {
+            if map.contains_key(&text[..cut]) && map.contains_key(&text[cut..]) {
                 merges.push((id, cut as u32));
             }
         }
     }
     let score = |id: u32| vocab.pieces[id as usize].score;
     merges.sort_unstable_by(|a, b| {
-        // The id last, so that the order (of pieces with equal scores) never depends on the hash map.
+        // The id last: a full order, the same everywhere.
         score(b.0)
             .total_cmp(&score(a.0))
             .then(b.1.cmp(&a.1))
@@ -509,10 +519,6 @@ fn build_bpe(vocab: &Vocab, byte_fallback: bool) -> tokenizers::Result<BPE> {
             let (left, right) = vocab.pieces[id as usize].text.split_at(cut as usize);
             (left.to_string(), right.to_string())
         })
-        .collect();
-    let mut map: BpeVocab = normal
-        .iter()
-        .map(|(&text, &id)| (text.to_string(), id))
         .collect();
     if byte_fallback {
         for (id, piece) in vocab.pieces.iter().enumerate().rev() {
@@ -538,11 +544,10 @@ fn build_bpe(vocab: &Vocab, byte_fallback: bool) -> tokenizers::Result<BPE> {
 }
 
 /// Finds pieces of a set in text, the longest at each place.
-#[derive(Default)]
 pub(super) struct Matcher {
     ids: HashMap<String, u32>,
-    /// By first byte, the lengths that occur, longest first.
-    lengths: HashMap<u8, Vec<usize>>,
+    /// By first byte (256 of them), the lengths in bytes that occur, longest first.
+    lengths: Vec<Vec<usize>>,
 }
 
 impl Matcher {
@@ -559,9 +564,12 @@ impl Matcher {
 
     /// Of equal texts the first is kept; empty ones are left out.
     pub(super) fn from_texts(texts: impl Iterator<Item = (String, u32)>) -> Matcher {
-        let mut matcher = Matcher::default();
+        let mut matcher = Matcher {
+            ids: HashMap::new(),
+            lengths: vec![Vec::new(); 256],
+        };
         for (text, id) in texts.filter(|(text, _)| !text.is_empty()) {
-            let lengths = matcher.lengths.entry(text.as_bytes()[0]).or_default();
+            let lengths = &mut matcher.lengths[usize::from(text.as_bytes()[0])];
             if let Err(place) = lengths.binary_search_by(|have| text.len().cmp(have)) {
                 lengths.insert(place, text.len());
             }
@@ -576,7 +584,7 @@ impl Matcher {
 
     /// The longest piece that starts at byte `at`: (id, bytes).
     pub(super) fn longest_at(&self, text: &str, at: usize) -> Option<(u32, usize)> {
-        let lengths = self.lengths.get(&text.as_bytes()[at])?;
+        let lengths = &self.lengths[usize::from(text.as_bytes()[at])];
         lengths.iter().find_map(|&len| {
             let id = self.ids.get(text.get(at..at + len)?)?;
             Some((*id, len))
@@ -1245,6 +1253,23 @@ mod tests {
         }
 
         #[test]
+        fn small_vocabularies_with_different_scores_encode_as_the_oracle_does(
+            words in proptest::collection::hash_set("[ab\u{2581}]{2,5}", 0..25),
+            scores in Just((0u8..30).collect::<Vec<_>>()).prop_shuffle(),
+            text in "[ab ]{0,40}",
+        ) {
+            let letters = ["a", "b", "\u{2581}"].map(String::from);
+            let mut pieces = vec![piece("<unk>", 0.0, PieceKind::Unknown)];
+            for (text, score) in letters.into_iter().chain(words).zip(scores) {
+                pieces.push(piece(&text, -f32::from(score), PieceKind::Normal));
+            }
+            let oracle = Oracle::new(&pieces);
+            let vocab = Vocab { pieces, add_space_prefix: true, ..Vocab::default() };
+            let tok = Tokenizer::new(vocab, Path::new("v")).unwrap();
+            prop_assert_eq!(tok.encode(&text), oracle.encode(&text));
+        }
+
+        #[test]
         fn decoding_gives_the_text_back(text in any::<String>()) {
             for (tok, _) in REAL.iter() {
                 // A literal ▁ prints as a space: SentencePiece has one sign for both.
@@ -1298,7 +1323,7 @@ mod tests {
             "字a".repeat(100_000),
             "\0".repeat(100_000),
         ] {
-            for (tok, _) in REAL.iter() {
+            for (tok, _) in &REAL[..2] {
                 let start = Instant::now();
                 let ids = tok.encode(&text);
                 // A quadratic method would need minutes.
