@@ -33,6 +33,14 @@ pub fn pack<const BITS: usize>(q: &[u8], lift: usize, bytes: &mut [u8]) {
     }
 }
 
+/// The integer nearest to `x`, halves to even, for `|x| < 2²²`; what else comes out is arbitrary, but
+/// the same as the reference's and in `-2²²..2²²`.
+#[inline(always)]
+pub fn nearest(x: f32) -> i32 {
+    // 1.5·2²³ leaves the integer in the low mantissa bits, with an offset of 2²².
+    ((x + 12_582_912.0).to_bits() & 0x7f_ffff) as i32 - 0x40_0000
+}
+
 /// A float to an integer, toward zero. What does not fit gives `i32::MIN`, as the x86 instruction
 /// does that the reference's casts compile to: tiny values, whose inverse scale is infinite, get there.
 #[inline(always)]

@@ -1,5 +1,6 @@
 //! Float weights (F32, F16, BF16) and the one float dot product of the program.
 
+use super::search::Search;
 use super::{Act, Block, Encode};
 use half::{bf16, f16};
 
@@ -98,15 +99,13 @@ impl Block for bf16 {
 }
 
 impl Encode for f32 {
-    #[inline(always)]
-    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [f32]) {
+    fn encode_row<S: Search>(x: &[f32], _importance: Option<&[f32]>, out: &mut [f32]) {
         out.copy_from_slice(x);
     }
 }
 
 impl Encode for f16 {
-    #[inline(always)]
-    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [f16]) {
+    fn encode_row<S: Search>(x: &[f32], _importance: Option<&[f32]>, out: &mut [f16]) {
         for (x, out) in x.iter().zip(out) {
             *out = f16::from_f32_const(*x);
         }
@@ -114,8 +113,7 @@ impl Encode for f16 {
 }
 
 impl Encode for bf16 {
-    #[inline(always)]
-    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [bf16]) {
+    fn encode_row<S: Search>(x: &[f32], _importance: Option<&[f32]>, out: &mut [bf16]) {
         for (x, out) in x.iter().zip(out) {
             *out = bf16::from_f32_const(*x);
         }

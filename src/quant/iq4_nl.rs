@@ -4,7 +4,8 @@
 //! (llama.cpp, `block_iq4_nl`).
 
 use super::bits::{idot, pack, unpack};
-use super::search::{self, Groups, groups};
+use super::lanes::Lanes;
+use super::search::{self, Groups, Search, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -76,31 +77,22 @@ impl IntBlock for Iq4Nl {
 }
 
 impl Encode for Iq4Nl {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        for (part, out) in out.chunks_mut(8).enumerate() {
-            let n = 32 * out.len();
-            let x = &x[8 * 32 * part..][..n];
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        // Eight blocks at a time, a lane each.
+        for ((x, importance), out) in search::eights(x, importance).zip(out.chunks_mut(8)) {
             let xs = groups::<32, 8>(x);
+            let squares = search::squares(&xs);
             let w = match importance {
-                None => search::squares(&xs),
+                None => squares,
                 Some(columns) => {
-                    let columns = groups::<32, 8>(&columns[8 * 32 * part..][..n]);
-                    // `weigh`, with twice the block's own mean square.
-                    let s = search::sums(&search::squares(&xs)).map(|s| s * (2.0 / 32.0));
-                    let mut w = columns;
-                    for i in 0..32 {
-                        for g in 0..8 {
-                            w[i][g] *= (s[g] + xs[i][g] * xs[i][g]).sqrt();
-                        }
-                    }
-                    w
+                    let s = search::sums(&squares) * Lanes::all(2.0 / 32.0);
+                    search::weigh(&xs, &groups(columns), s)
                 }
             };
-            let d = fit(&xs, &w);
-            for (g, (x, out)) in x.chunks_exact(32).zip(out).enumerate() {
-                out.d = f16::from_f32_const(d[g]);
-                code(x, d[g], &mut out.qs);
+            let d = S::values(&xs, &w);
+            for ((x, d), out) in x.chunks_exact(32).zip(d.0).zip(out) {
+                out.d = f16::from_f32_const(d);
+                code(x, d, &mut out.qs);
             }
         }
     }
@@ -111,67 +103,66 @@ impl Encode for Iq4Nl {
 /// Each try aims the value of largest magnitude at a slightly different place near the longer end
 /// of the values.
 #[inline(always)]
-pub(super) fn fit<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -> [f32; G] {
+pub fn fit<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -> Lanes<G> {
     let (peak, size) = search::peak(x);
-    let (mut scale, mut best) = ([0.0; G], [0.0; G]);
-    // The plain aim first, then 15 (one of them nearly the plain one, again): the reference's order.
+    let (mut scale, mut best) = (Lanes::ZERO, Lanes::ZERO);
+    // The plain aim first, then 15 (the middle one aims at the other end): the order decides
+    // between equals.
     for t in std::iter::once(None).chain((-7..=7).map(Some)) {
-        let mut inv = [0.0; G];
-        for g in 0..G {
-            inv[g] = match t {
-                None => 1.0 / (-peak[g] / VALUES[0] as f32),
-                Some(t) => (t + VALUES[0] as i32) as f32 / peak[g],
-            };
-        }
-        let (mut sum_xq, mut sum_qq) = ([0.0; G], [0.0; G]);
-        for i in 0..N {
-            for g in 0..G {
-                let q = VALUES[nearest_code(inv[g] * x[i][g]) as usize & 15] as f32;
-                sum_xq[g] += w[i][g] * q * x[i][g];
-                sum_qq[g] += w[i][g] * q * q;
-            }
-        }
-        for g in 0..G {
-            let ahead = sum_xq[g] * sum_xq[g] > best[g] * sum_qq[g];
-            let better = t.is_none() || ahead;
-            let s = sum_xq[g] / sum_qq[g];
-            if sum_qq[g] > 0.0 && better {
-                (scale[g], best[g]) = (s, s * sum_xq[g]);
-            }
-        }
-    }
-    for g in 0..G {
-        scale[g] = if size[g] < search::TINY {
-            0.0
-        } else {
-            scale[g]
+        let longest = VALUES[0] as f32;
+        let inv = match t {
+            None => Lanes::all(1.0) / (peak / Lanes::all(-longest)),
+            Some(t) => Lanes::all(t as f32 + longest) / peak,
         };
+        let (mut sum_xq, mut sum_qq) = (Lanes::ZERO, Lanes::ZERO);
+        for (&x, &w) in x.iter().zip(w) {
+            let q = nearest_value(inv * x);
+            sum_xq = sum_xq + w * q * x;
+            sum_qq = sum_qq + w * q * q;
+        }
+        let s = sum_xq / sum_qq;
+        let mut better = sum_qq.gt(Lanes::ZERO);
+        if t.is_some() {
+            better = better & (sum_xq * sum_xq).gt(best * sum_qq);
+        }
+        scale = better.select(s, scale);
+        best = better.select(s * sum_xq, best);
     }
-    scale
+    size.lt(Lanes::all(search::TINY)).select(Lanes::ZERO, scale)
 }
 
-/// The code of the value nearest to `x`, the larger one if two are.
+/// The value nearest to each `x`, the larger one if two are.
 ///
 /// The reference compares the distances to both neighbours. Near the middle of two neighbours these
 /// differences are exact, so that comparing with the middle is the same.
 #[inline(always)]
-fn nearest_code(x: f32) -> u8 {
-    let mut code = 0;
-    for pair in VALUES.windows(2) {
-        let middle = (pair[0] as f32 + pair[1] as f32) / 2.0;
-        // Not `x >= middle`: what is no number gets the last code, as in the reference.
-        code += !(x < middle) as u8;
-    }
-    code
+fn nearest_value<const G: usize>(x: Lanes<G>) -> Lanes<G> {
+    climb(x, VALUES[0] as f32, |low, high| high - low)
 }
 
-/// Codes a group under scale `d`.
+/// The code of [`nearest_value`].
 #[inline(always)]
-pub(super) fn code(x: &[f32], d: f32, qs: &mut [u8]) {
-    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
-    let mut q = [0; 32];
-    for (q, x) in q.iter_mut().zip(x) {
-        *q = nearest_code(inv * x);
+fn nearest_code<const G: usize>(x: Lanes<G>) -> Lanes<G> {
+    climb(x, 0.0, |_, _| 1.0)
+}
+
+/// Climbs the values for as long as `x` is not below the middle of this and the next, and adds a step
+/// for each.
+#[inline(always)]
+fn climb<const G: usize>(x: Lanes<G>, start: f32, step: impl Fn(f32, f32) -> f32) -> Lanes<G> {
+    let mut at = Lanes::all(start);
+    for pair in VALUES.windows(2) {
+        let (low, high) = (pair[0] as f32, pair[1] as f32);
+        let below = x.lt(Lanes::all((low + high) / 2.0));
+        at = at + below.select(Lanes::ZERO, Lanes::all(step(low, high)));
     }
+    at
+}
+
+/// Codes a group of 32 under scale `d`.
+pub(super) fn code(x: &[f32], d: f32, qs: &mut [u8]) {
+    let inv = Lanes::all(search::inverse(d));
+    let mut q = [0; 32];
+    search::ungroup(&groups::<8, 4>(x).map(|x| nearest_code(inv * x)), &mut q);
     pack::<4>(&q, 0, qs);
 }

@@ -5,8 +5,9 @@
 //! `scales_l[s / 2]`, low for even `s`; the upper 2 bits are in `scales_h`, at bit `2 · s`
 //! (llama.cpp, `block_iq4_xs`).
 
-use super::bits::idot;
-use super::search::{self, groups, nearest};
+use super::bits::{idot, nearest};
+use super::lanes::Lanes;
+use super::search::{self, Search, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot, iq4_nl, parts};
 use half::f16;
 
@@ -86,28 +87,25 @@ impl IntBlock for Iq4Xs {
 }
 
 impl Encode for Iq4Xs {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode(x, importance);
+            *out = encode::<S>(x, importance);
         }
     }
 }
 
-#[inline(always)]
-fn encode(x: &[f32], importance: Option<&[f32]>) -> Iq4Xs {
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Iq4Xs {
     let xs = groups::<32, 8>(x);
     let w = match importance {
         None => search::squares(&xs),
         Some(columns) => {
-            let s = search::sum_of_squares(x) * (2.0 / 256.0);
+            let s = Lanes::all(search::sum_of_squares(x) * (2.0 / 256.0));
             search::weigh(&xs, &groups(columns), s)
         }
     };
-    let scales = iq4_nl::fit(&xs, &w);
-    let ([peak], _) = search::peak(&groups::<8, 1>(&scales));
-    let d = -peak / 32.0;
-    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let scales = S::values(&xs, &w).0;
+    let d = -search::peak_of(&scales) / 32.0;
+    let inv = search::inverse(d);
     let mut block = Iq4Xs {
         d: f16::from_f32_const(d),
         scales_h: 0,

@@ -23,6 +23,7 @@ pub mod bits;
 pub mod float;
 pub mod iq4_nl;
 pub mod iq4_xs;
+pub mod lanes;
 pub mod q2_k;
 pub mod q3_k;
 pub mod q4_0;
@@ -39,6 +40,7 @@ pub mod search;
 mod tests;
 
 pub use act::{Act, ActKind, IntAct};
+pub use search::Search;
 
 /// One block of a weight format, exactly as it lies in a file (little-endian).
 pub trait Block: bytemuck::Pod + Send + Sync {
@@ -67,7 +69,9 @@ pub trait Encode: Block {
     ///
     /// Without importance blocks do not know of each other, so that `x` may be any number of whole
     /// blocks. With it, some formats judge a weight by the mean square of its row.
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]);
+    ///
+    /// `S` is who does the searching: any gives the same bytes.
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]);
 }
 
 /// The floats of each block of a row, with the importance of their columns.
@@ -140,14 +144,13 @@ fn decode_row<B: Block>(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-#[inline(always)]
-fn encode_row<B: Encode>(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+fn encode_row<B: Encode, S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     if let Ok(blocks) = bytemuck::try_cast_slice_mut(out) {
-        B::encode_row(x, importance, blocks);
+        B::encode_row::<S>(x, importance, blocks);
     } else {
         // Bytes at an odd address.
         let mut blocks = vec![B::zeroed(); out.len() / size_of::<B>()];
-        B::encode_row(x, importance, &mut blocks);
+        B::encode_row::<S>(x, importance, &mut blocks);
         out.copy_from_slice(bytemuck::cast_slice(&blocks));
     }
 }
@@ -202,17 +205,17 @@ macro_rules! formats {
                 match self { $( Format::$variant => decode_row::<$block>(bytes, out), )* }
             }
 
-            /// Quantizes a row of weights ([`Encode::encode_row`]).
+            /// Quantizes a row of weights ([`Encode::encode_row`]), with [`Plain`](search::Plain) or
+            /// a faster [`Search`].
             ///
             /// `x`: `(k)`; `importance`: `(k)`, one weight a column; `out`: the row's bytes.
             ///
             /// # Panics
             /// If the lengths do not belong together.
-            #[inline(always)]
-            pub fn encode(self, x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+            pub fn encode<S: Search>(self, x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
                 assert_eq!(out.len(), self.row_bytes(x.len()));
                 assert!(importance.is_none_or(|w| w.len() == x.len()));
-                match self { $( Format::$variant => encode_row::<$block>(x, importance, out), )* }
+                match self { $( Format::$variant => encode_row::<$block, S>(x, importance, out), )* }
             }
 
             /// The scalar dot product of one row with one token's activations ([`Block::dot`]).

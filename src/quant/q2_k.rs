@@ -5,8 +5,9 @@
 //! of `scales` is the scale of sub-block `s` in its low and the minimum in its high nibble
 //! (llama.cpp, `block_q2_K`).
 
-use super::bits::{idot, pack, unpack};
-use super::search::{self, Tries, WEIGHTED, groups, nearest};
+use super::bits::{idot, nearest, pack, unpack};
+use super::lanes::Lanes;
+use super::search::{self, Search, Tries, WEIGHTED, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
@@ -95,32 +96,31 @@ const PLAIN: Tries = Tries {
 };
 
 impl Encode for Q2_K {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode(x, importance);
+            *out = encode::<S>(x, importance);
         }
     }
 }
 
-#[inline(always)]
-fn encode(x: &[f32], importance: Option<&[f32]>) -> Q2_K {
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Q2_K {
     let xs = groups::<16, 16>(x);
     // Each sub-block's scale and minimum, then these numbers' own scales and 4-bit codes.
     let (d, dmin, sc, m, fit);
     match importance {
         None => {
-            let w = xs.map(|x| x.map(f32::abs));
-            fit = search::affine(&xs, &w, 3, PLAIN);
-            (d, sc) = scale_codes(&fit.scale);
-            (dmin, m) = scale_codes(&fit.min.map(|m| -m));
+            let w = xs.map(Lanes::abs);
+            fit = S::affine(&xs, &w, 3, PLAIN);
+            (d, sc) = scale_codes(&fit.scale.0);
+            (dmin, m) = scale_codes(&fit.min.0.map(|m| -m));
         }
         Some(columns) => {
-            let w = search::weigh(&xs, &groups(columns), search::sum_of_squares(x) / 256.0);
-            fit = search::affine(&xs, &w, 3, WEIGHTED);
-            let w = search::sums(&w);
-            (d, sc) = search::positive(&fit.scale, &w, 15);
-            (dmin, m) = search::positive(&fit.min.map(|m| -m), &w, 15);
+            let s = Lanes::all(search::sum_of_squares(x) / 256.0);
+            let w = search::weigh(&xs, &groups(columns), s);
+            fit = S::affine(&xs, &w, 3, WEIGHTED);
+            let w = search::sums(&w).0;
+            (d, sc) = search::positive(&fit.scale.0, &w, 15);
+            (dmin, m) = search::positive(&fit.min.0.map(|m| -m), &w, 15);
         }
     }
     let mut block = Q2_K {

@@ -6,8 +6,9 @@
 //! `s < 8`; the high 2 bits are in `scales[8 + s % 4]`, at bit `2 · (s / 4)`
 //! (llama.cpp, `block_q3_K`).
 
-use super::bits::{idot, pack, unpack};
-use super::search::{self, groups, nearest};
+use super::bits::{idot, nearest, pack, unpack};
+use super::lanes::Lanes;
+use super::search::{self, Search, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
@@ -89,41 +90,41 @@ impl IntBlock for Q3_K {
 }
 
 impl Encode for Q3_K {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode(x, importance);
+            *out = encode::<S>(x, importance);
         }
     }
 }
 
-#[inline(always)]
-fn encode(x: &[f32], importance: Option<&[f32]>) -> Q3_K {
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Q3_K {
     let xs = groups::<16, 16>(x);
     // Each sub-block's scale, then the scales' own scale and 6-bit codes (plus 32).
     let (d, sc, codes);
     match importance {
         None => {
             let scales;
-            (scales, codes) = search::descend(&xs, 4);
-            let ([peak], _) = search::peak(&groups::<16, 1>(&scales));
+            (scales, codes) = S::descend(&xs, 4);
+            let peak = search::peak_of(&scales.0);
             if peak != 0.0 {
                 let inv = -32.0 / peak;
                 d = 1.0 / inv;
-                sc = scales.map(|s| ((nearest(inv * s) as i8).clamp(-32, 31) + 32) as u8);
+                sc = scales
+                    .0
+                    .map(|s| ((nearest(inv * s) as i8).clamp(-32, 31) + 32) as u8);
             } else {
                 (d, sc) = (0.0, [0; 16]);
             }
         }
         Some(columns) => {
-            let s = 2.0 * search::sum_of_squares(x) / 256.0;
+            let s = Lanes::all(2.0 * search::sum_of_squares(x) / 256.0);
             let w = search::weigh(&xs, &groups(columns), s);
             let scales;
-            (scales, codes) = search::symmetric(&xs, &w, 4);
-            let w = groups::<16, 1>(&search::sums(&w));
-            let (scale, code) = search::symmetric(&groups::<16, 1>(&scales), &w, 32);
-            d = scale[0];
-            sc = code.map(|[code]| code);
+            (scales, codes) = S::symmetric(&xs, &w, 4);
+            let w = groups::<16, 1>(&search::sums(&w).0);
+            let (scale, code) = S::symmetric(&groups::<16, 1>(&scales.0), &w, 32);
+            d = scale.0[0];
+            sc = code.map(|code| code.0[0] as u8);
         }
     }
     let mut block = Q3_K {

@@ -4,8 +4,9 @@
 //! Each 32 bytes of `qs` hold two sub-blocks, the first in the low and the second in the high nibbles.
 //! The 6-bit numbers are packed as [`scale_min`] reads them (llama.cpp, `block_q4_K`).
 
-use super::bits::{idot, pack, unpack};
-use super::search::{self, Tries, WEIGHTED, groups, nearest};
+use super::bits::{idot, nearest, pack, unpack};
+use super::lanes::Lanes;
+use super::search::{self, Search, Tries, WEIGHTED, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
@@ -117,10 +118,9 @@ const PLAIN: Tries = Tries {
 };
 
 impl Encode for Q4_K {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            let (d, dmin, scales, q) = encode(x, importance, 15, PLAIN);
+            let (d, dmin, scales, q) = encode::<S>(x, importance, 15, PLAIN);
             let mut qs = [0; 128];
             for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
                 pack::<4>(q, 0, bytes);
@@ -137,8 +137,7 @@ impl Encode for Q4_K {
 
 /// Encodes Q4_K and Q5_K, whose weights go to `top`: both scales, the packed scales and minimums, and
 /// the weights.
-#[inline(always)]
-pub(super) fn encode(
+pub(super) fn encode<S: Search>(
     x: &[f32],
     importance: Option<&[f32]>,
     top: i32,
@@ -149,24 +148,19 @@ pub(super) fn encode(
     let (d, dmin, sc, m, fit);
     match importance {
         None => {
-            let mean = search::sums(&search::squares(&xs)).map(|s| (s / 32.0).sqrt());
-            let mut w = xs;
-            for w in &mut w {
-                for g in 0..8 {
-                    w[g] = mean[g] + w[g].abs();
-                }
-            }
-            fit = search::affine(&xs, &w, top, plain);
-            (d, sc) = scale_codes(&fit.scale);
-            (dmin, m) = scale_codes(&fit.min.map(|m| -m));
+            let mean = (search::sums(&search::squares(&xs)) / Lanes::all(32.0)).sqrt();
+            let w = xs.map(|x| mean + x.abs());
+            fit = S::affine(&xs, &w, top, plain);
+            (d, sc) = scale_codes(&fit.scale.0);
+            (dmin, m) = scale_codes(&fit.min.0.map(|m| -m));
         }
         Some(columns) => {
-            let s = 2.0 * search::sum_of_squares(x) / 256.0;
+            let s = Lanes::all(2.0 * search::sum_of_squares(x) / 256.0);
             let w = search::weigh(&xs, &groups(columns), s);
-            fit = search::affine(&xs, &w, top, WEIGHTED);
-            let w = search::sums(&w);
-            (d, sc) = search::positive(&fit.scale, &w, 63);
-            (dmin, m) = search::positive(&fit.min.map(|m| -m), &w, 63);
+            fit = S::affine(&xs, &w, top, WEIGHTED);
+            let w = search::sums(&w).0;
+            (d, sc) = search::positive(&fit.scale.0, &w, 63);
+            (dmin, m) = search::positive(&fit.min.0.map(|m| -m), &w, 63);
         }
     }
     let (d, dmin) = (f16::from_f32_const(d), f16::from_f32_const(dmin));

@@ -5,7 +5,8 @@
 //! (llama.cpp, `block_q5_0`).
 
 use super::bits::{idot, pack, truncate, unpack};
-use super::search::{self, groups};
+use super::lanes::Lanes;
+use super::search::{self, Search, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -74,22 +75,23 @@ impl IntBlock for Q5_0 {
 }
 
 impl Encode for Q5_0 {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         let Some(columns) = importance else {
             for (x, out) in x.chunks_exact(32).zip(out) {
                 *out = plain(x);
             }
             return;
         };
-        let mean_square = search::sum_of_squares(x) / x.len() as f32;
+        let mean_square = Lanes::all(search::sum_of_squares(x) / x.len() as f32);
         let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
         for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
             let x = groups::<32, 8>(x);
             let w = search::weigh(&x, &groups(columns), mean_square);
-            let (d, q) = search::symmetric(&x, &w, 16);
-            for (g, out) in out.iter_mut().enumerate() {
-                *out = block(d[g], &q.map(|q| q[g]));
+            let (d, codes) = S::symmetric(&x, &w, 16);
+            let mut q = [0; 8 * 32];
+            search::ungroup(&codes, &mut q);
+            for ((q, d), out) in q.as_chunks().0.iter().zip(d.0).zip(out) {
+                *out = block(d, q);
             }
         }
     }
@@ -98,9 +100,8 @@ impl Encode for Q5_0 {
 /// Without importance: the value of largest magnitude becomes -16 exactly, the others are rounded.
 #[inline(always)]
 fn plain(x: &[f32]) -> Q5_0 {
-    let ([peak], _) = search::peak(&groups::<32, 1>(x));
-    let d = peak / -16.0;
-    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let d = search::peak_of(x) / -16.0;
+    let inv = search::inverse(d);
     let mut q = [0; 32];
     for (q, x) in q.iter_mut().zip(x) {
         *q = (truncate(x * inv + 16.5) as i8).min(31) as u8;

@@ -5,7 +5,7 @@
 //! (llama.cpp, `block_q5_K`).
 
 use super::bits::{pack, unpack};
-use super::search::Tries;
+use super::search::{Search, Tries};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts, q4_k};
 use half::f16;
 
@@ -76,10 +76,9 @@ const PLAIN: Tries = Tries {
 };
 
 impl Encode for Q5_K {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            let (d, dmin, scales, q) = q4_k::encode(x, importance, 31, PLAIN);
+            let (d, dmin, scales, q) = q4_k::encode::<S>(x, importance, 31, PLAIN);
             let (mut qh, mut qs) = ([0; 32], [0; 128]);
             for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
                 pack::<4>(q, 0, bytes);

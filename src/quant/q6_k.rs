@@ -4,8 +4,8 @@
 //! In two halves of 128 weights: 64 bytes of `ql` hold the low nibbles (weights 0..64 low, 64..128
 //! high), 32 bytes of `qh` the upper 2 bits, laid out as in [`super::q2_k`] (llama.cpp, `block_q6_K`).
 
-use super::bits::{idot, pack, unpack};
-use super::search::{self, groups, nearest};
+use super::bits::{idot, nearest, pack, unpack};
+use super::search::{self, Search, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
@@ -82,31 +82,29 @@ impl IntBlock for Q6_K {
 }
 
 impl Encode for Q6_K {
-    #[inline(always)]
-    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
         for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode(x, importance);
+            *out = encode::<S>(x, importance);
         }
     }
 }
 
-#[inline(always)]
-fn encode(x: &[f32], importance: Option<&[f32]>) -> Q6_K {
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Q6_K {
     let xs = groups::<16, 16>(x);
     // Importance is taken as it is: with 6 bits, how large a weight is matters little.
     let w = match importance {
         None => search::squares(&xs),
         Some(columns) => groups(columns),
     };
-    let (scales, codes) = search::symmetric(&xs, &w, 32);
-    let ([peak], [size]) = search::peak(&groups::<16, 1>(&scales));
+    let (scales, codes) = S::symmetric(&xs, &w, 32);
+    let peak = search::peak_of(&scales.0);
     let mut block: Q6_K = bytemuck::Zeroable::zeroed();
-    if size < search::TINY {
+    if peak.abs() < search::TINY {
         return block;
     }
     let inv = -128.0 / peak;
     block.d = f16::from_f32_const(1.0 / inv);
-    block.scales = scales.map(|s| nearest(inv * s).min(127) as i8);
+    block.scales = scales.0.map(|s| nearest(inv * s).min(127) as i8);
 
     // The scales were rounded: round the weights again, to what will be decoded.
     let mut q = [0; 256];

@@ -1,6 +1,7 @@
 //! Q8_0: 32 weights of 8 bits, one f16 scale. `w = d · q` (llama.cpp, `block_q8_0`).
 
 use super::bits::truncate;
+use super::search::{Search, inverse};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -52,14 +53,13 @@ impl IntBlock for Q8_0 {
 }
 
 impl Encode for Q8_0 {
-    #[inline(always)]
-    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [Self]) {
+    fn encode_row<S: Search>(x: &[f32], _importance: Option<&[f32]>, out: &mut [Self]) {
         for (x, out) in x.chunks_exact(32).zip(out) {
             let max = x
                 .iter()
                 .fold(0.0, |m, x| if m > x.abs() { m } else { x.abs() });
             let d = max / 127.0;
-            let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+            let inv = inverse(d);
             let mut qs = [0; 32];
             for (q, x) in qs.iter_mut().zip(x) {
                 *q = truncate(round(x * inv)) as i8;

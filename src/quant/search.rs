@@ -8,32 +8,53 @@
 //!
 //! That order is sequential within a group, so a group cannot be spread over the lanes of a
 //! register. Groups can: every search works on `G` groups at once, transposed ([`Groups`]), one lane
-//! each, with selections instead of branches. The loops over `g` are what a compiler vectorizes.
+//! each, with selections instead of branches.
 
-/// `G` groups of `N` values, transposed: `x[i][g]` is value `i` of group `g`.
-pub type Groups<const N: usize, const G: usize> = [[f32; G]; N];
+use super::bits::nearest;
+use super::iq4_nl;
+use super::lanes::Lanes;
 
-/// Largest magnitude that counts as a group of zeros.
+/// `G` groups of `N` values, transposed: lane `g` of `x[i]` is value `i` of group `g`.
+pub type Groups<const N: usize, const G: usize> = [Lanes<G>; N];
+
+/// A group whose largest magnitude is below this counts as zeros.
 pub const TINY: f32 = 1e-15;
 
 /// Transposes groups that lie one after the other. What `x` lacks is zero.
 #[inline(always)]
 pub fn groups<const N: usize, const G: usize>(x: &[f32]) -> Groups<N, G> {
-    let mut out = [[0.0; G]; N];
+    let mut out = [Lanes::ZERO; N];
     for (g, x) in x.chunks_exact(N).enumerate() {
-        for (i, x) in x.iter().enumerate() {
-            out[i][g] = *x;
+        for (out, x) in out.iter_mut().zip(x) {
+            out.0[g] = *x;
         }
     }
     out
 }
 
-/// The inverse of [`groups`], for codes; stops where `out` does.
+/// The floats of every 8 blocks of 32 of a row, with the importance of their columns; the last may
+/// be fewer.
 #[inline(always)]
-pub fn ungroup<const N: usize, const G: usize>(q: &[[u8; G]; N], out: &mut [u8]) {
+pub fn eights<'a>(
+    x: &'a [f32],
+    importance: Option<&'a [f32]>,
+) -> impl Iterator<Item = (&'a [f32], Option<&'a [f32]>)> {
+    let starts = (0..).step_by(8 * 32);
+    x.chunks(8 * 32)
+        .zip(starts)
+        .map(move |(x, at)| (x, importance.map(|w| &w[at..at + x.len()])))
+}
+
+/// The inverse of [`groups`], for codes.
+///
+/// # Panics
+/// If `out` is longer than `N · G`.
+#[inline(always)]
+pub fn ungroup<const N: usize, const G: usize>(q: &Groups<N, G>, out: &mut [u8]) {
     for (g, out) in out.chunks_exact_mut(N).enumerate() {
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = q[i][g];
+        for (out, q) in out.iter_mut().zip(q) {
+            // Through i32: a cast of a float straight to u8 checks more than is needed.
+            *out = q.0[g] as i32 as u8;
         }
     }
 }
@@ -48,68 +69,130 @@ pub fn sum_of_squares(x: &[f32]) -> f32 {
     sum
 }
 
-/// The integer nearest to `x`, halves to even, for `|x| < 2²²`; what else comes out is arbitrary, but
-/// the same as the reference's and in `-2²²..2²²`.
-#[inline(always)]
-pub fn nearest(x: f32) -> i32 {
-    // 1.5·2²³ leaves the integer in the low mantissa bits, with an offset of 2²².
-    ((x + 12_582_912.0).to_bits() & 0x7f_ffff) as i32 - 0x40_0000
-}
-
 /// Importance of each value, from its column's importance and its own size: `c · √(s + x²)`, where
 /// `s` is a mean square that keeps small values from being worth nothing.
 #[inline(always)]
 pub fn weigh<const N: usize, const G: usize>(
     x: &Groups<N, G>,
     columns: &Groups<N, G>,
-    s: f32,
+    s: Lanes<G>,
 ) -> Groups<N, G> {
-    let mut w = [[0.0; G]; N];
-    for i in 0..N {
-        for g in 0..G {
-            w[i][g] = columns[i][g] * (s + x[i][g] * x[i][g]).sqrt();
-        }
+    let mut w = *columns;
+    for (w, &x) in w.iter_mut().zip(x) {
+        *w = *w * (s + x * x).sqrt();
     }
     w
 }
 
-/// `x²` as importance: large values matter most.
+/// `x²`, the importance where no other is known: large values matter most.
 #[inline(always)]
 pub fn squares<const N: usize, const G: usize>(x: &Groups<N, G>) -> Groups<N, G> {
-    let mut w = [[0.0; G]; N];
-    for i in 0..N {
-        for g in 0..G {
-            w[i][g] = x[i][g] * x[i][g];
-        }
-    }
-    w
+    x.map(|x| x * x)
 }
 
 /// The sum of each group's values, in order.
 #[inline(always)]
-pub fn sums<const N: usize, const G: usize>(x: &Groups<N, G>) -> [f32; G] {
-    let mut sum = [0.0; G];
-    for x in x {
-        for g in 0..G {
-            sum[g] += x[g];
-        }
-    }
-    sum
+pub fn sums<const N: usize, const G: usize>(x: &Groups<N, G>) -> Lanes<G> {
+    x.iter().fold(Lanes::ZERO, |sum, &x| sum + x)
 }
 
-/// The value of largest magnitude of each group (the first, if several) and that magnitude.
+/// The value of largest magnitude of each group (the first, if several), and that magnitude.
 #[inline(always)]
-pub fn peak<const N: usize, const G: usize>(x: &Groups<N, G>) -> ([f32; G], [f32; G]) {
-    let (mut at, mut size) = ([0.0; G], [0.0; G]);
-    for x in x {
-        for g in 0..G {
-            let a = x[g].abs();
-            let up = a > size[g];
-            size[g] = if up { a } else { size[g] };
-            at[g] = if up { x[g] } else { at[g] };
+pub fn peak<const N: usize, const G: usize>(x: &Groups<N, G>) -> (Lanes<G>, Lanes<G>) {
+    let (mut peak, mut size) = (Lanes::ZERO, Lanes::ZERO);
+    for &x in x {
+        let up = x.abs().gt(size);
+        size = up.select(x.abs(), size);
+        peak = up.select(x, peak);
+    }
+    (peak, size)
+}
+
+/// [`peak`] of values in a row.
+#[inline(always)]
+pub fn peak_of(x: &[f32]) -> f32 {
+    let (mut peak, mut size) = (0.0, 0.0);
+    for &x in x {
+        if x.abs() > size {
+            (peak, size) = (x, x.abs());
         }
     }
-    (at, size)
+    peak
+}
+
+/// `1 / d`, but 0 for 0.
+#[inline(always)]
+pub fn inverse(d: f32) -> f32 {
+    if d != 0.0 { 1.0 / d } else { 0.0 }
+}
+
+/// Where an encoder's time goes: four searches over groups of values.
+///
+/// [`Plain`] compiles them for the CPU that the program is compiled for. The same bodies, compiled
+/// for a better one, are a better `Search` with the same answers.
+pub trait Search {
+    /// [`affine`].
+    fn affine<const N: usize, const G: usize>(
+        x: &Groups<N, G>,
+        w: &Groups<N, G>,
+        top: i32,
+        tries: Tries,
+    ) -> Affine<N, G>;
+
+    /// [`symmetric`].
+    fn symmetric<const N: usize, const G: usize>(
+        x: &Groups<N, G>,
+        w: &Groups<N, G>,
+        half: i32,
+    ) -> (Lanes<G>, Groups<N, G>);
+
+    /// [`descend`].
+    fn descend<const N: usize, const G: usize>(
+        x: &Groups<N, G>,
+        half: i32,
+    ) -> (Lanes<G>, Groups<N, G>);
+
+    /// [`iq4_nl::fit`].
+    fn values<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -> Lanes<G>;
+}
+
+/// The searches as they are. Never inlined: a compiler that knows the number of tries unrolls them
+/// all, and takes minutes for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain;
+
+impl Search for Plain {
+    #[inline(never)]
+    fn affine<const N: usize, const G: usize>(
+        x: &Groups<N, G>,
+        w: &Groups<N, G>,
+        top: i32,
+        tries: Tries,
+    ) -> Affine<N, G> {
+        affine(x, w, top, tries)
+    }
+
+    #[inline(never)]
+    fn symmetric<const N: usize, const G: usize>(
+        x: &Groups<N, G>,
+        w: &Groups<N, G>,
+        half: i32,
+    ) -> (Lanes<G>, Groups<N, G>) {
+        symmetric(x, w, half)
+    }
+
+    #[inline(never)]
+    fn descend<const N: usize, const G: usize>(
+        x: &Groups<N, G>,
+        half: i32,
+    ) -> (Lanes<G>, Groups<N, G>) {
+        descend(x, half)
+    }
+
+    #[inline(never)]
+    fn values<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -> Lanes<G> {
+        iq4_nl::fit(x, w)
+    }
 }
 
 /// What to try in [`affine`].
@@ -133,15 +216,15 @@ pub const WEIGHTED: Tries = Tries {
     absolute: false,
 };
 
-/// What a search found: `x ≈ scale · q + min`, of each group.
+/// What a search found for each group: `x ≈ scale · q + min`.
 #[derive(Clone, Copy, Debug)]
 pub struct Affine<const N: usize, const G: usize> {
     /// Scale; 0 for a group of one single value.
-    pub scale: [f32; G],
+    pub scale: Lanes<G>,
     /// Minimum, never above 0.
-    pub min: [f32; G],
+    pub min: Lanes<G>,
     /// Codes, `0..=top`.
-    pub q: [[u8; G]; N],
+    pub q: Groups<N, G>,
 }
 
 /// Finds a scale and a minimum for codes `0..=top`, with importance `w`.
@@ -156,99 +239,71 @@ pub fn affine<const N: usize, const G: usize>(
     tries: Tries,
 ) -> Affine<N, G> {
     let (mut low, mut high) = (x[0], x[0]);
-    let (mut sum_w, mut sum_x) = ([0.0; G], [0.0; G]);
-    for i in 0..N {
-        for g in 0..G {
-            let (x, w) = (x[i][g], w[i][g]);
-            low[g] = if x < low[g] { x } else { low[g] };
-            high[g] = if x > high[g] { x } else { high[g] };
-            sum_w[g] += w;
-            sum_x[g] += w * x;
-        }
+    let (mut sum_w, mut sum_x) = (Lanes::ZERO, Lanes::ZERO);
+    for (&x, &w) in x.iter().zip(w) {
+        low = x.lt(low).select(x, low);
+        high = x.gt(high).select(x, high);
+        sum_w = sum_w + w;
+        sum_x = sum_x + w * x;
     }
-    for g in 0..G {
-        // Zero is always in the range.
-        low[g] = if low[g] > 0.0 { 0.0 } else { low[g] };
-    }
+    // Zero is always in the range.
+    low = low.gt(Lanes::ZERO).select(Lanes::ZERO, low);
+    let flat = high.eq(low);
 
-    let (mut inv, mut scale, mut min) = ([0.0; G], [0.0; G], low);
-    for g in 0..G {
-        inv[g] = top as f32 / (high[g] - low[g]);
-        scale[g] = 1.0 / inv[g];
-    }
-    let mut q = [[0.0; G]; N];
-    affine_codes(x, &low, &inv, top, &mut q);
-    let mut best = affine_error(x, w, &q, &scale, &min, tries.absolute);
+    let mut inv = Lanes::all(top as f32) / (high - low);
+    let (mut scale, mut min) = (Lanes::all(1.0) / inv, low);
+    let mut q = [Lanes::ZERO; N];
+    affine_codes(x, min, inv, top, &mut q);
+    let mut best = affine_error(x, w, &q, scale, min, tries.absolute);
     // What the best codes were rounded with.
     let (mut best_inv, mut best_low) = (inv, low);
 
     for t in 0..=tries.more {
-        let steps = tries.from + tries.by * t as f32 + top as f32;
         // The range is counted from the best minimum so far, not from the smallest value.
-        for g in 0..G {
-            inv[g] = steps / (high[g] - min[g]);
-        }
-        affine_codes(x, &min, &inv, top, &mut q);
-        let (mut sum_q, mut sum_qq, mut sum_xq) = ([0.0; G], [0.0; G], [0.0; G]);
+        let steps = tries.from + tries.by * t as f32 + top as f32;
+        inv = Lanes::all(steps) / (high - min);
+        affine_codes(x, min, inv, top, &mut q);
+        let (mut sum_q, mut sum_qq, mut sum_xq) = (Lanes::ZERO, Lanes::ZERO, Lanes::ZERO);
         for i in 0..N {
-            for g in 0..G {
-                let wq = w[i][g] * q[i][g];
-                sum_q[g] += wq;
-                sum_qq[g] += wq * q[i][g];
-                sum_xq[g] += wq * x[i][g];
-            }
+            let wq = w[i] * q[i];
+            sum_q = sum_q + wq;
+            sum_qq = sum_qq + wq * q[i];
+            sum_xq = sum_xq + wq * x[i];
         }
-        let (mut det, mut this_scale, mut this_min) = ([0.0; G], [0.0; G], [0.0; G]);
-        for g in 0..G {
-            det[g] = sum_w[g] * sum_qq[g] - sum_q[g] * sum_q[g];
-            let s = (sum_w[g] * sum_xq[g] - sum_x[g] * sum_q[g]) / det[g];
-            let m = (sum_qq[g] * sum_x[g] - sum_q[g] * sum_xq[g]) / det[g];
-            let through_zero = sum_xq[g] / sum_qq[g];
-            this_scale[g] = if m > 0.0 { through_zero } else { s };
-            this_min[g] = if m > 0.0 { 0.0 } else { m };
-        }
-        let error = affine_error(x, w, &q, &this_scale, &this_min, tries.absolute);
-        for g in 0..G {
-            let better = det[g] > 0.0 && error[g] < best[g];
-            best[g] = if better { error[g] } else { best[g] };
-            best_low[g] = if better { min[g] } else { best_low[g] };
-            scale[g] = if better { this_scale[g] } else { scale[g] };
-            min[g] = if better { this_min[g] } else { min[g] };
-            best_inv[g] = if better { inv[g] } else { best_inv[g] };
-        }
+        let det = sum_w * sum_qq - sum_q * sum_q;
+        let s = (sum_w * sum_xq - sum_x * sum_q) / det;
+        let m = (sum_qq * sum_x - sum_q * sum_xq) / det;
+        let above = m.gt(Lanes::ZERO);
+        let s = above.select(sum_xq / sum_qq, s);
+        let m = above.select(Lanes::ZERO, m);
+        let error = affine_error(x, w, &q, s, m, tries.absolute);
+
+        let better = det.gt(Lanes::ZERO) & error.lt(best);
+        best = better.select(error, best);
+        best_inv = better.select(inv, best_inv);
+        best_low = better.select(min, best_low);
+        scale = better.select(s, scale);
+        min = better.select(m, min);
     }
 
-    affine_codes(x, &best_low, &best_inv, top, &mut q);
-    let mut codes = [[0; G]; N];
-    for i in 0..N {
-        for g in 0..G {
-            codes[i][g] = if high[g] == low[g] { 0 } else { q[i][g] as u8 };
-        }
-    }
-    for g in 0..G {
-        if high[g] == low[g] {
-            (scale[g], min[g]) = (0.0, low[g]);
-        }
-    }
+    affine_codes(x, best_low, best_inv, top, &mut q);
     Affine {
-        scale,
-        min,
-        q: codes,
+        scale: flat.select(Lanes::ZERO, scale),
+        min: flat.select(low, min),
+        q: q.map(|q| flat.select(Lanes::ZERO, q)),
     }
 }
 
 #[inline(always)]
 fn affine_codes<const N: usize, const G: usize>(
     x: &Groups<N, G>,
-    low: &[f32; G],
-    inv: &[f32; G],
+    low: Lanes<G>,
+    inv: Lanes<G>,
     top: i32,
     q: &mut Groups<N, G>,
 ) {
-    for i in 0..N {
-        for g in 0..G {
-            q[i][g] = nearest(inv[g] * (x[i][g] - low[g])).min(top).max(0) as f32;
-        }
+    for (q, &x) in q.iter_mut().zip(x) {
+        *q = (inv * (x - low)).round_within(0, top);
     }
 }
 
@@ -257,16 +312,14 @@ fn affine_error<const N: usize, const G: usize>(
     x: &Groups<N, G>,
     w: &Groups<N, G>,
     q: &Groups<N, G>,
-    scale: &[f32; G],
-    min: &[f32; G],
+    scale: Lanes<G>,
+    min: Lanes<G>,
     absolute: bool,
-) -> [f32; G] {
-    let mut error = [0.0; G];
+) -> Lanes<G> {
+    let mut error = Lanes::ZERO;
     for i in 0..N {
-        for g in 0..G {
-            let e = scale[g] * q[i][g] + min[g] - x[i][g];
-            error[g] += w[i][g] * if absolute { e.abs() } else { e * e };
-        }
+        let e = scale * q[i] + min - x[i];
+        error = error + w[i] * if absolute { e.abs() } else { e * e };
     }
     error
 }
@@ -280,54 +333,37 @@ pub fn symmetric<const N: usize, const G: usize>(
     x: &Groups<N, G>,
     w: &Groups<N, G>,
     half: i32,
-) -> ([f32; G], [[u8; G]; N]) {
+) -> (Lanes<G>, Groups<N, G>) {
     let (peak, size) = peak(x);
-    let mut inv = [0.0; G];
-    let (mut scale, mut best, mut best_inv) = ([0.0; G], [0.0; G], [0.0; G]);
-    // The plain aim first, then 18 others: the reference's order decides between equals.
+    let (mut scale, mut best, mut best_inv) = (Lanes::ZERO, Lanes::ZERO, Lanes::ZERO);
+    // The plain aim first, then 18 others: the order decides between equals.
     for t in std::iter::once(0).chain(-9..0).chain(1..=9) {
-        let aim = -(half as f32 + 0.1 * t as f32);
-        for g in 0..G {
-            inv[g] = aim / peak[g];
+        let inv = Lanes::all(-(half as f32 + 0.1 * t as f32)) / peak;
+        let (mut sum_xq, mut sum_qq) = (Lanes::ZERO, Lanes::ZERO);
+        for (&x, &w) in x.iter().zip(w) {
+            let q = (inv * x).round_within(-half, half - 1);
+            sum_xq = sum_xq + w * x * q;
+            sum_qq = sum_qq + w * q * q;
         }
-        let (mut sum_xq, mut sum_qq) = ([0.0; G], [0.0; G]);
-        for i in 0..N {
-            for g in 0..G {
-                let q = symmetric_code(inv[g] * x[i][g], half) as f32;
-                sum_xq[g] += w[i][g] * x[i][g] * q;
-                sum_qq[g] += w[i][g] * q * q;
-            }
-        }
-        for g in 0..G {
-            let s = sum_xq[g] / sum_qq[g];
-            let (better, s) = if t == 0 {
-                (true, if sum_qq[g] == 0.0 { 0.0 } else { s })
-            } else {
-                let ahead = sum_xq[g] * sum_xq[g] > best[g] * sum_qq[g];
-                (sum_qq[g] > 0.0 && ahead, s)
-            };
-            scale[g] = if better { s } else { scale[g] };
-            best[g] = if better { s * sum_xq[g] } else { best[g] };
-            best_inv[g] = if better { inv[g] } else { best_inv[g] };
+        let s = sum_xq / sum_qq;
+        if t == 0 {
+            scale = sum_qq.eq(Lanes::ZERO).select(Lanes::ZERO, s);
+            best = scale * sum_xq;
+            best_inv = inv;
+        } else {
+            let better = sum_qq.gt(Lanes::ZERO) & (sum_xq * sum_xq).gt(best * sum_qq);
+            scale = better.select(s, scale);
+            best = better.select(s * sum_xq, best);
+            best_inv = better.select(inv, best_inv);
         }
     }
 
-    let mut codes = [[0; G]; N];
-    for i in 0..N {
-        for g in 0..G {
-            let q = (symmetric_code(best_inv[g] * x[i][g], half) + half) as u8;
-            codes[i][g] = if size[g] < TINY { 0 } else { q };
-        }
-    }
-    for g in 0..G {
-        scale[g] = if size[g] < TINY { 0.0 } else { scale[g] };
-    }
-    (scale, codes)
-}
-
-#[inline(always)]
-fn symmetric_code(x: f32, half: i32) -> i32 {
-    nearest(x).min(half - 1).max(-half)
+    let zero = size.lt(Lanes::all(TINY));
+    let code = |x: Lanes<G>| {
+        let q = (best_inv * x).round_within(-half, half - 1);
+        zero.select(Lanes::ZERO, q + Lanes::all(half as f32))
+    };
+    (zero.select(Lanes::ZERO, scale), x.map(code))
 }
 
 /// Finds a scale for codes `-half..half` by descent, with importance `x²`: scales and codes plus
@@ -339,39 +375,32 @@ fn symmetric_code(x: f32, half: i32) -> i32 {
 pub fn descend<const N: usize, const G: usize>(
     x: &Groups<N, G>,
     half: i32,
-) -> ([f32; G], [[u8; G]; N]) {
+) -> (Lanes<G>, Groups<N, G>) {
     let (peak, size) = peak(x);
-    let (mut sum_xq, mut sum_qq) = ([0.0; G], [0.0; G]);
-    let mut q = [[0.0; G]; N];
-    for i in 0..N {
-        for g in 0..G {
-            let x = x[i][g];
-            let inv = -half as f32 / peak[g];
-            q[i][g] = symmetric_code(inv * x, half) as f32;
-            sum_xq[g] += x * x * x * q[i][g];
-            sum_qq[g] += x * x * q[i][g] * q[i][g];
-        }
+    let inv = Lanes::all(-half as f32) / peak;
+    let mut q = x.map(|x| (inv * x).round_within(-half, half - 1));
+    let (mut sum_xq, mut sum_qq) = (Lanes::ZERO, Lanes::ZERO);
+    for (&x, &q) in x.iter().zip(&q) {
+        sum_xq = sum_xq + x * x * x * q;
+        sum_qq = sum_qq + x * x * q * q;
     }
     for _ in 0..5 {
         let mut moved = false;
-        for i in 0..N {
-            for g in 0..G {
-                let (x, old) = (x[i][g], q[i][g]);
-                let w = x * x;
-                let xq = sum_xq[g] - w * x * old;
-                let qq = sum_qq[g] - w * old * old;
-                let new = symmetric_code(x * qq / xq, half) as f32;
-                let new_xq = xq + w * x * new;
-                let new_qq = qq + w * new * new;
-                let better = xq > 0.0
-                    && new != old
-                    && new_qq > 0.0
-                    && new_xq * new_xq * sum_qq[g] > sum_xq[g] * sum_xq[g] * new_qq;
-                q[i][g] = if better { new } else { old };
-                sum_xq[g] = if better { new_xq } else { sum_xq[g] };
-                sum_qq[g] = if better { new_qq } else { sum_qq[g] };
-                moved |= better;
-            }
+        for (&x, q) in x.iter().zip(&mut q) {
+            let (w, old) = (x * x, *q);
+            let xq = sum_xq - w * x * old;
+            let qq = sum_qq - w * old * old;
+            let new = (x * qq / xq).round_within(-half, half - 1);
+            let new_xq = xq + w * x * new;
+            let new_qq = qq + w * new * new;
+            let better = xq.gt(Lanes::ZERO)
+                & new.ne(old)
+                & new_qq.gt(Lanes::ZERO)
+                & (new_xq * new_xq * sum_qq).gt(sum_xq * sum_xq * new_qq);
+            *q = better.select(new, old);
+            sum_xq = better.select(new_xq, sum_xq);
+            sum_qq = better.select(new_qq, sum_qq);
+            moved |= better.any();
         }
         // A group that did not move in one round does not in the next: nothing changed for it.
         if !moved {
@@ -379,16 +408,10 @@ pub fn descend<const N: usize, const G: usize>(
         }
     }
 
-    let (mut scale, mut codes) = ([0.0; G], [[0; G]; N]);
-    for g in 0..G {
-        let fit = size[g] >= TINY && sum_qq[g] > 0.0;
-        scale[g] = if fit { sum_xq[g] / sum_qq[g] } else { 0.0 };
-        for i in 0..N {
-            let code = (q[i][g] as i32 + half) as u8;
-            codes[i][g] = if size[g] < TINY { 0 } else { code };
-        }
-    }
-    (scale, codes)
+    let zero = size.lt(Lanes::all(TINY));
+    let code = |q: Lanes<G>| zero.select(Lanes::ZERO, q + Lanes::all(half as f32));
+    let scale = sum_qq.gt(Lanes::ZERO).select(sum_xq / sum_qq, Lanes::ZERO);
+    (zero.select(Lanes::ZERO, scale), q.map(code))
 }
 
 /// Rounds a group to codes `0..=top` of `d·q - m`. With a scale of 0 the codes stay as they are.
@@ -407,22 +430,20 @@ pub fn round_affine(x: &[f32], d: f32, m: f32, top: i32, q: &mut [u8]) {
 pub fn round_symmetric(x: &[f32], d: f32, half: i32, q: &mut [u8]) {
     if d != 0.0 {
         for (q, x) in q.iter_mut().zip(x) {
-            *q = (symmetric_code(x / d, half) + half) as u8;
+            *q = (nearest(x / d).min(half - 1).max(-half) + half) as u8;
         }
     }
 }
 
 /// Finds a scale for non-negative values (the scales or minimums of a block's groups, with the
 /// groups' importance) in codes `0..=top`: the scale and the codes.
-#[inline(always)]
 pub fn positive<const N: usize>(x: &[f32; N], w: &[f32; N], top: i32) -> (f32, [u8; N]) {
     let max = x.iter().fold(0.0, |m, &x| if m > x { m } else { x });
     if max < TINY {
         return (0.0, [0; N]);
     }
     // Which divisor rounds best?
-    let mut inv = top as f32 / max;
-    let mut best = f32::NAN;
+    let (mut inv, mut best) = (0.0, 0.0);
     for t in std::iter::once(0).chain(-4..0).chain(1..=4) {
         let this_inv = (0.1 * t as f32 + top as f32) / max;
         let scale = 1.0 / this_inv;

@@ -1,8 +1,9 @@
 //! Every format against the reference's numbers and against plain arithmetic.
 
 use super::act::{ActMut, Acts, quantize};
+use super::bits::{idot, unpack};
+use super::search::Plain;
 use super::*;
-use crate::quant::bits::{idot, unpack};
 
 /// xorshift: the same numbers on every machine.
 struct Random(u64);
@@ -174,7 +175,7 @@ fn encodes_like_the_reference() {
                 let mut got = vec![0; n + per_row];
                 for (i, want) in want.chunks_exact(per_row).enumerate() {
                     let got = &mut got[i..][..per_row];
-                    format.encode(&rows[i * k..][..k], importance, got);
+                    format.encode::<Plain>(&rows[i * k..][..k], importance, got);
                     assert_eq!(
                         got,
                         want,
@@ -207,10 +208,10 @@ fn no_floats_are_too_bad_to_encode() {
                     })
                     .collect();
                 let mut out = vec![0; format.row_bytes(512)];
-                format.encode(&x, None, &mut out);
-                format.encode(&x, Some(&x), &mut out);
-                format.encode(&x, Some(&[1.0; 512]), &mut out);
-                format.encode(&x, Some(&[0.0; 512]), &mut out);
+                format.encode::<Plain>(&x, None, &mut out);
+                format.encode::<Plain>(&x, Some(&x), &mut out);
+                format.encode::<Plain>(&x, Some(&[1.0; 512]), &mut out);
+                format.encode::<Plain>(&x, Some(&[0.0; 512]), &mut out);
             }
         }
     }
@@ -222,7 +223,7 @@ fn encode_inverts_decode() {
     for (format, _, w) in decode_vectors() {
         let w = &w[..w.len() / 14 * 6]; // the random blocks, not the edges
         let mut raw = vec![0; format.row_bytes(w.len())];
-        format.encode(w, None, &mut raw);
+        format.encode::<Plain>(w, None, &mut raw);
         let raw = Aligned::new(&raw);
         let mut again = vec![0.0; w.len()];
         format.decode(raw.bytes(), &mut again);
