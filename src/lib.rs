@@ -1,6 +1,7 @@
 //! `octet`: a quantized, CPU-first local runner for Mixtral.
 
 pub mod chat;
+pub mod cli;
 pub mod error;
 pub mod gguf;
 pub mod moe;

@@ -1,1 +1,53 @@
-fn main() {}
+//! The `octet` command: parses, dispatches, turns an error into one line and an exit code.
+
+use clap::{Parser, Subcommand};
+use octet::cli;
+use octet::error::{Error, Result};
+use std::process::ExitCode;
+
+/// Runs Mixtral from a GGUF file, on the CPU.
+#[derive(Parser)]
+#[command(name = "octet", version, about, max_term_width = 100, args_conflicts_with_subcommands = true)]
+struct Octet {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    chat: cli::chat::Args,
+}
+
+/// One row per command.
+#[derive(Subcommand)]
+enum Command {
+    Chat(cli::chat::Args),
+    Run(cli::run::Args),
+    Tokenize(cli::tokenize::Args),
+    Detokenize(cli::detokenize::Args),
+    Inspect(cli::inspect::Args),
+    Perplexity(cli::perplexity::Args),
+    Bench(cli::bench::Args),
+}
+
+fn dispatch(octet: &Octet) -> Result<()> {
+    match &octet.command {
+        None => cli::chat::run(&octet.chat),
+        Some(Command::Chat(args)) => cli::chat::run(args),
+        Some(Command::Run(args)) => cli::run::run(args),
+        Some(Command::Tokenize(args)) => cli::tokenize::run(args),
+        Some(Command::Detokenize(args)) => cli::detokenize::run(args),
+        Some(Command::Inspect(args)) => cli::inspect::run(args),
+        Some(Command::Perplexity(args)) => cli::perplexity::run(args),
+        Some(Command::Bench(args)) => cli::bench::run(args),
+    }
+}
+
+fn main() -> ExitCode {
+    match dispatch(&Octet::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has seen enough (`octet run … | head -1`).
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("octet: {e}");
+            ExitCode::from(e.exit_code())
+        }
+    }
+}

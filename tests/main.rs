@@ -1,4 +1,15 @@
 //! The integration tests, one binary.
 
 mod alloc;
+mod chat;
 mod gguf;
+mod model;
+
+use std::path::PathBuf;
+
+/// A file of `tests/data`.
+fn data(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data")
+        .join(name)
+}

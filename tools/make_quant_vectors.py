@@ -15,8 +15,8 @@ encode.bin   rows of floats, importance weights, and the blocks that llama.cpp's
 
 Both are little-endian sequences of records.
 decode.bin:  u32 type id, u32 bytes, u32 floats, the bytes, the floats.
-encode.bin:  first u32 rows, u32 row length, the rows, one row of importance weights; then
-             u32 type id, u32 bytes, the blocks of all rows without weights, and with.
+encode.bin:  u32 rows, u32 row length, u32 types, the rows, one row of importance weights; then of each
+             type u32 type id, u32 bytes, the blocks of all rows without weights, and with.
 """
 
 import argparse
@@ -113,6 +113,28 @@ def decode_blocks(t, rng):
     return b"".join(bytes(b) for b in blocks)
 
 
+def rows(k, rng):
+    """Rows of k floats of every character: (n, k)."""
+    sub = k // 16
+    x = [
+        rng.normal(size=k) * 0.02,
+        rng.standard_t(2, size=k) * 0.01,
+        rng.uniform(0, 1, size=k),
+        -rng.uniform(0, 1, size=k),
+        5 + rng.normal(size=k) * 0.01,
+        rng.normal(size=k) * (rng.random(k) < 0.05),
+        rng.integers(-8, 9, size=k),  # many equal magnitudes
+        np.full(k, -0.37),
+        np.zeros(k),
+        rng.normal(size=k) * 1e-7,  # scales below the smallest f16
+        rng.normal(size=k) * 1e-14,  # around what counts as zero
+        rng.normal(size=k) * 1e-39,  # denormal, with infinite inverses
+        rng.normal(size=k) * 1e7,  # scales beyond the largest f16
+        rng.normal(size=k) * 10.0 ** rng.integers(-9, 1, size=sub).repeat(16),
+    ]
+    return np.array(x, np.float32)
+
+
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     args.add_argument("--ggml", help="llama.cpp's libggml-base.so")
@@ -129,6 +151,18 @@ def main():
                 assert same(x, ggml.decode(t, raw, len(x))), f"{t.name}: gguf-py and ggml disagree"
                 print(f"{t.name}: {len(x)} weights, gguf-py and ggml agree")
             f.write(struct.pack("<III", t.value, len(raw), len(x)) + raw + x.tobytes())
+
+    if not ggml:
+        return
+    with open(os.path.join(args.out, "encode.bin"), "wb") as f:
+        for k in (256, 96):
+            x = rows(k, rng)
+            w = (rng.random(k) ** 4 * (rng.random(k) < 0.9)).astype(np.float32)
+            types = [t for t in F16_AT if k % gguf.GGML_QUANT_SIZES[t][0] == 0]
+            f.write(struct.pack("<III", len(x), k, len(types)) + x.tobytes() + w.tobytes())
+            for t in types:
+                plain, weighted = ggml.encode(t, x, None), ggml.encode(t, x, w)
+                f.write(struct.pack("<II", t.value, len(plain)) + plain + weighted)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,11 @@
 //! From people to tokens and back.
+
+pub mod gguf_vocab;
+pub mod jinja;
+mod json;
+pub mod repl;
+pub mod sampler;
+mod schema;
+pub mod session;
+pub mod template;
+pub mod tokenizer;

@@ -69,6 +69,13 @@ pub struct Scratch {
     pub weight_bytes: u64,
 }
 
+impl Scratch {
+    /// The logits of the last [`Model::forward`], `(rows wanted, n_vocab)`.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+}
+
 impl Model {
     /// Opens a model file's weights.
     ///

@@ -18,6 +18,32 @@ pub fn unpack<const BITS: usize>(bytes: &[u8], lift: usize, out: &mut [i8]) {
     }
 }
 
+/// The inverse of [`unpack`]: the `BITS` bits of each weight from bit `lift` on.
+///
+/// `q`: `(n · 8 / BITS)`; `bytes`: `(n)`, overwritten.
+#[inline(always)]
+pub fn pack<const BITS: usize>(q: &[u8], lift: usize, bytes: &mut [u8]) {
+    debug_assert_eq!(q.len() * BITS, bytes.len() * 8);
+    let mask = (1u8 << BITS) - 1;
+    bytes.fill(0);
+    for (j, q) in q.chunks_exact(bytes.len()).enumerate() {
+        for (b, q) in bytes.iter_mut().zip(q) {
+            *b |= ((q >> lift) & mask) << (BITS * j);
+        }
+    }
+}
+
+/// A float to an integer, toward zero. What does not fit gives `i32::MIN`, as the x86 instruction
+/// does that the reference's casts compile to: tiny values, whose inverse scale is infinite, get there.
+#[inline(always)]
+pub fn truncate(x: f32) -> i32 {
+    if x.abs() < 2_147_483_648.0 {
+        x as i32
+    } else {
+        i32::MIN
+    }
+}
+
 /// The exact dot product of int8 values.
 ///
 /// At most 256 products of magnitude at most 128 · 127 each: far inside `i32`.

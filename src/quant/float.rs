@@ -1,6 +1,6 @@
 //! Float weights (F32, F16, BF16) and the one float dot product of the program.
 
-use super::{Act, Block};
+use super::{Act, Block, Encode};
 use half::{bf16, f16};
 
 /// Partial sums of a float reduction. Element `i` goes to lane `i % 16`, so AVX-512 (one register),
@@ -94,6 +94,31 @@ impl Block for bf16 {
     #[inline(always)]
     fn dot(row: &[bf16], x: Act<'_>) -> f32 {
         dot_with(row, x.floats(), |h| h.map(widen_bf16), widen_bf16)
+    }
+}
+
+impl Encode for f32 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [f32]) {
+        out.copy_from_slice(x);
+    }
+}
+
+impl Encode for f16 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [f16]) {
+        for (x, out) in x.iter().zip(out) {
+            *out = f16::from_f32_const(*x);
+        }
+    }
+}
+
+impl Encode for bf16 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [bf16]) {
+        for (x, out) in x.iter().zip(out) {
+            *out = bf16::from_f32_const(*x);
+        }
     }
 }
 

@@ -6,7 +6,8 @@
 //! (llama.cpp, `block_iq4_xs`).
 
 use super::bits::idot;
-use super::{Act, Block, IntBlock, Terms, int_dot, iq4_nl};
+use super::search::{self, groups, nearest};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, iq4_nl, parts};
 use half::f16;
 
 /// The block.
@@ -82,4 +83,45 @@ impl IntBlock for Iq4Xs {
             msum: 0,
         }
     }
+}
+
+impl Encode for Iq4Xs {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
+            *out = encode(x, importance);
+        }
+    }
+}
+
+#[inline(always)]
+fn encode(x: &[f32], importance: Option<&[f32]>) -> Iq4Xs {
+    let xs = groups::<32, 8>(x);
+    let w = match importance {
+        None => search::squares(&xs),
+        Some(columns) => {
+            let s = search::sum_of_squares(x) * (2.0 / 256.0);
+            search::weigh(&xs, &groups(columns), s)
+        }
+    };
+    let scales = iq4_nl::fit(&xs, &w);
+    let ([peak], _) = search::peak(&groups::<8, 1>(&scales));
+    let d = -peak / 32.0;
+    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let mut block = Iq4Xs {
+        d: f16::from_f32_const(d),
+        scales_h: 0,
+        scales_l: [0; 4],
+        qs: [0; 128],
+    };
+    let subs = x.chunks_exact(32).zip(block.qs.chunks_exact_mut(16));
+    for (s, (x, qs)) in subs.enumerate() {
+        let sc = nearest(inv * scales[s]).clamp(-32, 31);
+        // Under the float scale, not under its f16 as in the K formats: the reference does so.
+        iq4_nl::code(x, d * sc as f32, qs);
+        let sc = (sc + 32) as u8;
+        block.scales_l[s / 2] |= (sc & 15) << (4 * (s % 2));
+        block.scales_h |= (sc as u16 >> 4) << (2 * s);
+    }
+    block
 }

@@ -33,6 +33,7 @@ pub mod q5_1;
 pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
+pub mod search;
 
 #[cfg(test)]
 mod tests;
@@ -54,6 +55,32 @@ pub trait Block: bytemuck::Pod + Send + Sync {
     ///
     /// `row`: `k / WEIGHTS` blocks. `x`: activations of length `k`, of the format's [`ActKind`].
     fn dot(row: &[Self], x: Act<'_>) -> f32;
+}
+
+/// A block that can be made from floats.
+pub trait Encode: Block {
+    /// Quantizes a row, byte for byte as the reference does (llama.cpp's `quantize_*`, built for the
+    /// x86-64 baseline, where nothing is fused).
+    ///
+    /// `x`: `(k)`. `importance`: `(k)`, how much an error in each column matters (an "imatrix"), not
+    /// negative; formats that have no choice to make ignore it. `out`: `(k / WEIGHTS)`.
+    ///
+    /// Without importance blocks do not know of each other, so that `x` may be any number of whole
+    /// blocks. With it, some formats judge a weight by the mean square of its row.
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]);
+}
+
+/// The floats of each block of a row, with the importance of their columns.
+#[inline(always)]
+fn parts<'a>(
+    x: &'a [f32],
+    importance: Option<&'a [f32]>,
+    weights: usize,
+) -> impl Iterator<Item = (&'a [f32], Option<&'a [f32]>)> {
+    let starts = (0..).step_by(weights);
+    x.chunks_exact(weights)
+        .zip(starts)
+        .map(move |(x, at)| (x, importance.map(|w| &w[at..at + weights])))
 }
 
 /// A block whose product with int8 activations is exact in `i32`.
@@ -113,6 +140,18 @@ fn decode_row<B: Block>(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+fn encode_row<B: Encode>(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+    if let Ok(blocks) = bytemuck::try_cast_slice_mut(out) {
+        B::encode_row(x, importance, blocks);
+    } else {
+        // Bytes at an odd address.
+        let mut blocks = vec![B::zeroed(); out.len() / size_of::<B>()];
+        B::encode_row(x, importance, &mut blocks);
+        out.copy_from_slice(bytemuck::cast_slice(&blocks));
+    }
+}
+
 /// Makes [`Format`] and everything that depends on a format's block type from one table.
 macro_rules! formats {
     ($( $variant:ident = $id:literal, $name:literal, $block:ty, $act:ident; )*) => {
@@ -161,6 +200,19 @@ macro_rules! formats {
             pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
                 assert_eq!(bytes.len(), self.row_bytes(out.len()));
                 match self { $( Format::$variant => decode_row::<$block>(bytes, out), )* }
+            }
+
+            /// Quantizes a row of weights ([`Encode::encode_row`]).
+            ///
+            /// `x`: `(k)`; `importance`: `(k)`, one weight a column; `out`: the row's bytes.
+            ///
+            /// # Panics
+            /// If the lengths do not belong together.
+            #[inline(always)]
+            pub fn encode(self, x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+                assert_eq!(out.len(), self.row_bytes(x.len()));
+                assert!(importance.is_none_or(|w| w.len() == x.len()));
+                match self { $( Format::$variant => encode_row::<$block>(x, importance, out), )* }
             }
 
             /// The scalar dot product of one row with one token's activations ([`Block::dot`]).

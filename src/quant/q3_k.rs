@@ -6,8 +6,9 @@
 //! `s < 8`; the high 2 bits are in `scales[8 + s % 4]`, at bit `2 · (s / 4)`
 //! (llama.cpp, `block_q3_K`).
 
-use super::bits::{idot, unpack};
-use super::{Act, Block, IntBlock, Terms, int_dot};
+use super::bits::{idot, pack, unpack};
+use super::search::{self, groups, nearest};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
 /// The block.
@@ -85,4 +86,66 @@ impl IntBlock for Q3_K {
             msum: 0,
         }
     }
+}
+
+impl Encode for Q3_K {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
+            *out = encode(x, importance);
+        }
+    }
+}
+
+#[inline(always)]
+fn encode(x: &[f32], importance: Option<&[f32]>) -> Q3_K {
+    let xs = groups::<16, 16>(x);
+    // Each sub-block's scale, then the scales' own scale and 6-bit codes (plus 32).
+    let (d, sc, codes);
+    match importance {
+        None => {
+            let scales;
+            (scales, codes) = search::descend(&xs, 4);
+            let ([peak], _) = search::peak(&groups::<16, 1>(&scales));
+            if peak != 0.0 {
+                let inv = -32.0 / peak;
+                d = 1.0 / inv;
+                sc = scales.map(|s| ((nearest(inv * s) as i8).clamp(-32, 31) + 32) as u8);
+            } else {
+                (d, sc) = (0.0, [0; 16]);
+            }
+        }
+        Some(columns) => {
+            let s = 2.0 * search::sum_of_squares(x) / 256.0;
+            let w = search::weigh(&xs, &groups(columns), s);
+            let scales;
+            (scales, codes) = search::symmetric(&xs, &w, 4);
+            let w = groups::<16, 1>(&search::sums(&w));
+            let (scale, code) = search::symmetric(&groups::<16, 1>(&scales), &w, 32);
+            d = scale[0];
+            sc = code.map(|[code]| code);
+        }
+    }
+    let mut block = Q3_K {
+        hmask: [0; 32],
+        qs: [0; 64],
+        scales: [0; 12],
+        d: f16::from_f32_const(d),
+    };
+    pack::<4>(&sc.map(|s| s & 15), 0, &mut block.scales[..8]);
+    pack::<2>(&sc, 4, &mut block.scales[8..]);
+
+    // The scales were rounded: round the weights again, to what will be decoded.
+    let mut q = [0; 256];
+    search::ungroup(&codes, &mut q);
+    let d = block.d.to_f32_const();
+    let subs = q.chunks_exact_mut(16).zip(x.chunks_exact(16));
+    for ((q, x), sc) in subs.zip(block.sub_scales()) {
+        search::round_symmetric(x, d * sc as f32, 4, q);
+    }
+    for (q, bytes) in q.chunks_exact(128).zip(block.qs.chunks_exact_mut(32)) {
+        pack::<2>(q, 0, bytes);
+    }
+    pack::<1>(&q, 2, &mut block.hmask);
+    block
 }

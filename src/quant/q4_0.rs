@@ -3,7 +3,9 @@
 //! Byte `j` of `qs` holds weight `j` in its low and weight `j + 16` in its high nibble
 //! (llama.cpp, `block_q4_0`).
 
-use super::{Act, Block, IntBlock, Terms, int_dot};
+use super::bits::{pack, truncate};
+use super::search::{self, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -50,5 +52,50 @@ impl IntBlock for Q4_0 {
             min: 0.0,
             msum: 0,
         }
+    }
+}
+
+impl Encode for Q4_0 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        let Some(columns) = importance else {
+            for (x, out) in x.chunks_exact(32).zip(out) {
+                *out = plain(x);
+            }
+            return;
+        };
+        let mean_square = search::sum_of_squares(x) / x.len() as f32;
+        let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
+        for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
+            let x = groups::<32, 8>(x);
+            let w = search::weigh(&x, &groups(columns), mean_square);
+            let (d, q) = search::symmetric(&x, &w, 8);
+            for (g, out) in out.iter_mut().enumerate() {
+                *out = block(d[g], &q.map(|q| q[g]));
+            }
+        }
+    }
+}
+
+/// Without importance: the value of largest magnitude becomes -8 exactly, the others are rounded.
+#[inline(always)]
+fn plain(x: &[f32]) -> Q4_0 {
+    let ([peak], _) = search::peak(&groups::<32, 1>(x));
+    let d = peak / -8.0;
+    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let mut q = [0; 32];
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = (truncate(x * inv + 8.5) as i8).min(15) as u8;
+    }
+    block(d, &q)
+}
+
+#[inline(always)]
+fn block(d: f32, q: &[u8; 32]) -> Q4_0 {
+    let mut qs = [0; 16];
+    pack::<4>(q, 0, &mut qs);
+    Q4_0 {
+        d: f16::from_f32_const(d),
+        qs,
     }
 }

@@ -3,8 +3,9 @@
 //! Byte `j` of `qs` holds weight `j` in its low and weight `j + 16` in its high nibble
 //! (llama.cpp, `block_q4_1`).
 
-use super::bits::{idot, unpack};
-use super::{Act, Block, IntBlock, Terms, int_dot};
+use super::bits::{idot, pack, truncate, unpack};
+use super::search::{self, WEIGHTED, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -58,5 +59,52 @@ impl IntBlock for Q4_1 {
             min: self.m.to_f32_const(),
             msum: sums.iter().map(|&s| s as i32).sum(),
         }
+    }
+}
+
+impl Encode for Q4_1 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        let Some(columns) = importance else {
+            for (x, out) in x.chunks_exact(32).zip(out) {
+                *out = plain(x);
+            }
+            return;
+        };
+        let mean_square = search::sum_of_squares(x) / x.len() as f32;
+        let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
+        for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
+            let x = groups::<32, 8>(x);
+            let w = search::weigh(&x, &groups(columns), mean_square);
+            let fit = search::affine(&x, &w, 15, WEIGHTED);
+            for (g, out) in out.iter_mut().enumerate() {
+                *out = block(fit.scale[g], fit.min[g], &fit.q.map(|q| q[g]));
+            }
+        }
+    }
+}
+
+/// Without importance: the smallest value becomes 0, the largest 15, the others are rounded.
+#[inline(always)]
+fn plain(x: &[f32]) -> Q4_1 {
+    let min = x.iter().fold(f32::MAX, |m, &x| if x < m { x } else { m });
+    let max = x.iter().fold(f32::MIN, |m, &x| if x > m { x } else { m });
+    let d = (max - min) / 15.0;
+    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let mut q = [0; 32];
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = (truncate((x - min) * inv + 0.5) as i8).min(15) as u8;
+    }
+    block(d, min, &q)
+}
+
+#[inline(always)]
+fn block(d: f32, m: f32, q: &[u8; 32]) -> Q4_1 {
+    let mut qs = [0; 16];
+    pack::<4>(q, 0, &mut qs);
+    Q4_1 {
+        d: f16::from_f32_const(d),
+        m: f16::from_f32_const(m),
+        qs,
     }
 }

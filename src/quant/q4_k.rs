@@ -4,8 +4,9 @@
 //! Each 32 bytes of `qs` hold two sub-blocks, the first in the low and the second in the high nibbles.
 //! The 6-bit numbers are packed as [`scale_min`] reads them (llama.cpp, `block_q4_K`).
 
-use super::bits::{idot, unpack};
-use super::{Act, Block, IntBlock, Terms, int_dot};
+use super::bits::{idot, pack, unpack};
+use super::search::{self, Tries, WEIGHTED, groups, nearest};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
 /// The block.
@@ -105,4 +106,99 @@ impl IntBlock for Q4_K {
             msum,
         }
     }
+}
+
+/// What the search tries without importance.
+const PLAIN: Tries = Tries {
+    from: -1.0,
+    by: 0.1,
+    more: 20,
+    absolute: false,
+};
+
+impl Encode for Q4_K {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
+            let (d, dmin, scales, q) = encode(x, importance, 15, PLAIN);
+            let mut qs = [0; 128];
+            for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
+                pack::<4>(q, 0, bytes);
+            }
+            *out = Q4_K {
+                d,
+                dmin,
+                scales,
+                qs,
+            };
+        }
+    }
+}
+
+/// Encodes Q4_K and Q5_K, whose weights go to `top`: both scales, the packed scales and minimums, and
+/// the weights.
+#[inline(always)]
+pub(super) fn encode(
+    x: &[f32],
+    importance: Option<&[f32]>,
+    top: i32,
+    plain: Tries,
+) -> (f16, f16, [u8; 12], [u8; 256]) {
+    let xs = groups::<32, 8>(x);
+    // Each sub-block's scale and minimum, then these numbers' own scales and 6-bit codes.
+    let (d, dmin, sc, m, fit);
+    match importance {
+        None => {
+            let mean = search::sums(&search::squares(&xs)).map(|s| (s / 32.0).sqrt());
+            let mut w = xs;
+            for w in &mut w {
+                for g in 0..8 {
+                    w[g] = mean[g] + w[g].abs();
+                }
+            }
+            fit = search::affine(&xs, &w, top, plain);
+            (d, sc) = scale_codes(&fit.scale);
+            (dmin, m) = scale_codes(&fit.min.map(|m| -m));
+        }
+        Some(columns) => {
+            let s = 2.0 * search::sum_of_squares(x) / 256.0;
+            let w = search::weigh(&xs, &groups(columns), s);
+            fit = search::affine(&xs, &w, top, WEIGHTED);
+            let w = search::sums(&w);
+            (d, sc) = search::positive(&fit.scale, &w, 63);
+            (dmin, m) = search::positive(&fit.min.map(|m| -m), &w, 63);
+        }
+    }
+    let (d, dmin) = (f16::from_f32_const(d), f16::from_f32_const(dmin));
+    let scales = pack_scale_min(&sc, &m);
+
+    // The scales were rounded: round the weights again, to what will be decoded.
+    let mut q = [0; 256];
+    search::ungroup(&fit.q, &mut q);
+    let (dw, mw) = (d.to_f32_const(), dmin.to_f32_const());
+    for (s, (q, x)) in q.chunks_exact_mut(32).zip(x.chunks_exact(32)).enumerate() {
+        let (sc, m) = scale_min(&scales, s);
+        search::round_affine(x, dw * sc as f32, mw * m as f32, top, q);
+    }
+    (d, dmin, scales, q)
+}
+
+/// The scale that maps the largest value to 63, and the codes.
+#[inline(always)]
+fn scale_codes(x: &[f32; 8]) -> (f32, [u8; 8]) {
+    let max = x.iter().fold(0.0, |m, &x| if x > m { x } else { m });
+    let inv = if max > 0.0 { 63.0 / max } else { 0.0 };
+    (max / 63.0, x.map(|x| (nearest(inv * x) as u8).min(63)))
+}
+
+/// The inverse of [`scale_min`].
+#[inline(always)]
+fn pack_scale_min(sc: &[u8; 8], m: &[u8; 8]) -> [u8; 12] {
+    let mut out = [0; 12];
+    for s in 0..4 {
+        out[s] = sc[s] | sc[s + 4] >> 4 << 6;
+        out[s + 4] = m[s] | m[s + 4] >> 4 << 6;
+        out[s + 8] = sc[s + 4] & 15 | m[s + 4] << 4;
+    }
+    out
 }

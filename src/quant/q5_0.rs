@@ -4,8 +4,9 @@
 //! nibble; bit `i` of `qh`, read as a little-endian number, is the fifth bit of weight `i`
 //! (llama.cpp, `block_q5_0`).
 
-use super::bits::{idot, unpack};
-use super::{Act, Block, IntBlock, Terms, int_dot};
+use super::bits::{idot, pack, truncate, unpack};
+use super::search::{self, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -70,4 +71,61 @@ impl IntBlock for Q5_0 {
             msum: 0,
         }
     }
+}
+
+impl Encode for Q5_0 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        let Some(columns) = importance else {
+            for (x, out) in x.chunks_exact(32).zip(out) {
+                *out = plain(x);
+            }
+            return;
+        };
+        let mean_square = search::sum_of_squares(x) / x.len() as f32;
+        let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
+        for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
+            let x = groups::<32, 8>(x);
+            let w = search::weigh(&x, &groups(columns), mean_square);
+            let (d, q) = search::symmetric(&x, &w, 16);
+            for (g, out) in out.iter_mut().enumerate() {
+                *out = block(d[g], &q.map(|q| q[g]));
+            }
+        }
+    }
+}
+
+/// Without importance: the value of largest magnitude becomes -16 exactly, the others are rounded.
+#[inline(always)]
+fn plain(x: &[f32]) -> Q5_0 {
+    let ([peak], _) = search::peak(&groups::<32, 1>(x));
+    let d = peak / -16.0;
+    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let mut q = [0; 32];
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = (truncate(x * inv + 16.5) as i8).min(31) as u8;
+    }
+    block(d, &q)
+}
+
+#[inline(always)]
+fn block(d: f32, q: &[u8; 32]) -> Q5_0 {
+    let (qh, qs) = pack5(q);
+    Q5_0 {
+        d: f16::from_f32_const(d),
+        qh,
+        qs,
+    }
+}
+
+/// The inverse of [`quants`].
+#[inline(always)]
+pub(super) fn pack5(q: &[u8; 32]) -> ([u8; 4], [u8; 16]) {
+    let mut qs = [0; 16];
+    pack::<4>(q, 0, &mut qs);
+    let mut qh = 0u32;
+    for (i, q) in q.iter().enumerate() {
+        qh |= (*q as u32 >> 4 & 1) << i;
+    }
+    (qh.to_le_bytes(), qs)
 }

@@ -2,8 +2,9 @@
 //!
 //! The bits lie as in [`super::q5_0`] (llama.cpp, `block_q5_1`).
 
-use super::bits::idot;
-use super::{Act, Block, IntBlock, Terms, int_dot, q5_0};
+use super::bits::{idot, truncate};
+use super::search::{self, WEIGHTED, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, q5_0};
 use half::f16;
 
 /// The block.
@@ -57,5 +58,52 @@ impl IntBlock for Q5_1 {
             min: self.m.to_f32_const(),
             msum: sums.iter().map(|&s| s as i32).sum(),
         }
+    }
+}
+
+impl Encode for Q5_1 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        let Some(columns) = importance else {
+            for (x, out) in x.chunks_exact(32).zip(out) {
+                *out = plain(x);
+            }
+            return;
+        };
+        let mean_square = search::sum_of_squares(x) / x.len() as f32;
+        let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
+        for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
+            let x = groups::<32, 8>(x);
+            let w = search::weigh(&x, &groups(columns), mean_square);
+            let fit = search::affine(&x, &w, 31, WEIGHTED);
+            for (g, out) in out.iter_mut().enumerate() {
+                *out = block(fit.scale[g], fit.min[g], &fit.q.map(|q| q[g]));
+            }
+        }
+    }
+}
+
+/// Without importance: the smallest value becomes 0, the largest 31, the others are rounded.
+#[inline(always)]
+fn plain(x: &[f32]) -> Q5_1 {
+    let min = x.iter().fold(f32::MAX, |m, &x| if x < m { x } else { m });
+    let max = x.iter().fold(f32::MIN, |m, &x| if x > m { x } else { m });
+    let d = (max - min) / 31.0;
+    let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let mut q = [0; 32];
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = truncate((x - min) * inv + 0.5) as u8;
+    }
+    block(d, min, &q)
+}
+
+#[inline(always)]
+fn block(d: f32, m: f32, q: &[u8; 32]) -> Q5_1 {
+    let (qh, qs) = q5_0::pack5(q);
+    Q5_1 {
+        d: f16::from_f32_const(d),
+        m: f16::from_f32_const(m),
+        qh,
+        qs,
     }
 }

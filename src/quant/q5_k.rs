@@ -4,8 +4,9 @@
 //! Q4_K with one more bit: bit `i / 32` of `qh[i % 32]` is the fifth bit of weight `i`
 //! (llama.cpp, `block_q5_K`).
 
-use super::bits::unpack;
-use super::{Act, Block, IntBlock, Terms, int_dot, q4_k};
+use super::bits::{pack, unpack};
+use super::search::Tries;
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts, q4_k};
 use half::f16;
 
 /// The block.
@@ -62,6 +63,35 @@ impl IntBlock for Q5_K {
             isum,
             min: -self.dmin.to_f32_const(),
             msum,
+        }
+    }
+}
+
+/// What the search tries without importance.
+const PLAIN: Tries = Tries {
+    from: -0.5,
+    by: 0.1,
+    more: 15,
+    absolute: false,
+};
+
+impl Encode for Q5_K {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
+            let (d, dmin, scales, q) = q4_k::encode(x, importance, 31, PLAIN);
+            let (mut qh, mut qs) = ([0; 32], [0; 128]);
+            for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
+                pack::<4>(q, 0, bytes);
+            }
+            pack::<1>(&q, 4, &mut qh);
+            *out = Q5_K {
+                d,
+                dmin,
+                scales,
+                qh,
+                qs,
+            };
         }
     }
 }

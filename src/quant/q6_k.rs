@@ -4,8 +4,9 @@
 //! In two halves of 128 weights: 64 bytes of `ql` hold the low nibbles (weights 0..64 low, 64..128
 //! high), 32 bytes of `qh` the upper 2 bits, laid out as in [`super::q2_k`] (llama.cpp, `block_q6_K`).
 
-use super::bits::{idot, unpack};
-use super::{Act, Block, IntBlock, Terms, int_dot};
+use super::bits::{idot, pack, unpack};
+use super::search::{self, groups, nearest};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
 use half::f16;
 
 /// The block.
@@ -78,4 +79,46 @@ impl IntBlock for Q6_K {
             msum: 0,
         }
     }
+}
+
+impl Encode for Q6_K {
+    #[inline(always)]
+    fn encode_row(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
+        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
+            *out = encode(x, importance);
+        }
+    }
+}
+
+#[inline(always)]
+fn encode(x: &[f32], importance: Option<&[f32]>) -> Q6_K {
+    let xs = groups::<16, 16>(x);
+    // Importance is taken as it is: with 6 bits, how large a weight is matters little.
+    let w = match importance {
+        None => search::squares(&xs),
+        Some(columns) => groups(columns),
+    };
+    let (scales, codes) = search::symmetric(&xs, &w, 32);
+    let ([peak], [size]) = search::peak(&groups::<16, 1>(&scales));
+    let mut block: Q6_K = bytemuck::Zeroable::zeroed();
+    if size < search::TINY {
+        return block;
+    }
+    let inv = -128.0 / peak;
+    block.d = f16::from_f32_const(1.0 / inv);
+    block.scales = scales.map(|s| nearest(inv * s).min(127) as i8);
+
+    // The scales were rounded: round the weights again, to what will be decoded.
+    let mut q = [0; 256];
+    search::ungroup(&codes, &mut q);
+    let d = block.d.to_f32_const();
+    let subs = q.chunks_exact_mut(16).zip(x.chunks_exact(16));
+    for ((q, x), sc) in subs.zip(block.scales) {
+        search::round_symmetric(x, d * sc as f32, 32, q);
+    }
+    for (half, q) in q.chunks_exact(128).enumerate() {
+        pack::<4>(q, 0, &mut block.ql[64 * half..][..64]);
+        pack::<2>(q, 4, &mut block.qh[32 * half..][..32]);
+    }
+    block
 }

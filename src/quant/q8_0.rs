@@ -1,6 +1,7 @@
 //! Q8_0: 32 weights of 8 bits, one f16 scale. `w = d · q` (llama.cpp, `block_q8_0`).
 
-use super::{Act, Block, IntBlock, Terms, int_dot};
+use super::bits::truncate;
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -48,4 +49,33 @@ impl IntBlock for Q8_0 {
             msum: 0,
         }
     }
+}
+
+impl Encode for Q8_0 {
+    #[inline(always)]
+    fn encode_row(x: &[f32], _importance: Option<&[f32]>, out: &mut [Self]) {
+        for (x, out) in x.chunks_exact(32).zip(out) {
+            let max = x
+                .iter()
+                .fold(0.0, |m, x| if m > x.abs() { m } else { x.abs() });
+            let d = max / 127.0;
+            let inv = if d != 0.0 { 1.0 / d } else { 0.0 };
+            let mut qs = [0; 32];
+            for (q, x) in qs.iter_mut().zip(x) {
+                *q = truncate(round(x * inv)) as i8;
+            }
+            *out = Q8_0 {
+                d: f16::from_f32_const(d),
+                qs,
+            };
+        }
+    }
+}
+
+/// `x.round()`, halves away from zero, up to the fraction that [`truncate`] drops, for `|x| < 2²²`. A
+/// call of `round` would keep the loop from being vectorized; the largest float below a half
+/// carries a half over the next integer but nothing less than a half.
+#[inline(always)]
+fn round(x: f32) -> f32 {
+    x + 0.499_999_97_f32.copysign(x)
 }

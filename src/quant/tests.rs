@@ -157,6 +157,83 @@ fn decodes_like_the_reference() {
 }
 
 #[test]
+fn encodes_like_the_reference() {
+    let mut r = Reader(include_bytes!("../../tests/data/quant/encode.bin"));
+    let mut seen = [false; Format::COUNT];
+    while !r.0.is_empty() {
+        let (n, k, types) = (r.u32(), r.u32(), r.u32());
+        let (rows, importance) = (r.floats(n * k), r.floats(k));
+        for _ in 0..types {
+            let format = Format::from_id(r.u32() as u32).expect("a known format");
+            let bytes = r.u32();
+            seen[format.index()] = true;
+            for importance in [None, Some(&importance[..])] {
+                let want = r.bytes(bytes);
+                let per_row = format.row_bytes(k);
+                // One byte further on in every row, so that unaligned rows are met as well.
+                let mut got = vec![0; n + per_row];
+                for (i, want) in want.chunks_exact(per_row).enumerate() {
+                    let got = &mut got[i..][..per_row];
+                    format.encode(&rows[i * k..][..k], importance, got);
+                    assert_eq!(
+                        got,
+                        want,
+                        "{} row {i} of {k}, importance: {}",
+                        format.name(),
+                        importance.is_some()
+                    );
+                }
+            }
+        }
+    }
+    seen[Format::F32.index()] = true;
+    assert_eq!(seen, [true; Format::COUNT], "every format has vectors");
+}
+
+#[test]
+fn no_floats_are_too_bad_to_encode() {
+    let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -0.0];
+    let mut random = Random(3);
+    for &format in Format::ALL {
+        for bad in bad {
+            for some in [false, true] {
+                let x: Vec<f32> = (0..512)
+                    .map(|i| {
+                        if some && i % 7 != 0 {
+                            random.float()
+                        } else {
+                            bad
+                        }
+                    })
+                    .collect();
+                let mut out = vec![0; format.row_bytes(512)];
+                format.encode(&x, None, &mut out);
+                format.encode(&x, Some(&x), &mut out);
+                format.encode(&x, Some(&[1.0; 512]), &mut out);
+                format.encode(&x, Some(&[0.0; 512]), &mut out);
+            }
+        }
+    }
+}
+
+#[test]
+fn encode_inverts_decode() {
+    // What was decoded encodes to itself, or at least decodes to nearly the same again.
+    for (format, _, w) in decode_vectors() {
+        let w = &w[..w.len() / 14 * 6]; // the random blocks, not the edges
+        let mut raw = vec![0; format.row_bytes(w.len())];
+        format.encode(w, None, &mut raw);
+        let raw = Aligned::new(&raw);
+        let mut again = vec![0.0; w.len()];
+        format.decode(raw.bytes(), &mut again);
+        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x as f64 * x as f64).sum::<f64>();
+        let error = norm(&mut w.iter().zip(&again).map(|(a, b)| a - b));
+        let size = norm(&mut w.iter().copied());
+        assert!(error < 0.03 * size, "{}: {error} of {size}", format.name());
+    }
+}
+
+#[test]
 fn dot_is_what_the_decoded_weights_say() {
     let mut random = Random(7);
     for (format, raw, w) in decode_vectors() {

@@ -155,7 +155,8 @@ unsafe fn rows_of_32<F: Of32>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
 #[inline(always)]
 unsafe fn group_of_32<F: Of32>(base: *const u8, stride: usize, x: IntAct<'_>) -> __m512 {
     let n = x.d.len();
-    let mut acc = _mm512_setzero_ps();
+    // SAFETY: AVX-512F, enabled by the caller.
+    let mut acc = unsafe { _mm512_setzero_ps() };
     for b in (0..n).step_by(2) {
         let pair = b + 1 < n;
         // SAFETY: blocks `b` and, if it exists, `b + 1` of each of the 16 rows; without a second block
@@ -385,7 +386,8 @@ unsafe fn rows_of_256<F: Of256>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) 
 /// 16 dot products: rows at `base + r·stride`.
 #[inline(always)]
 unsafe fn group_of_256<F: Of256>(base: *const u8, stride: usize, x: IntAct<'_>) -> __m512 {
-    let mut acc = _mm512_setzero_ps();
+    // SAFETY: AVX-512F, enabled by the caller.
+    let mut acc = unsafe { _mm512_setzero_ps() };
     for (b, d) in x.d.iter().enumerate() {
         let (qs, sums) = x.block(b, 256);
         // SAFETY: block `b` of each of the 16 rows; `qs` is 256 bytes and `sums` 16 times i16. A block's

@@ -1,0 +1,278 @@
+//! One sequence of tokens and what comes next: prefill, sampling, the end.
+
+use super::sampler::{Sampler, logprobs};
+use crate::error::{Error, Result};
+use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+/// A sequence with its KV cache. Feeding it a prompt computes only what differs from what it holds.
+pub struct Session<'m> {
+    model: &'m Model,
+    kv: Kv,
+    /// What the cache holds.
+    tokens: Vec<u32>,
+    scratch: Scratch,
+    ubatch: usize,
+}
+
+/// When an answer ends and what is recorded on the way.
+#[derive(Clone, Debug, Default)]
+pub struct Limits {
+    /// Most tokens of an answer; `None`: as many as the context holds.
+    pub max_tokens: Option<usize>,
+    /// Tokens that end an answer; they are not part of it.
+    pub stop: Vec<u32>,
+    /// Likeliest tokens to record for each token of the answer.
+    pub logprobs: usize,
+}
+
+/// What a session tells while it works; the answer `Break` stops it.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// Tokens of the prompt that are done, and that have to be done.
+    Prompt {
+        /// Done so far.
+        done: usize,
+        /// To be computed for this prompt.
+        total: usize,
+    },
+    /// The next token of the answer.
+    Token(u32),
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The model ended it.
+    Stop,
+    /// It reached the limit that was set.
+    Length,
+    /// The context is full.
+    ContextFull,
+    /// The event handler asked for it.
+    Interrupted,
+}
+
+/// An answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Its tokens, without the one that ended it.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// For each token the likeliest `(id, natural log of probability)`, if asked for.
+    pub top: Vec<Vec<(u32, f32)>>,
+    /// What the machine did.
+    pub stats: Stats,
+}
+
+/// What the machine did, for the closing line.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Tokens of prompts that were computed, not taken from the cache.
+    pub prompt_tokens: usize,
+    /// Time that took.
+    pub prompt_time: Duration,
+    /// Tokens that were generated.
+    pub answer_tokens: usize,
+    /// Single-token forward passes among them (the first token comes out of the prompt's).
+    pub steps: usize,
+    /// Time of those passes.
+    pub step_time: Duration,
+    /// Bytes of weights that prompts and steps have read.
+    pub weight_bytes: u64,
+    /// Of those, bytes that the steps have read.
+    pub step_bytes: u64,
+    /// Over every row of logits that was sampled from.
+    pub hash: LogitsHash,
+}
+
+impl Stats {
+    /// Prompt tokens per second; 0 before there were any.
+    pub fn prompt_rate(&self) -> f64 {
+        rate(self.prompt_tokens as f64, self.prompt_time)
+    }
+
+    /// Generated tokens per second; 0 before there were any.
+    pub fn answer_rate(&self) -> f64 {
+        rate(self.steps as f64, self.step_time)
+    }
+
+    /// Bytes of weights read per second while generating; while reading the prompt if nothing was generated.
+    pub fn bandwidth(&self) -> f64 {
+        match self.steps {
+            0 => rate(self.weight_bytes as f64, self.prompt_time),
+            _ => rate(self.step_bytes as f64, self.step_time),
+        }
+    }
+
+    /// Adds a later answer's.
+    pub fn add(&mut self, other: &Stats) {
+        self.prompt_tokens += other.prompt_tokens;
+        self.prompt_time += other.prompt_time;
+        self.answer_tokens += other.answer_tokens;
+        self.steps += other.steps;
+        self.step_time += other.step_time;
+        self.weight_bytes += other.weight_bytes;
+        self.step_bytes += other.step_bytes;
+        self.hash.0 = (self.hash.0 ^ other.hash.0).wrapping_mul(LogitsHash::PRIME);
+    }
+}
+
+fn rate(n: f64, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { n / time.as_secs_f64() }
+}
+
+/// FNV-1a with 64 bits (Fowler, Noll, Vo) over the bit patterns of logits, a 32-bit word at a time:
+/// two runs with the same hash have seen the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogitsHash(pub u64);
+
+impl Default for LogitsHash {
+    fn default() -> LogitsHash {
+        LogitsHash(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl LogitsHash {
+    const PRIME: u64 = 0x100_0000_01b3;
+
+    fn update(&mut self, logits: &[f32]) {
+        self.0 = logits.iter().fold(self.0, |h, l| (h ^ l.to_bits() as u64).wrapping_mul(LogitsHash::PRIME));
+    }
+}
+
+impl std::fmt::Display for LogitsHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl<'m> Session<'m> {
+    /// An empty sequence. `ctx`: most tokens it may hold; `ubatch`: most tokens of one forward pass.
+    pub fn new(model: &'m Model, kind: KvType, ctx: usize, ubatch: usize) -> Session<'m> {
+        Session {
+            model,
+            kv: Kv::new(&model.config, kind, ctx),
+            tokens: Vec::new(),
+            scratch: Scratch::default(),
+            ubatch: ubatch.max(1),
+        }
+    }
+
+    /// Most tokens it may hold.
+    pub fn limit(&self) -> usize {
+        self.kv.limit()
+    }
+
+    /// Tokens it holds.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Reads `prompt` (all of the sequence so far, from its first token) and generates what follows.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] if the prompt leaves no room for one token, [`Error::Prompt`] if it is
+    /// empty or has a token outside the vocabulary. The session can go on after an error.
+    pub fn answer(
+        &mut self,
+        prompt: &[u32],
+        sampler: &mut Sampler,
+        limits: &Limits,
+        mut on_event: impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Answer> {
+        let mut answer =
+            Answer { tokens: Vec::new(), finish: Finish::Length, top: Vec::new(), stats: Stats::default() };
+        let before = self.scratch.weight_bytes;
+        if !self.prefill(prompt, &mut answer.stats, &mut on_event)? {
+            answer.finish = Finish::Interrupted;
+            answer.stats.weight_bytes = self.scratch.weight_bytes - before;
+            return Ok(answer);
+        }
+        let before_steps = self.scratch.weight_bytes;
+        let mut history = prompt.to_vec();
+        let most = limits.max_tokens.unwrap_or(usize::MAX);
+        while answer.tokens.len() < most {
+            let started = Instant::now();
+            if let Some(&last) = answer.tokens.last() {
+                if self.kv.len() >= self.kv.limit() {
+                    answer.finish = Finish::ContextFull;
+                    break;
+                }
+                self.forward(&[last], Want::Last)?;
+            }
+            let logits = self.scratch.logits();
+            answer.stats.hash.update(logits);
+            let token = sampler.sample(logits, &history);
+            if !answer.tokens.is_empty() {
+                answer.stats.steps += 1;
+                answer.stats.step_time += started.elapsed();
+            }
+            if limits.stop.contains(&token) {
+                answer.finish = Finish::Stop;
+                break;
+            }
+            if limits.logprobs > 0 {
+                answer.top.push(logprobs(logits, limits.logprobs));
+            }
+            history.push(token);
+            answer.tokens.push(token);
+            if on_event(Event::Token(token)).is_break() {
+                answer.finish = Finish::Interrupted;
+                break;
+            }
+        }
+        answer.stats.answer_tokens = answer.tokens.len();
+        answer.stats.step_bytes = self.scratch.weight_bytes - before_steps;
+        answer.stats.weight_bytes = self.scratch.weight_bytes - before;
+        Ok(answer)
+    }
+
+    /// Makes the cache hold `prompt` and computes the logits after it. `false`: interrupted.
+    fn prefill(
+        &mut self,
+        prompt: &[u32],
+        stats: &mut Stats,
+        on_event: &mut impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<bool> {
+        if prompt.is_empty() {
+            return Err(Error::prompt("it is empty", "at least one token", "none"));
+        }
+        if prompt.len() >= self.limit() {
+            return Err(Error::ContextFull { limit: self.limit(), want: prompt.len() + 1 });
+        }
+        // What the cache holds already is not computed again, but the last token is: it gives the logits.
+        let same = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let keep = same.min(prompt.len() - 1);
+        self.kv.truncate(keep);
+        self.tokens.truncate(keep);
+        let started = Instant::now();
+        let total = prompt.len() - keep;
+        while self.tokens.len() < prompt.len() {
+            let rest = &prompt[self.tokens.len()..];
+            let part = &rest[..rest.len().min(self.ubatch)];
+            self.forward(part, if part.len() == rest.len() { Want::Last } else { Want::Nothing })?;
+            stats.prompt_tokens += part.len();
+            stats.prompt_time = started.elapsed();
+            let done = self.tokens.len() - keep;
+            if on_event(Event::Prompt { done, total }).is_break() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
+        let mut runs = [Run { kv: &mut self.kv, tokens, want }];
+        self.model.forward(&mut runs, &mut self.scratch)?;
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! `octet chat`: talk with a model.
+
+use super::load::{Loaded, load};
+use super::options::{MachineOptions, ModelOptions, SamplingOptions};
+use super::report::{Progress, closing_line, state_folder};
+use crate::chat::repl::Repl;
+use crate::chat::session::Session;
+use crate::error::{Error, Result};
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Talk with a model. Without a terminal it answers standard input line by line.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// System text: how the model should behave
+    #[arg(short, long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Most tokens of an answer [default: as many as the context holds]
+    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub predict: Option<u32>,
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    #[command(flatten)]
+    pub sampling: SamplingOptions,
+}
+
+/// Set by Ctrl-C: whatever generates tokens looks at it after each one.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Makes Ctrl-C stop an answer instead of the program; the second one, when the first was not heard,
+/// ends the program.
+///
+/// # Errors
+/// If the system refuses to install the handler.
+pub fn hear_interrupts() -> Result<&'static AtomicBool> {
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(Error::Interrupted.exit_code()));
+        }
+    })
+    .map_err(|e| Error::Io { file: "<signals>".into(), action: "handle", source: std::io::Error::other(e) })?;
+    Ok(&INTERRUPTED)
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// If the model cannot be loaded, or standard input or output fail.
+pub fn run(args: &Args) -> Result<()> {
+    let loaded = load(&args.model, &args.machine)?;
+    let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let interrupted = hear_interrupts()?;
+    if terminal {
+        greet(&loaded);
+    }
+    let mut progress = Progress::new("reading");
+    let repl = Repl {
+        session: Session::new(&loaded.model, args.model.kv, loaded.ctx, args.machine.ubatch as usize),
+        tokenizer: &loaded.tokenizer,
+        template: &loaded.template,
+        sampling: args.sampling.sampler(),
+        system: args.system.clone(),
+        max_tokens: args.predict.map(|n| n as usize),
+        history: state_folder().map(|dir| dir.join("history")),
+        lines: if terminal { None } else { Some(Box::new(super::input::lines())) },
+        progress: Box::new(move |done, total| progress.set(done, total)),
+        interrupted,
+    };
+    let stats = repl.run()?;
+    if stats.prompt_tokens > 0 {
+        closing_line(&stats, loaded.model.machine());
+    }
+    Ok(())
+}
+
+/// Says who is there and what to do.
+fn greet(loaded: &Loaded) {
+    let c = &loaded.model.config;
+    let experts = match c.routed {
+        true => format!("{} experts, {} for each token", c.n_expert, c.n_used),
+        false => "dense".to_string(),
+    };
+    let machine = loaded.model.machine();
+    println!(
+        "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads",
+        env!("CARGO_PKG_VERSION"),
+        loaded.path.file_name().unwrap_or(loaded.path.as_os_str()).to_string_lossy(),
+        c.n_layer,
+        loaded.ctx,
+        machine.kernels.tier().name(),
+        machine.pool.threads(),
+    );
+    if loaded.demo {
+        println!("This is the small demo model: it tells tales that make little sense. Try: Tell me a story about a fox.");
+        println!("For a real Mixtral: octet chat --model FILE.gguf");
+    }
+    println!("/help lists commands, Ctrl-D leaves.");
+}

@@ -1,0 +1,104 @@
+//! From options to a model that is ready to talk.
+
+use super::options::{MachineOptions, ModelOptions};
+use crate::chat::template::Template;
+use crate::chat::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::moe::{Machine, Model};
+use std::path::{Path, PathBuf};
+
+/// The demo model's file name, in the repository's `models/`.
+const DEMO: &str = "demo-Q4_K_M.gguf";
+
+/// A model with its vocabulary and prompt format.
+pub struct Loaded {
+    /// The file, for messages.
+    pub path: PathBuf,
+    /// Whether it is the demo model because nobody named another.
+    pub demo: bool,
+    /// The model.
+    pub model: Model,
+    /// Its vocabulary.
+    pub tokenizer: Tokenizer,
+    /// Its prompt format.
+    pub template: Template,
+    /// Most tokens of a sequence.
+    pub ctx: usize,
+}
+
+/// The model file to use: the one that was named, or the demo model.
+///
+/// # Errors
+/// If none was named and the demo model is not there.
+pub fn model_path(options: &ModelOptions) -> Result<(PathBuf, bool)> {
+    match &options.model {
+        Some(path) => Ok((path.clone(), false)),
+        None => Ok((demo_model()?, true)),
+    }
+}
+
+/// Looks for the demo model where a checkout has it: below the current folder, above the program
+/// (`target/release/octet`), where the program was built.
+fn demo_model() -> Result<PathBuf> {
+    let exe = std::env::current_exe().ok();
+    let above = exe.iter().flat_map(|p| p.ancestors().skip(1).take(4).map(Path::to_path_buf));
+    [PathBuf::from(".")]
+        .into_iter()
+        .chain(above)
+        .chain([PathBuf::from(env!("CARGO_MANIFEST_DIR"))])
+        .map(|dir| dir.join("models").join(DEMO))
+        .find(|p| p.is_file())
+        .ok_or_else(|| Error::missing(Path::new("models").join(DEMO), "the demo model", "name a GGUF file with --model"))
+}
+
+/// Opens a model, refusing what is not a GGUF with a hint of what it is.
+///
+/// # Errors
+/// See [`Gguf::open`], [`Model::open`], [`Tokenizer::from_gguf`], [`Template::choose`]; [`Error::Usage`] if the
+/// context that is asked for is larger than the model's.
+pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
+    let (path, demo) = model_path(model)?;
+    let file = Gguf::open(&path)?;
+    let (model_opened, tokenizer) = open_parts(&file, machine)?;
+    let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
+    for warning in model_opened.config.warnings() {
+        eprintln!("octet: {}: warning: {warning}", path.display());
+    }
+    let most = model_opened.config.n_ctx;
+    let ctx = model.ctx.map_or(most, |n| n as usize);
+    if ctx > most {
+        return Err(Error::Usage(format!(
+            "--ctx {ctx}: the model was trained for {most} positions (expected at most {most}, found {ctx})"
+        )));
+    }
+    Ok(Loaded { path, demo, model: model_opened, tokenizer, template, ctx })
+}
+
+/// The model and the tokenizer, made at the same time: the vocabulary of 32k tokens takes longer than
+/// everything else.
+fn open_parts(file: &Gguf, options: &MachineOptions) -> Result<(Model, Tokenizer)> {
+    std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| Tokenizer::from_gguf(file));
+        let model = machine(options).and_then(|m| Model::open(file, m));
+        let tokenizer = tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let (model, tokenizer) = (model?, tokenizer?);
+        if tokenizer.len() > model.config.n_vocab {
+            return Err(Error::invalid(
+                file.path(),
+                "the vocabulary",
+                format!("at most {} tokens, the rows of token_embd.weight", model.config.n_vocab),
+                tokenizer.len(),
+            ));
+        }
+        Ok((model, tokenizer))
+    })
+}
+
+/// Threads and kernels as the options say.
+///
+/// # Errors
+/// See [`Machine::new`].
+pub fn machine(options: &MachineOptions) -> Result<Machine> {
+    Machine::new(options.threads.map_or(0, usize::from), options.isa)
+}

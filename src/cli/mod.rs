@@ -1,0 +1,13 @@
+//! The commands, one file each: their arguments and how they talk to the terminal.
+
+pub mod bench;
+pub mod chat;
+pub mod detokenize;
+pub mod input;
+pub mod inspect;
+pub mod load;
+pub mod options;
+pub mod perplexity;
+pub mod report;
+pub mod run;
+pub mod tokenize;
