@@ -1,7 +1,7 @@
 //! Metadata values, read in place.
 //!
 //! A value is decoded from the mapped header each time it is asked for: nothing of a 32,000-piece
-//! vocabulary is copied. The same decoder ([`Scan`]) checks every value once when a file is opened
+//! vocabulary is copied. The same decoder (`Scan`) checks every value once when a file is opened
 //! and reads them afterwards.
 
 use std::fmt;
