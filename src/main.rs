@@ -7,7 +7,13 @@ use std::process::ExitCode;
 
 /// Runs Mixtral from a GGUF file, on the CPU.
 #[derive(Parser)]
-#[command(name = "octet", version, about, max_term_width = 100, args_conflicts_with_subcommands = true)]
+#[command(
+    name = "octet",
+    version,
+    about,
+    max_term_width = 100,
+    args_conflicts_with_subcommands = true
+)]
 struct Octet {
     #[command(subcommand)]
     command: Option<Command>,
@@ -44,7 +50,9 @@ fn main() -> ExitCode {
     match dispatch(&Octet::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough (`octet run … | head -1`).
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
         Err(e) => {
             eprintln!("octet: {e}");
             ExitCode::from(e.exit_code())

@@ -21,12 +21,20 @@ impl Pool {
     /// # Errors
     /// If the operating system refuses to start them.
     pub fn new(threads: usize) -> Result<Pool> {
-        let threads = if threads == 0 { default_threads() } else { threads };
+        let threads = if threads == 0 {
+            default_threads()
+        } else {
+            threads
+        };
         let rayon = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("octet-{i}"))
             .build()
-            .map_err(|e| Error::Usage(format!("cannot start {threads} threads: {e}; a smaller --threads helps")))?;
+            .map_err(|e| {
+                Error::Usage(format!(
+                    "cannot start {threads} threads: {e}; a smaller --threads helps"
+                ))
+            })?;
         Ok(Pool { threads, rayon })
     }
 
@@ -75,7 +83,11 @@ impl Pool {
     ///
     /// # Panics
     /// If a part's length is not a multiple of its width, or its grain is 0.
-    pub fn stripes(&self, parts: &mut [Part<'_>], f: impl Fn(usize, Range<usize>, Stripe<'_>) + Sync) {
+    pub fn stripes(
+        &self,
+        parts: &mut [Part<'_>],
+        f: impl Fn(usize, Range<usize>, Stripe<'_>) + Sync,
+    ) {
         for part in parts.iter() {
             assert!(part.width > 0 && part.grain > 0 && part.out.len().is_multiple_of(part.width));
         }
@@ -130,7 +142,13 @@ impl<'a> Stripe<'a> {
     /// All of a matrix `(n, width)`.
     pub fn whole(matrix: &'a mut [f32], width: usize) -> Stripe<'a> {
         assert!(width > 0 && matrix.len().is_multiple_of(width));
-        Stripe { base: matrix.as_mut_ptr(), width, stride: width, rows: matrix.len() / width, matrix: PhantomData }
+        Stripe {
+            base: matrix.as_mut_ptr(),
+            width,
+            stride: width,
+            rows: matrix.len() / width,
+            matrix: PhantomData,
+        }
     }
 
     /// Rows of the matrix.
@@ -193,7 +211,10 @@ pub fn read_bandwidth(pool: &Pool) -> f64 {
                         *lane = lane.wrapping_add(*word);
                     }
                 }
-                sum.fetch_add(lanes.iter().fold(0, |s, l| s.wrapping_add(*l)), Ordering::Relaxed);
+                sum.fetch_add(
+                    lanes.iter().fold(0, |s, l| s.wrapping_add(*l)),
+                    Ordering::Relaxed,
+                );
             });
             best = best.min(started.elapsed().as_secs_f64());
         }
@@ -220,8 +241,18 @@ mod tests {
     fn stripes_cover_every_element_once() {
         let pool = Pool::new(3).unwrap();
         let (mut a, mut b) = (vec![0.0f32; 5 * 37], vec![0.0f32; 64]);
-        let mut parts =
-            [Part { out: &mut a, width: 37, grain: 16 }, Part { out: &mut b, width: 64, grain: 7 }];
+        let mut parts = [
+            Part {
+                out: &mut a,
+                width: 37,
+                grain: 16,
+            },
+            Part {
+                out: &mut b,
+                width: 64,
+                grain: 7,
+            },
+        ];
         pool.stripes(&mut parts, |p, columns, mut stripe| {
             assert_eq!(stripe.width(), columns.len());
             for r in 0..stripe.rows() {

@@ -7,7 +7,11 @@ use octet::simd::{self, Tier};
 use serde_json::Value;
 
 fn open(file: &str, threads: usize, cap: Option<Tier>) -> Model {
-    Model::open(&Gguf::open(&data(file)).unwrap(), Machine::new(threads, cap).unwrap()).unwrap()
+    Model::open(
+        &Gguf::open(&data(file)).unwrap(),
+        Machine::new(threads, cap).unwrap(),
+    )
+    .unwrap()
 }
 
 /// Logits after every token, computed in batches of at most `ubatch`.
@@ -15,7 +19,11 @@ fn logits(model: &Model, kv: &mut Kv, tokens: &[u32], ubatch: usize) -> Vec<f32>
     let mut scratch = Scratch::default();
     let mut all = Vec::new();
     for tokens in tokens.chunks(ubatch) {
-        let run = Run { kv, tokens, want: Want::All };
+        let run = Run {
+            kv,
+            tokens,
+            want: Want::All,
+        };
         all.extend_from_slice(model.forward(&mut [run], &mut scratch).unwrap());
     }
     all
@@ -26,7 +34,11 @@ fn reference() -> Value {
 }
 
 fn ids(v: &Value) -> Vec<u32> {
-    v.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    v.as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -50,7 +62,11 @@ fn logits_agree_with_the_reference() {
             let (id, want) = (pair[0].as_u64().unwrap() as u32, pair[1].as_f64().unwrap());
             assert_eq!(order[rank], id, "rank {rank} of {:?}", prompt["text"]);
             let got = last[id as usize] as f64;
-            assert!((got - want).abs() <= limit, "{got} for {want} of {:?}", prompt["text"]);
+            assert!(
+                (got - want).abs() <= limit,
+                "{got} for {want} of {:?}",
+                prompt["text"]
+            );
         }
 
         let nll: f64 = tokens
@@ -79,24 +95,38 @@ fn logits_agree_with_the_reference() {
 /// Promise 1: tiers, threads and batch splits change no bit.
 #[test]
 fn one_answer() {
-    let text: Vec<u32> =
-        reference()["prompts"].as_array().unwrap().iter().flat_map(|p| ids(&p["ids"])).take(150).collect();
+    let text: Vec<u32> = reference()["prompts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|p| ids(&p["ids"]))
+        .take(150)
+        .collect();
     for file in ["demo-BF16.gguf", "../../models/demo-Q4_K_M.gguf"] {
         for kind in [KvType::F16, KvType::F32] {
             let run = |threads: usize, cap: Option<Tier>, ubatch: usize| {
                 let model = open(file, threads, cap);
                 let mut kv = Kv::new(&model.config, kind, model.config.n_ctx);
-                logits(&model, &mut kv, &text, ubatch).iter().map(|l| l.to_bits()).collect::<Vec<_>>()
+                logits(&model, &mut kv, &text, ubatch)
+                    .iter()
+                    .map(|l| l.to_bits())
+                    .collect::<Vec<_>>()
             };
             let want = run(1, None, 512);
             for tier in simd::available() {
                 assert!(run(2, Some(tier), 512) == want, "{file} {kind:?} {tier:?}");
             }
             for threads in [2, 3, 8] {
-                assert!(run(threads, None, 32) == want, "{file} {kind:?} {threads} threads");
+                assert!(
+                    run(threads, None, 32) == want,
+                    "{file} {kind:?} {threads} threads"
+                );
             }
             for ubatch in [1, 7, 32] {
-                assert!(run(2, None, ubatch) == want, "{file} {kind:?} ubatch {ubatch}");
+                assert!(
+                    run(2, None, ubatch) == want,
+                    "{file} {kind:?} ubatch {ubatch}"
+                );
             }
         }
     }
@@ -106,16 +136,42 @@ fn one_answer() {
 #[test]
 fn neighbours_in_a_batch_change_nothing() {
     let model = open("../../models/demo-Q4_K_M.gguf", 2, None);
-    let prompts: Vec<Vec<u32>> =
-        reference()["prompts"].as_array().unwrap().iter().map(|p| ids(&p["ids"])).collect();
+    let prompts: Vec<Vec<u32>> = reference()["prompts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| ids(&p["ids"]))
+        .collect();
     let alone: Vec<Vec<f32>> = prompts
         .iter()
-        .map(|p| logits(&model, &mut Kv::new(&model.config, KvType::F16, 512), p, 512))
+        .map(|p| {
+            logits(
+                &model,
+                &mut Kv::new(&model.config, KvType::F16, 512),
+                p,
+                512,
+            )
+        })
         .collect();
-    let mut kvs: Vec<Kv> = prompts.iter().map(|_| Kv::new(&model.config, KvType::F16, 512)).collect();
-    let mut runs: Vec<Run<'_>> =
-        kvs.iter_mut().zip(&prompts).map(|(kv, tokens)| Run { kv, tokens, want: Want::All }).collect();
+    let mut kvs: Vec<Kv> = prompts
+        .iter()
+        .map(|_| Kv::new(&model.config, KvType::F16, 512))
+        .collect();
+    let mut runs: Vec<Run<'_>> = kvs
+        .iter_mut()
+        .zip(&prompts)
+        .map(|(kv, tokens)| Run {
+            kv,
+            tokens,
+            want: Want::All,
+        })
+        .collect();
     let mut scratch = Scratch::default();
     let together = model.forward(&mut runs, &mut scratch).unwrap();
-    assert!(together.iter().map(|l| l.to_bits()).eq(alone.concat().iter().map(|l| l.to_bits())));
+    assert!(
+        together
+            .iter()
+            .map(|l| l.to_bits())
+            .eq(alone.concat().iter().map(|l| l.to_bits()))
+    );
 }

@@ -10,7 +10,9 @@ use crate::error::{Error, Result};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::validate::{ValidationContext, ValidationResult, Validator};
-use rustyline::{Cmd, Context, Editor, Event as Key, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers};
+use rustyline::{
+    Cmd, Context, Editor, Event as Key, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers,
+};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -50,10 +52,30 @@ struct Command {
 
 /// One row per command; the table also writes `/help` and completes names.
 const COMMANDS: &[Command] = &[
-    Command { name: "/help", argument: "", help: "show this list", run: help },
-    Command { name: "/clear", argument: "", help: "forget the conversation, keep the system text", run: clear },
-    Command { name: "/system", argument: "[TEXT]", help: "set the system text, or take it away; starts afresh", run: system },
-    Command { name: "/exit", argument: "", help: "leave (so does Ctrl-D)", run: exit },
+    Command {
+        name: "/help",
+        argument: "",
+        help: "show this list",
+        run: help,
+    },
+    Command {
+        name: "/clear",
+        argument: "",
+        help: "forget the conversation, keep the system text",
+        run: clear,
+    },
+    Command {
+        name: "/system",
+        argument: "[TEXT]",
+        help: "set the system text, or take it away; starts afresh",
+        run: system,
+    },
+    Command {
+        name: "/exit",
+        argument: "",
+        help: "leave (so does Ctrl-D)",
+        run: exit,
+    },
 ];
 
 /// The running conversation.
@@ -78,15 +100,15 @@ impl Repl<'_> {
             repl: self,
         };
         match talk.repl.lines.take() {
-            Some(lines) => talk.from_lines(lines)?,
-            None => talk.from_terminal()?,
+            Some(lines) => talk.talk_over_lines(lines)?,
+            None => talk.talk_at_terminal()?,
         }
         Ok(talk.stats)
     }
 }
 
 impl Talk<'_> {
-    fn from_terminal(&mut self) -> Result<()> {
+    fn talk_at_terminal(&mut self) -> Result<()> {
         let failed = |e: ReadlineError| Error::Io {
             file: "<terminal>".into(),
             action: "read",
@@ -95,7 +117,10 @@ impl Talk<'_> {
         let mut editor = Editor::<Assistant, _>::new().map_err(failed)?;
         editor.set_helper(Some(Assistant));
         // Alt-Enter breaks a line without ending the text.
-        editor.bind_sequence(Key::from(KeyEvent(KeyCode::Enter, Modifiers::ALT)), Cmd::Newline);
+        editor.bind_sequence(
+            Key::from(KeyEvent(KeyCode::Enter, Modifiers::ALT)),
+            Cmd::Newline,
+        );
         if let Some(file) = &self.repl.history {
             // There is none the first time.
             let _ = editor.load_history(file);
@@ -124,7 +149,7 @@ impl Talk<'_> {
         }
     }
 
-    fn from_lines(&mut self, lines: impl Iterator<Item = Result<String>>) -> Result<()> {
+    fn talk_over_lines(&mut self, lines: impl Iterator<Item = Result<String>>) -> Result<()> {
         for line in lines {
             let line = line?;
             if !line.trim().is_empty() && self.line(&line)?.is_break() {
@@ -173,7 +198,10 @@ impl Talk<'_> {
             messages.push(Message::new(Role::System, system));
         }
         messages.push(Message::new(Role::User, text));
-        let prompt = self.repl.template.encode(self.repl.tokenizer, &messages, None)?;
+        let prompt = self
+            .repl
+            .template
+            .encode(self.repl.tokenizer, &messages, None)?;
         let limits = Limits {
             max_tokens: self.repl.max_tokens,
             stop: self.repl.template.stop_ids(self.repl.tokenizer),
@@ -183,23 +211,26 @@ impl Talk<'_> {
         let mut stream = self.repl.tokenizer.stream();
         let mut said = String::new();
         let mut failed = None;
-        let answer = self.repl.session.answer(&prompt, &mut self.sampler, &limits, |event| {
-            match event {
-                Event::Prompt { done, total } => progress(done, total),
-                Event::Token(id) => {
-                    let text = stream.push(id);
-                    if let Err(e) = show(&text) {
-                        failed = Some(e);
-                        return ControlFlow::Break(());
+        let answer = self
+            .repl
+            .session
+            .answer(&prompt, &mut self.sampler, &limits, |event| {
+                match event {
+                    Event::Prompt { done, total } => progress(done, total),
+                    Event::Token(id) => {
+                        let text = stream.push(id);
+                        if let Err(e) = show(&text) {
+                            failed = Some(e);
+                            return ControlFlow::Break(());
+                        }
+                        said.push_str(&text);
                     }
-                    said.push_str(&text);
                 }
-            }
-            match interrupted.load(Ordering::Relaxed) {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        })?;
+                match interrupted.load(Ordering::Relaxed) {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            })?;
         self.stats.add(&answer.stats);
         if let Some(e) = failed {
             return Err(e);
@@ -224,9 +255,15 @@ impl Talk<'_> {
 
 fn help(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
     for c in COMMANDS {
-        show(&format!("{:<16} {}\n", format!("{} {}", c.name, c.argument), c.help))?;
+        show(&format!(
+            "{:<16} {}\n",
+            format!("{} {}", c.name, c.argument),
+            c.help
+        ))?;
     }
-    show("\nCtrl-C stops an answer. \"\"\" begins and ends a text of several lines; so does Alt-Enter within one.\n")?;
+    show(
+        "\nCtrl-C stops an answer. \"\"\" begins and ends a text of several lines; so does Alt-Enter within one.\n",
+    )?;
     Ok(ControlFlow::Continue(()))
 }
 
@@ -248,7 +285,9 @@ fn exit(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
 /// Writes to standard output at once, so that an answer appears as it comes.
 fn show(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("<stdout>", "write"))
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(Error::io("<stdout>", "write"))
 }
 
 /// Keeps the history for its owner's eyes. A read-only home is no reason to end a conversation.
@@ -268,7 +307,11 @@ const QUOTES: &str = "\"\"\"";
 /// The text of a line that may be put in [`QUOTES`].
 fn unquoted(line: &str) -> String {
     match line.trim().strip_prefix(QUOTES) {
-        Some(rest) => rest.strip_suffix(QUOTES).unwrap_or(rest).trim_matches('\n').to_string(),
+        Some(rest) => rest
+            .strip_suffix(QUOTES)
+            .unwrap_or(rest)
+            .trim_matches('\n')
+            .to_string(),
         None => line.to_string(),
     }
 }
@@ -280,9 +323,17 @@ struct Assistant;
 impl Completer for Assistant {
     type Candidate = String;
 
-    fn complete(&self, line: &str, pos: usize, _: &Context<'_>) -> rustyline::Result<(usize, Vec<String>)> {
+    fn complete(
+        &self,
+        line: &str,
+        pos: usize,
+        _: &Context<'_>,
+    ) -> rustyline::Result<(usize, Vec<String>)> {
         let typed = &line[..pos];
-        let names = COMMANDS.iter().map(|c| c.name).filter(|n| typed.starts_with('/') && n.starts_with(typed));
+        let names = COMMANDS
+            .iter()
+            .map(|c| c.name)
+            .filter(|n| typed.starts_with('/') && n.starts_with(typed));
         Ok((0, names.map(str::to_string).collect()))
     }
 }
@@ -293,6 +344,10 @@ impl Validator for Assistant {
             Some(rest) => !rest.ends_with(QUOTES),
             None => false,
         };
-        Ok(if open { ValidationResult::Incomplete } else { ValidationResult::Valid(None) })
+        Ok(if open {
+            ValidationResult::Incomplete
+        } else {
+            ValidationResult::Valid(None)
+        })
     }
 }

@@ -121,7 +121,11 @@ impl Stats {
 }
 
 fn rate(n: f64, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { n / time.as_secs_f64() }
+    if time.is_zero() {
+        0.0
+    } else {
+        n / time.as_secs_f64()
+    }
 }
 
 /// FNV-1a with 64 bits (Fowler, Noll, Vo) over the bit patterns of logits, a 32-bit word at a time:
@@ -139,7 +143,9 @@ impl LogitsHash {
     const PRIME: u64 = 0x100_0000_01b3;
 
     fn update(&mut self, logits: &[f32]) {
-        self.0 = logits.iter().fold(self.0, |h, l| (h ^ l.to_bits() as u64).wrapping_mul(LogitsHash::PRIME));
+        self.0 = logits.iter().fold(self.0, |h, l| {
+            (h ^ l.to_bits() as u64).wrapping_mul(LogitsHash::PRIME)
+        });
     }
 }
 
@@ -188,8 +194,12 @@ impl<'m> Session<'m> {
         limits: &Limits,
         mut on_event: impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Answer> {
-        let mut answer =
-            Answer { tokens: Vec::new(), finish: Finish::Length, top: Vec::new(), stats: Stats::default() };
+        let mut answer = Answer {
+            tokens: Vec::new(),
+            finish: Finish::Length,
+            top: Vec::new(),
+            stats: Stats::default(),
+        };
         let before = self.scratch.weight_bytes;
         if !self.prefill(prompt, &mut answer.stats, &mut on_event)? {
             answer.finish = Finish::Interrupted;
@@ -246,10 +256,18 @@ impl<'m> Session<'m> {
             return Err(Error::prompt("it is empty", "at least one token", "none"));
         }
         if prompt.len() >= self.limit() {
-            return Err(Error::ContextFull { limit: self.limit(), want: prompt.len() + 1 });
+            return Err(Error::ContextFull {
+                limit: self.limit(),
+                want: prompt.len() + 1,
+            });
         }
         // What the cache holds already is not computed again, but the last token is: it gives the logits.
-        let same = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let same = self
+            .tokens
+            .iter()
+            .zip(prompt)
+            .take_while(|(a, b)| a == b)
+            .count();
         let keep = same.min(prompt.len() - 1);
         self.kv.truncate(keep);
         self.tokens.truncate(keep);
@@ -258,7 +276,14 @@ impl<'m> Session<'m> {
         while self.tokens.len() < prompt.len() {
             let rest = &prompt[self.tokens.len()..];
             let part = &rest[..rest.len().min(self.ubatch)];
-            self.forward(part, if part.len() == rest.len() { Want::Last } else { Want::Nothing })?;
+            self.forward(
+                part,
+                if part.len() == rest.len() {
+                    Want::Last
+                } else {
+                    Want::Nothing
+                },
+            )?;
             stats.prompt_tokens += part.len();
             stats.prompt_time = started.elapsed();
             let done = self.tokens.len() - keep;
@@ -270,7 +295,11 @@ impl<'m> Session<'m> {
     }
 
     fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
-        let mut runs = [Run { kv: &mut self.kv, tokens, want }];
+        let mut runs = [Run {
+            kv: &mut self.kv,
+            tokens,
+            want,
+        }];
         self.model.forward(&mut runs, &mut self.scratch)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())

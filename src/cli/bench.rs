@@ -47,7 +47,11 @@ struct Round {
 pub fn run(args: &Args) -> Result<()> {
     let (path, _) = model_path(&args.model)?;
     let model = Model::open(&Gguf::open(&path)?, machine(&args.machine)?)?;
-    let most = args.model.ctx.map_or(model.config.n_ctx, |n| n as usize).min(model.config.n_ctx);
+    let most = args
+        .model
+        .ctx
+        .map_or(model.config.n_ctx, |n| n as usize)
+        .min(model.config.n_ctx);
     let want = args.prompt as usize + args.predict as usize;
     if want > most {
         return Err(Error::ContextFull { limit: most, want });
@@ -64,7 +68,10 @@ pub fn run(args: &Args) -> Result<()> {
         spread(&rounds, |r| r.decode_tok_s),
         spread(&rounds, |r| r.gb_s),
     );
-    let (tier, threads) = (model.machine().kernels.tier().name(), model.machine().pool.threads());
+    let (tier, threads) = (
+        model.machine().kernels.tier().name(),
+        model.machine().pool.threads(),
+    );
     if args.json {
         let result = json!({
             "p": args.prompt, "n": args.predict, "depth": 0, "threads": threads,
@@ -73,11 +80,21 @@ pub fn run(args: &Args) -> Result<()> {
             "decode_min": decode[0], "decode_max": decode[2],
         });
         let machine = json!({ "isa": tier, "threads": threads, "read_gb_s": limit });
-        return print(&format!("{}\n", json!({ "machine": machine, "results": [result] })));
+        return print(&format!(
+            "{}\n",
+            json!({ "machine": machine, "results": [result] })
+        ));
     }
     print(&format!(
         "prefill {:>5} tokens: {:8.1} tok/s ({:.1} to {:.1})\ndecode  {:>5} tokens: {:8.1} tok/s ({:.1} to {:.1})\n",
-        args.prompt, prefill[1], prefill[0], prefill[2], args.predict, decode[1], decode[0], decode[2],
+        args.prompt,
+        prefill[1],
+        prefill[0],
+        prefill[2],
+        args.predict,
+        decode[1],
+        decode[0],
+        decode[2],
     ))?;
     print(&format!(
         "weights read in decode: {:.1} GB/s, {:.0}% of the {limit:.1} GB/s that {threads} threads read; {tier}\n",
@@ -91,19 +108,34 @@ pub fn run(args: &Args) -> Result<()> {
 fn round(model: &Model, args: &Args, scratch: &mut Scratch) -> Result<Round> {
     let n_vocab = model.config.n_vocab;
     // Fibonacci hashing: consecutive numbers land far apart (Knuth, TAOCP 3, 6.4).
-    let token = |i: usize| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u32 % n_vocab as u32;
+    let token =
+        |i: usize| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u32 % n_vocab as u32;
     let (p, n) = (args.prompt as usize, args.predict as usize);
     let mut kv = Kv::new(&model.config, args.model.kv, p + n);
     let prompt: Vec<u32> = (0..p).map(token).collect();
     let started = Instant::now();
     for tokens in prompt.chunks(args.machine.ubatch as usize) {
-        model.forward(&mut [Run { kv: &mut kv, tokens, want: Want::Last }], scratch)?;
+        model.forward(
+            &mut [Run {
+                kv: &mut kv,
+                tokens,
+                want: Want::Last,
+            }],
+            scratch,
+        )?;
     }
     let prefill = started.elapsed().as_secs_f64();
     let before = scratch.weight_bytes;
     let started = Instant::now();
     for i in 0..n {
-        model.forward(&mut [Run { kv: &mut kv, tokens: &[token(p + i)], want: Want::Last }], scratch)?;
+        model.forward(
+            &mut [Run {
+                kv: &mut kv,
+                tokens: &[token(p + i)],
+                want: Want::Last,
+            }],
+            scratch,
+        )?;
     }
     let decode = started.elapsed().as_secs_f64();
     Ok(Round {

@@ -43,7 +43,11 @@ pub fn hear_interrupts() -> Result<&'static AtomicBool> {
             std::process::exit(i32::from(Error::Interrupted.exit_code()));
         }
     })
-    .map_err(|e| Error::Io { file: "<signals>".into(), action: "handle", source: std::io::Error::other(e) })?;
+    .map_err(|e| Error::Io {
+        file: "<signals>".into(),
+        action: "handle",
+        source: std::io::Error::other(e),
+    })?;
     Ok(&INTERRUPTED)
 }
 
@@ -60,14 +64,23 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let mut progress = Progress::new("reading");
     let repl = Repl {
-        session: Session::new(&loaded.model, args.model.kv, loaded.ctx, args.machine.ubatch as usize),
+        session: Session::new(
+            &loaded.model,
+            args.model.kv,
+            loaded.ctx,
+            args.machine.ubatch as usize,
+        ),
         tokenizer: &loaded.tokenizer,
         template: &loaded.template,
         sampling: args.sampling.sampler(),
         system: args.system.clone(),
         max_tokens: args.predict.map(|n| n as usize),
         history: state_folder().map(|dir| dir.join("history")),
-        lines: if terminal { None } else { Some(Box::new(super::input::lines())) },
+        lines: if terminal {
+            None
+        } else {
+            Some(Box::new(super::input::lines()))
+        },
         progress: Box::new(move |done, total| progress.set(done, total)),
         interrupted,
     };
@@ -89,14 +102,20 @@ fn greet(loaded: &Loaded) {
     println!(
         "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads",
         env!("CARGO_PKG_VERSION"),
-        loaded.path.file_name().unwrap_or(loaded.path.as_os_str()).to_string_lossy(),
+        loaded
+            .path
+            .file_name()
+            .unwrap_or(loaded.path.as_os_str())
+            .to_string_lossy(),
         c.n_layer,
         loaded.ctx,
         machine.kernels.tier().name(),
         machine.pool.threads(),
     );
     if loaded.demo {
-        println!("This is the small demo model: it tells tales that make little sense. Try: Tell me a story about a fox.");
+        println!(
+            "This is the small demo model: it tells tales that make little sense. Try: Tell me a story about a fox."
+        );
         println!("For a real Mixtral: octet chat --model FILE.gguf");
     }
     println!("/help lists commands, Ctrl-D leaves.");

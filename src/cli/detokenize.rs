@@ -25,8 +25,14 @@ pub fn run(args: &Args) -> Result<()> {
     let tokenizer = load_tokenizer(&args.model)?;
     let text = read_text(None)?;
     let mut ids = Vec::new();
-    for word in text.split(|c: char| c.is_whitespace() || ",[]".contains(c)).filter(|w| !w.is_empty()) {
-        let id = word.parse().ok().filter(|id| tokenizer.piece(*id).is_some());
+    for word in text
+        .split(|c: char| c.is_whitespace() || ",[]".contains(c))
+        .filter(|w| !w.is_empty())
+    {
+        let id = word
+            .parse()
+            .ok()
+            .filter(|id| tokenizer.piece(*id).is_some());
         ids.push(id.ok_or_else(|| {
             let expected = format!("token ids from 0 to {}", tokenizer.len() - 1);
             Error::invalid("<stdin>", "an id", expected, format!("{word:?}"))
@@ -34,5 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let bytes = tokenizer.decode_with(&ids, args.special);
     let mut out = std::io::stdout().lock();
-    out.write_all(&bytes).and_then(|()| out.flush()).map_err(Error::io("<stdout>", "write"))
+    out.write_all(&bytes)
+        .and_then(|()| out.flush())
+        .map_err(Error::io("<stdout>", "write"))
 }

@@ -10,14 +10,19 @@ use std::path::Path;
 /// If it cannot be read or is not UTF-8.
 pub fn read_text(file: Option<&Path>) -> Result<String> {
     let (name, bytes) = match file {
-        Some(path) if path != Path::new("-") => (path, std::fs::read(path).map_err(Error::io(path, "read"))?),
+        Some(path) if path != Path::new("-") => {
+            (path, std::fs::read(path).map_err(Error::io(path, "read"))?)
+        }
         _ => {
             let name = Path::new("<stdin>");
             if std::io::stdin().is_terminal() {
                 eprintln!("octet: reading from the terminal; Ctrl-D ends the text");
             }
             let mut bytes = Vec::new();
-            std::io::stdin().lock().read_to_end(&mut bytes).map_err(Error::io(name, "read"))?;
+            std::io::stdin()
+                .lock()
+                .read_to_end(&mut bytes)
+                .map_err(Error::io(name, "read"))?;
             (name, bytes)
         }
     };
@@ -43,7 +48,12 @@ fn utf8(name: &Path, bytes: Vec<u8>) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         let byte = e.as_bytes()[at];
-        Error::invalid(name, "the text", "valid UTF-8", format!("byte {byte:#04x} at offset {at}"))
+        Error::invalid(
+            name,
+            "the text",
+            "valid UTF-8",
+            format!("byte {byte:#04x} at offset {at}"),
+        )
     })
 }
 
@@ -53,5 +63,7 @@ fn utf8(name: &Path, bytes: Vec<u8>) -> Result<String> {
 /// [`Error::Io`]; of kind `BrokenPipe` when the reader has gone.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("<stdout>", "write"))
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(Error::io("<stdout>", "write"))
 }

@@ -30,7 +30,11 @@ pub struct Args {
 /// If the file cannot be read.
 pub fn run(args: &Args) -> Result<()> {
     let file = Gguf::open(&args.file)?;
-    let hashes = if args.hash { hashes(&file)? } else { vec![None; file.tensors().len()] };
+    let hashes = if args.hash {
+        hashes(&file)?
+    } else {
+        vec![None; file.tensors().len()]
+    };
     if args.json {
         return print(&format!("{}\n", document(&file, &hashes)));
     }
@@ -47,7 +51,10 @@ pub fn run(args: &Args) -> Result<()> {
     out.push_str("\nSize by part\n");
     for (part, n, size, elements) in parts(&file) {
         let bits = size as f64 * 8.0 / elements as f64;
-        out.push_str(&format!("  {part:<12} {n:>5} tensors {:>12} {bits:>7.2} bits/weight\n", bytes(size)));
+        out.push_str(&format!(
+            "  {part:<12} {n:>5} tensors {:>12} {bits:>7.2} bits/weight\n",
+            bytes(size)
+        ));
     }
     if args.tensors || args.hash {
         out.push_str("\nTensors\n");
@@ -68,7 +75,15 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Strings in a file may hold line breaks and terminal escapes.
 fn one_line(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    text.chars()
+        .flat_map(|c| {
+            if c.is_control() {
+                c.escape_default().collect()
+            } else {
+                vec![c]
+            }
+        })
+        .collect()
 }
 
 /// SHA-256 of every tensor, as many at once as there are cores.
@@ -85,7 +100,10 @@ fn hashes(file: &Gguf) -> Result<Vec<Option<String>>> {
 }
 
 fn document(file: &Gguf, hashes: &[Option<String>]) -> Value {
-    let metadata: Map<String, Value> = file.metadata().map(|(k, v)| (k.to_string(), v.to_json())).collect();
+    let metadata: Map<String, Value> = file
+        .metadata()
+        .map(|(k, v)| (k.to_string(), v.to_json()))
+        .collect();
     let tensors: Vec<Value> = file
         .tensors()
         .iter()
@@ -118,13 +136,28 @@ fn parts(file: &Gguf) -> Vec<(&'static str, usize, u64, u64)> {
         name if name.starts_with("output") => "output",
         _ => "other",
     };
-    let order =
-        ["embedding", "attention", "router", "experts", "feed-forward", "norms", "output", "other"];
+    let order = [
+        "embedding",
+        "attention",
+        "router",
+        "experts",
+        "feed-forward",
+        "norms",
+        "output",
+        "other",
+    ];
     order
         .into_iter()
         .filter_map(|part| {
-            let of: Vec<&Tensor> = file.tensors().iter().filter(|t| part_of(t) == part).collect();
-            let (size, elements) = (of.iter().map(|t| t.bytes).sum(), of.iter().map(|t| t.elements()).sum());
+            let of: Vec<&Tensor> = file
+                .tensors()
+                .iter()
+                .filter(|t| part_of(t) == part)
+                .collect();
+            let (size, elements) = (
+                of.iter().map(|t| t.bytes).sum(),
+                of.iter().map(|t| t.elements()).sum(),
+            );
             (!of.is_empty()).then_some((part, of.len(), size, elements))
         })
         .collect()

@@ -42,14 +42,22 @@ pub fn model_path(options: &ModelOptions) -> Result<(PathBuf, bool)> {
 /// (`target/release/octet`), where the program was built.
 fn demo_model() -> Result<PathBuf> {
     let exe = std::env::current_exe().ok();
-    let above = exe.iter().flat_map(|p| p.ancestors().skip(1).take(4).map(Path::to_path_buf));
+    let above = exe
+        .iter()
+        .flat_map(|p| p.ancestors().skip(1).take(4).map(Path::to_path_buf));
     [PathBuf::from(".")]
         .into_iter()
         .chain(above)
         .chain([PathBuf::from(env!("CARGO_MANIFEST_DIR"))])
         .map(|dir| dir.join("models").join(DEMO))
         .find(|p| p.is_file())
-        .ok_or_else(|| Error::missing(Path::new("models").join(DEMO), "the demo model", "name a GGUF file with --model"))
+        .ok_or_else(|| {
+            Error::missing(
+                Path::new("models").join(DEMO),
+                "the demo model",
+                "name a GGUF file with --model",
+            )
+        })
 }
 
 /// Opens a model, refusing what is not a GGUF with a hint of what it is.
@@ -72,7 +80,14 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
             "--ctx {ctx}: the model was trained for {most} positions (expected at most {most}, found {ctx})"
         )));
     }
-    Ok(Loaded { path, demo, model: model_opened, tokenizer, template, ctx })
+    Ok(Loaded {
+        path,
+        demo,
+        model: model_opened,
+        tokenizer,
+        template,
+        ctx,
+    })
 }
 
 /// The model and the tokenizer, made at the same time: the vocabulary of 32k tokens takes longer than
@@ -81,13 +96,18 @@ fn open_parts(file: &Gguf, options: &MachineOptions) -> Result<(Model, Tokenizer
     std::thread::scope(|scope| {
         let tokenizer = scope.spawn(|| Tokenizer::from_gguf(file));
         let model = machine(options).and_then(|m| Model::open(file, m));
-        let tokenizer = tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let tokenizer = tokenizer
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let (model, tokenizer) = (model?, tokenizer?);
         if tokenizer.len() > model.config.n_vocab {
             return Err(Error::invalid(
                 file.path(),
                 "the vocabulary",
-                format!("at most {} tokens, the rows of token_embd.weight", model.config.n_vocab),
+                format!(
+                    "at most {} tokens, the rows of token_embd.weight",
+                    model.config.n_vocab
+                ),
                 tokenizer.len(),
             ));
         }

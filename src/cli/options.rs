@@ -122,5 +122,9 @@ fn parse_bias(text: &str) -> Result<(u32, f32), String> {
     let at = text.find(['+', '-']).ok_or_else(bad)?;
     let id = text[..at].parse().map_err(|_| bad())?;
     let bias: f32 = text[at..].parse().map_err(|_| bad())?;
-    if bias.is_nan() { Err(bad()) } else { Ok((id, bias)) }
+    if bias.is_nan() {
+        Err(bad())
+    } else {
+        Ok((id, bias))
+    }
 }

@@ -42,14 +42,21 @@ pub fn run(args: &Args) -> Result<()> {
     let (model, tokenizer) = (&loaded.model, &loaded.tokenizer);
     let chunk = args.model.ctx.map_or(CHUNK.min(loaded.ctx), |n| n as usize);
     if chunk < 4 {
-        return Err(Error::Usage(format!("--ctx {chunk}: too short to score (expected at least 4)")));
+        return Err(Error::Usage(format!(
+            "--ctx {chunk}: too short to score (expected at least 4)"
+        )));
     }
     let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
     let tokens: Vec<u32> = bos.into_iter().chain(tokenizer.encode(&text)).collect();
     let chunks = tokens.len() / chunk;
     if chunks == 0 {
         let expected = format!("at least {chunk} tokens");
-        return Err(Error::invalid(&args.file, "the text", expected, tokens.len()));
+        return Err(Error::invalid(
+            &args.file,
+            "the text",
+            expected,
+            tokens.len(),
+        ));
     }
 
     let mut kv = Kv::new(&model.config, args.model.kv, chunk);
@@ -68,8 +75,16 @@ pub fn run(args: &Args) -> Result<()> {
         let mut pos = 0;
         while pos < chunk {
             let end = chunk.min(pos + args.machine.ubatch as usize);
-            let want = if end > first { Want::All } else { Want::Nothing };
-            let run = Run { kv: &mut kv, tokens: &input[pos..end], want };
+            let want = if end > first {
+                Want::All
+            } else {
+                Want::Nothing
+            };
+            let run = Run {
+                kv: &mut kv,
+                tokens: &input[pos..end],
+                want,
+            };
             let logits = model.forward(&mut [run], &mut scratch)?;
             for (row, p) in logits.chunks_exact(model.config.n_vocab).zip(pos..) {
                 if p >= first && p + 1 < chunk {
@@ -89,9 +104,15 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let nll = sum / count as f64;
     if args.json {
-        print(&format!("{}\n", json!({ "ppl": nll.exp(), "nll": nll, "tokens": count })))?;
+        print(&format!(
+            "{}\n",
+            json!({ "ppl": nll.exp(), "nll": nll, "tokens": count })
+        ))?;
     } else {
-        print(&format!("perplexity {:.4} over {count} tokens in {chunks} chunks of {chunk}\n", nll.exp()))?;
+        print(&format!(
+            "perplexity {:.4} over {count} tokens in {chunks} chunks of {chunk}\n",
+            nll.exp()
+        ))?;
     }
     closing_line(&stats, model.machine());
     Ok(())

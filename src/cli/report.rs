@@ -19,7 +19,11 @@ pub struct Progress {
 impl Progress {
     /// A bar for `what`, such as "reading the prompt".
     pub fn new(what: &'static str) -> Progress {
-        Progress { started: Instant::now(), what, bar: None }
+        Progress {
+            started: Instant::now(),
+            what,
+            bar: None,
+        }
     }
 
     /// `done` of `total` tokens are done.
@@ -27,11 +31,21 @@ impl Progress {
         if done >= total {
             return self.clear();
         }
-        if self.bar.is_none() && std::io::stderr().is_terminal() && self.started.elapsed() > Duration::from_secs(1) {
-            let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left")
-                .expect("a valid template");
-            let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
-            self.bar = Some(bar.with_style(style).with_message(self.what).with_elapsed(self.started.elapsed()));
+        if self.bar.is_none()
+            && std::io::stderr().is_terminal()
+            && self.started.elapsed() > Duration::from_secs(1)
+        {
+            let style = ProgressStyle::with_template(
+                "{msg} {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left",
+            )
+            .expect("a valid template");
+            let bar =
+                ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
+            self.bar = Some(
+                bar.with_style(style)
+                    .with_message(self.what)
+                    .with_elapsed(self.started.elapsed()),
+            );
         }
         if let Some(bar) = &self.bar {
             bar.set_position(done as u64);
@@ -50,29 +64,51 @@ impl Progress {
 pub fn closing_line(stats: &Stats, machine: &Machine) {
     let mut parts = Vec::new();
     if stats.prompt_tokens > 0 {
-        parts.push(format!("prompt {} at {:.1} tok/s", tokens(stats.prompt_tokens), stats.prompt_rate()));
+        parts.push(format!(
+            "prompt {} at {:.1} tok/s",
+            tokens(stats.prompt_tokens),
+            stats.prompt_rate()
+        ));
     }
     match stats.steps {
         0 => parts.push(format!("answer {}", tokens(stats.answer_tokens))),
-        _ => parts.push(format!("answer {} at {:.1} tok/s", tokens(stats.answer_tokens), stats.answer_rate())),
+        _ => parts.push(format!(
+            "answer {} at {:.1} tok/s",
+            tokens(stats.answer_tokens),
+            stats.answer_rate()
+        )),
     }
     let used = stats.bandwidth() / 1e9;
     let limit = bandwidth(&machine.pool) / 1e9;
-    parts.push(format!("{used:.1} GB/s of weights ({:.0}% of {limit:.1})", 100.0 * used / limit));
-    parts.push(format!("{}, {} threads", machine.kernels.tier().name(), machine.pool.threads()));
+    parts.push(format!(
+        "{used:.1} GB/s of weights ({:.0}% of {limit:.1})",
+        100.0 * used / limit
+    ));
+    parts.push(format!(
+        "{}, {} threads",
+        machine.kernels.tier().name(),
+        machine.pool.threads()
+    ));
     parts.push(format!("logits {}", stats.hash));
     eprintln!("octet: {}", parts.join("; "));
 }
 
 fn tokens(n: usize) -> String {
-    if n == 1 { "1 token".to_string() } else { format!("{n} tokens") }
+    if n == 1 {
+        "1 token".to_string()
+    } else {
+        format!("{n} tokens")
+    }
 }
 
 /// Bytes per second that the pool's threads read from memory: measured once per machine and thread
 /// count (about 0.2 s), then remembered in the user's cache folder.
 pub fn bandwidth(pool: &Pool) -> f64 {
     let file = cache_folder().map(|dir| dir.join(format!("bandwidth-{}", pool.threads())));
-    let known = file.as_ref().and_then(|f| std::fs::read_to_string(f).ok()).and_then(|text| text.trim().parse().ok());
+    let known = file
+        .as_ref()
+        .and_then(|f| std::fs::read_to_string(f).ok())
+        .and_then(|text| text.trim().parse().ok());
     if let Some(known) = known.filter(|b: &f64| b.is_finite() && *b > 0.0) {
         return known;
     }
@@ -96,8 +132,15 @@ pub fn state_folder() -> Option<PathBuf> {
 }
 
 fn user_folder(variable: &str, below_home: &str) -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     let base = set(variable).filter(|p| p.is_absolute());
     let home = || set("HOME").or_else(|| set("USERPROFILE"));
-    Some(base.or_else(|| Some(home()?.join(below_home)))?.join("octet"))
+    Some(
+        base.or_else(|| Some(home()?.join(below_home)))?
+            .join("octet"),
+    )
 }

@@ -18,7 +18,13 @@ use std::sync::atomic::Ordering;
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// The prompt [default: standard input]
-    #[arg(short, long, value_name = "TEXT", conflicts_with = "file", allow_hyphen_values = true)]
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        conflicts_with = "file",
+        allow_hyphen_values = true
+    )]
     pub prompt: Option<String>,
     /// A file with the prompt; - is standard input
     #[arg(short, long, value_name = "FILE")]
@@ -72,14 +78,23 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     let interrupted = hear_interrupts()?;
-    let mut session = Session::new(&loaded.model, args.model.kv, loaded.ctx, args.machine.ubatch as usize);
+    let mut session = Session::new(
+        &loaded.model,
+        args.model.kv,
+        loaded.ctx,
+        args.machine.ubatch as usize,
+    );
     let limits = Limits {
         max_tokens: args.predict.map(|n| n as usize),
         stop: loaded.template.stop_ids(tokenizer),
         logprobs: args.logprobs,
     };
     // A chat answer begins anew; raw text goes on where the prompt ends, so its first space counts.
-    let mut stream = if args.raw { tokenizer.stream_continuing() } else { tokenizer.stream() };
+    let mut stream = if args.raw {
+        tokenizer.stream_continuing()
+    } else {
+        tokenizer.stream()
+    };
     let mut answer_text = String::new();
     let mut progress = Progress::new("reading the prompt");
     let mut failed = None;
@@ -94,27 +109,46 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     };
-    let answer = session.answer(&prompt, &mut Sampler::new(args.sampling.sampler()), &limits, |event| {
-        match event {
-            Event::Prompt { done, total } => progress.set(done, total),
-            Event::Token(id) => say(stream.push(id))?,
-        }
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+    let answer = session.answer(
+        &prompt,
+        &mut Sampler::new(args.sampling.sampler()),
+        &limits,
+        |event| {
+            match event {
+                Event::Prompt { done, total } => progress.set(done, total),
+                Event::Token(id) => say(stream.push(id))?,
+            }
+            if interrupted.load(Ordering::Relaxed) {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    )?;
     let _ = say(stream.flush());
     if let Some(e) = failed {
         return Err(e);
     }
     if args.json {
-        print(&format!("{}\n", document(&prompt, &answer, &answer_text, args.logprobs > 0)))?;
+        print(&format!(
+            "{}\n",
+            document(&prompt, &answer, &answer_text, args.logprobs > 0)
+        ))?;
     } else if std::io::IsTerminal::is_terminal(&std::io::stdout()) {
         print("\n")?;
     }
     if answer.finish == Finish::ContextFull {
-        eprintln!("octet: the context of {} tokens is full; a larger --ctx helps where the model allows it", session.limit());
+        eprintln!(
+            "octet: the context of {} tokens is full; a larger --ctx helps where the model allows it",
+            session.limit()
+        );
     }
     closing_line(&answer.stats, loaded.model.machine());
-    if answer.finish == Finish::Interrupted { Err(Error::Interrupted) } else { Ok(()) }
+    if answer.finish == Finish::Interrupted {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
+    }
 }
 
 fn document(prompt: &[u32], answer: &Answer, text: &str, top: bool) -> serde_json::Value {

@@ -33,15 +33,24 @@ pub struct Args {
 /// # Errors
 /// If it cannot be read.
 pub fn load_tokenizer(model: &Option<PathBuf>) -> Result<Tokenizer> {
-    let options = ModelOptions { model: model.clone(), ctx: None, kv: crate::moe::KvType::F16 };
+    let options = ModelOptions {
+        model: model.clone(),
+        ctx: None,
+        kv: crate::moe::KvType::F16,
+    };
     let (path, _) = model_path(&options)?;
-    if path.is_dir() || !is_gguf(&path) { Tokenizer::from_path(&path) } else { Tokenizer::from_gguf(&Gguf::open(&path)?) }
+    if path.is_dir() || !is_gguf(&path) {
+        Tokenizer::from_path(&path)
+    } else {
+        Tokenizer::from_gguf(&Gguf::open(&path)?)
+    }
 }
 
 /// Whether the file begins like a GGUF, or is named like one (so that a damaged one is reported as such).
 fn is_gguf(path: &Path) -> bool {
     let mut magic = [0; 4];
-    let read = std::fs::File::open(path).and_then(|mut f| std::io::Read::read_exact(&mut f, &mut magic));
+    let read =
+        std::fs::File::open(path).and_then(|mut f| std::io::Read::read_exact(&mut f, &mut magic));
     (read.is_ok() && &magic == b"GGUF") || path.extension().is_some_and(|e| e == "gguf")
 }
 
@@ -52,7 +61,12 @@ fn is_gguf(path: &Path) -> bool {
 pub fn run(args: &Args) -> Result<()> {
     let tokenizer = load_tokenizer(&args.model)?;
     let with_bos = |ids: Vec<u32>| -> Vec<u32> {
-        tokenizer.bos().filter(|_| args.bos).into_iter().chain(ids).collect()
+        tokenizer
+            .bos()
+            .filter(|_| args.bos)
+            .into_iter()
+            .chain(ids)
+            .collect()
     };
     let template = match args.chat {
         true => Some(Template::choose(&tokenizer, tokenizer.chat_template())?),
@@ -83,7 +97,12 @@ pub fn run(args: &Args) -> Result<()> {
                     let tools = match value.get("tools") {
                         None | Some(Value::Null) => None,
                         Some(Value::Array(tools)) => Some(tools.as_slice()),
-                        Some(_) => return Err(invalid("\"tools\" to be a list or null", "something else".into())),
+                        Some(_) => {
+                            return Err(invalid(
+                                "\"tools\" to be a list or null",
+                                "something else".into(),
+                            ));
+                        }
                     };
                     let messages = value
                         .get("messages")

@@ -55,7 +55,10 @@ pub(super) fn attend(
 ) {
     let group = config.n_head / config.n_kv * config.d_head;
     let scale = 1.0 / (config.d_head as f32).sqrt();
-    let mut tasks: Vec<_> = q.chunks_exact_mut(group).zip(out.chunks_exact_mut(group)).collect();
+    let mut tasks: Vec<_> = q
+        .chunks_exact_mut(group)
+        .zip(out.chunks_exact_mut(group))
+        .collect();
     machine.pool.each(&mut tasks, |i, (q, out)| {
         let (t, kv_head) = (i / config.n_kv, i % config.n_kv);
         q.iter_mut().for_each(|q| *q *= scale);
@@ -85,10 +88,14 @@ fn group_attend(
         let part = kv_head * KV_BLOCK * d..(kv_head * KV_BLOCK + n) * d;
         match (keys, values) {
             (Plane::F16(k), Plane::F16(v)) => {
-                machine.kernels.attend_f16(q, &k[part.clone()], &v[part], d, &mut run, out);
+                machine
+                    .kernels
+                    .attend_f16(q, &k[part.clone()], &v[part], d, &mut run, out);
             }
             (Plane::F32(k), Plane::F32(v)) => {
-                machine.kernels.attend_f32(q, &k[part.clone()], &v[part], d, &mut run, out);
+                machine
+                    .kernels
+                    .attend_f32(q, &k[part.clone()], &v[part], d, &mut run, out);
             }
             _ => unreachable!("a cache has one element type"),
         }

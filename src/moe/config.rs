@@ -14,7 +14,11 @@ pub struct Arch {
 }
 
 /// One row per architecture. Mixtral has no name of its own: it is `llama` with experts.
-pub const ARCHS: &[Arch] = &[Arch { name: "llama", title: "Mixtral, Mistral and Llama", rope_base: 10_000.0 }];
+pub const ARCHS: &[Arch] = &[Arch {
+    name: "llama",
+    title: "Mixtral, Mistral and Llama",
+    rope_base: 10_000.0,
+}];
 
 /// The shape of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,8 +64,16 @@ impl Config {
             .get_str("general.architecture")?
             .ok_or_else(|| Error::missing(file.path(), "metadata key general.architecture", ""))?;
         let arch = ARCHS.iter().find(|a| a.name == name).ok_or_else(|| {
-            let known: Vec<_> = ARCHS.iter().map(|a| format!("{} ({})", a.name, a.title)).collect();
-            Error::unsupported(file.path(), "this architecture", known.join(", "), format!("{name:?}"))
+            let known: Vec<_> = ARCHS
+                .iter()
+                .map(|a| format!("{} ({})", a.name, a.title))
+                .collect();
+            Error::unsupported(
+                file.path(),
+                "this architecture",
+                known.join(", "),
+                format!("{name:?}"),
+            )
         })?;
         let key = |suffix: &str| format!("{}.{suffix}", arch.name);
         let optional = |suffix: &str| -> Result<Option<usize>> {
@@ -69,9 +81,18 @@ impl Config {
         };
         let number = |suffix: &str| -> Result<usize> {
             match optional(suffix)? {
-                Some(0) => Err(Error::invalid(file.path(), format!("metadata key {}", key(suffix)), "at least 1", 0)),
+                Some(0) => Err(Error::invalid(
+                    file.path(),
+                    format!("metadata key {}", key(suffix)),
+                    "at least 1",
+                    0,
+                )),
                 Some(n) => Ok(n),
-                None => Err(Error::missing(file.path(), format!("metadata key {}", key(suffix)), "")),
+                None => Err(Error::missing(
+                    file.path(),
+                    format!("metadata key {}", key(suffix)),
+                    "",
+                )),
             }
         };
         let positive = |suffix: &str, default: f32| -> Result<f32> {
@@ -100,7 +121,11 @@ impl Config {
             d_head,
             d_ff: number("feed_forward_length")?,
             n_expert: n_expert.max(1),
-            n_used: if n_expert > 0 { number("expert_used_count")? } else { 1 },
+            n_used: if n_expert > 0 {
+                number("expert_used_count")?
+            } else {
+                1
+            },
             routed: n_expert > 0,
             n_vocab: embedding.shape.get(1).copied().unwrap_or(0) as usize,
             n_ctx: number("context_length")?,
@@ -115,28 +140,60 @@ impl Config {
     /// Refuses numbers that contradict each other, and settings that would silently change the answer.
     fn check(&self, file: &Gguf, arch: &str) -> Result<()> {
         let bad = |what: &str, expected: String, found: usize| {
-            Err(Error::invalid(file.path(), format!("metadata key {arch}.{what}"), expected, found))
+            Err(Error::invalid(
+                file.path(),
+                format!("metadata key {arch}.{what}"),
+                expected,
+                found,
+            ))
         };
         if self.n_kv == 0 || !self.n_head.is_multiple_of(self.n_kv) {
-            return bad("attention.head_count_kv", format!("a divisor of {} heads", self.n_head), self.n_kv);
+            return bad(
+                "attention.head_count_kv",
+                format!("a divisor of {} heads", self.n_head),
+                self.n_kv,
+            );
         }
         if self.d_head == 0 {
-            return bad("attention.head_count", format!("at most {}", self.d_model), self.n_head);
+            return bad(
+                "attention.head_count",
+                format!("at most {}", self.d_model),
+                self.n_head,
+            );
         }
         if self.n_rot > self.d_head || !self.n_rot.is_multiple_of(2) {
-            return bad("rope.dimension_count", format!("an even number up to {}", self.d_head), self.n_rot);
+            return bad(
+                "rope.dimension_count",
+                format!("an even number up to {}", self.d_head),
+                self.n_rot,
+            );
         }
         if self.n_used > self.n_expert {
-            return bad("expert_used_count", format!("at most {} experts", self.n_expert), self.n_used);
+            return bad(
+                "expert_used_count",
+                format!("at most {} experts", self.n_expert),
+                self.n_used,
+            );
         }
         if let Some(d) = file.get_u32(&format!("{arch}.attention.value_length"))?
             && d as usize != self.d_head
         {
-            return bad("attention.value_length", format!("{} as for keys", self.d_head), d as usize);
+            return bad(
+                "attention.value_length",
+                format!("{} as for keys", self.d_head),
+                d as usize,
+            );
         }
-        let scaling = file.get_str(&format!("{arch}.rope.scaling.type"))?.unwrap_or("none");
+        let scaling = file
+            .get_str(&format!("{arch}.rope.scaling.type"))?
+            .unwrap_or("none");
         if scaling != "none" {
-            return Err(Error::unsupported(file.path(), "this RoPE scaling", "none", format!("{scaling:?}")));
+            return Err(Error::unsupported(
+                file.path(),
+                "this RoPE scaling",
+                "none",
+                format!("{scaling:?}"),
+            ));
         }
         Ok(())
     }
@@ -151,7 +208,9 @@ impl Config {
         }
         let is_8x22b = self.routed && self.d_model == 6144 && self.n_layer == 56;
         if is_8x22b && self.n_ctx == 32768 {
-            warnings.push("context_length is 32768, but Mixtral 8x22B was trained with 65536".to_string());
+            warnings.push(
+                "context_length is 32768, but Mixtral 8x22B was trained with 65536".to_string(),
+            );
         }
         warnings
     }

@@ -71,10 +71,17 @@ pub(super) fn experts(
     let mut rest = ranges.as_slice();
     while !rest.is_empty() {
         let first = rest[0].1.start;
-        let fits = rest.iter().take_while(|(_, r)| r.end - first <= WAVE).count().max(1);
+        let fits = rest
+            .iter()
+            .take_while(|(_, r)| r.end - first <= WAVE)
+            .count()
+            .max(1);
         let (wave, later) = rest.split_at(fits);
         run_wave(machine, config, layer, input, wave, s);
-        bytes += wave.iter().map(|(e, _)| layer.experts[*e].bytes()).sum::<u64>();
+        bytes += wave
+            .iter()
+            .map(|(e, _)| layer.experts[*e].bytes())
+            .sum::<u64>();
         rest = later;
     }
 
@@ -82,7 +89,9 @@ pub(super) fn experts(
     let mut rows: Vec<_> = x.chunks_exact_mut(d).collect();
     machine.pool.each(&mut rows, |t, x| {
         for slot in t * n_used..(t + 1) * n_used {
-            machine.kernels.add_scaled(choices[slot].weight, &result[slot * d..][..d], x);
+            machine
+                .kernels
+                .add_scaled(choices[slot].weight, &result[slot * d..][..d], x);
         }
     });
     bytes
@@ -98,11 +107,29 @@ fn choose(
     s: &mut ExpertScratch,
 ) {
     s.choices.clear();
-    s.choices.resize(all.len() * config.n_used, Choice { expert: 0, weight: 1.0 });
+    s.choices.resize(
+        all.len() * config.n_used,
+        Choice {
+            expert: 0,
+            weight: 1.0,
+        },
+    );
     let Some(router) = &layer.router else { return };
     s.logits.resize(all.len() * config.n_expert, 0.0);
-    matmul(machine, &mut [Job { w: router, x: input, pick: all, y: &mut s.logits }]);
-    for (logits, out) in s.logits.chunks_exact(config.n_expert).zip(s.choices.chunks_exact_mut(config.n_used)) {
+    matmul(
+        machine,
+        &mut [Job {
+            w: router,
+            x: input,
+            pick: all,
+            y: &mut s.logits,
+        }],
+    );
+    for (logits, out) in s
+        .logits
+        .chunks_exact(config.n_expert)
+        .zip(s.choices.chunks_exact_mut(config.n_used))
+    {
         route(logits, out);
     }
 }
@@ -130,21 +157,47 @@ fn run_wave(
     for (e, range) in wave {
         let expert = &layer.experts[*e];
         let pick = &s.bucket[range.clone()];
-        jobs.push(Job { w: &expert.gate, x: input, pick, y: split(&mut gates, range.len() * d_ff) });
-        jobs.push(Job { w: &expert.up, x: input, pick, y: split(&mut ups, range.len() * d_ff) });
+        jobs.push(Job {
+            w: &expert.gate,
+            x: input,
+            pick,
+            y: split(&mut gates, range.len() * d_ff),
+        });
+        jobs.push(Job {
+            w: &expert.up,
+            x: input,
+            pick,
+            y: split(&mut ups, range.len() * d_ff),
+        });
     }
     matmul(machine, &mut jobs);
 
-    let mut pairs: Vec<_> = s.gate.chunks_exact_mut(d_ff).zip(s.up.chunks_exact(d_ff)).collect();
-    machine.pool.each(&mut pairs, |_, (gate, up)| machine.kernels.silu_mul(gate, up));
-    s.inner.prepare(machine, &s.gate, d_ff, wave.iter().map(|(e, _)| &layer.experts[*e].down));
+    let mut pairs: Vec<_> = s
+        .gate
+        .chunks_exact_mut(d_ff)
+        .zip(s.up.chunks_exact(d_ff))
+        .collect();
+    machine.pool.each(&mut pairs, |_, (gate, up)| {
+        machine.kernels.silu_mul(gate, up)
+    });
+    s.inner.prepare(
+        machine,
+        &s.gate,
+        d_ff,
+        wave.iter().map(|(e, _)| &layer.experts[*e].down),
+    );
 
     let mut downs = s.down.as_mut_slice();
     let mut jobs = Vec::with_capacity(wave.len());
     for (e, range) in wave {
         let pick = &s.all[range.start - first..range.end - first];
         let y = split(&mut downs, range.len() * d);
-        jobs.push(Job { w: &layer.experts[*e].down, x: &s.inner, pick, y });
+        jobs.push(Job {
+            w: &layer.experts[*e].down,
+            x: &s.inner,
+            pick,
+            y,
+        });
     }
     matmul(machine, &mut jobs);
 

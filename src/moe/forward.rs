@@ -85,7 +85,12 @@ impl Model {
         let config = Config::read(file)?;
         let weights = Weights::load(file, &config)?;
         let rope = Rope::new(&config, weights.rope_factors.as_deref());
-        Ok(Model { config, weights, rope, machine })
+        Ok(Model {
+            config,
+            weights,
+            rope,
+            machine,
+        })
     }
 
     /// Threads and kernels.
@@ -103,9 +108,17 @@ impl Model {
     /// the vocabulary; no cache has changed then.
     pub fn forward<'s>(&self, runs: &mut [Run<'_>], scratch: &'s mut Scratch) -> Result<&'s [f32]> {
         for run in runs.iter_mut() {
-            if let Some(id) = run.tokens.iter().find(|id| **id as usize >= self.config.n_vocab) {
+            if let Some(id) = run
+                .tokens
+                .iter()
+                .find(|id| **id as usize >= self.config.n_vocab)
+            {
                 let expected = format!("ids below {}", self.config.n_vocab);
-                return Err(Error::prompt("a token is outside the vocabulary", expected, id));
+                return Err(Error::prompt(
+                    "a token is outside the vocabulary",
+                    expected,
+                    id,
+                ));
             }
         }
         for run in runs.iter_mut() {
@@ -138,9 +151,24 @@ impl Model {
             matmul(
                 m,
                 &mut [
-                    Job { w: &layer.q, x: &s.input, pick: &s.all, y: &mut s.q },
-                    Job { w: &layer.k, x: &s.input, pick: &s.all, y: &mut s.k },
-                    Job { w: &layer.v, x: &s.input, pick: &s.all, y: &mut s.v },
+                    Job {
+                        w: &layer.q,
+                        x: &s.input,
+                        pick: &s.all,
+                        y: &mut s.q,
+                    },
+                    Job {
+                        w: &layer.k,
+                        x: &s.input,
+                        pick: &s.all,
+                        y: &mut s.k,
+                    },
+                    Job {
+                        w: &layer.v,
+                        x: &s.input,
+                        pick: &s.all,
+                        y: &mut s.v,
+                    },
                 ],
             );
             self.rotate(s);
@@ -148,12 +176,24 @@ impl Model {
             let places: Vec<Place<'_>> = places(runs);
             attend(m, c, i, &places, &mut s.q, &mut s.heads);
             s.input.prepare(m, &s.heads, d_q, [&layer.o]);
-            matmul(m, &mut [Job { w: &layer.o, x: &s.input, pick: &s.all, y: &mut s.o }]);
+            matmul(
+                m,
+                &mut [Job {
+                    w: &layer.o,
+                    x: &s.input,
+                    pick: &s.all,
+                    y: &mut s.o,
+                }],
+            );
             self.add(&s.o, &mut s.x);
 
             // Feed-forward: x += Σ weight · expert(norm(x)) over the experts that the router chose
             self.norm(&s.x, &layer.ffn_norm, &mut s.h);
-            let used = layer.experts.iter().flat_map(|e| [&e.gate, &e.up]).chain(&layer.router);
+            let used = layer
+                .experts
+                .iter()
+                .flat_map(|e| [&e.gate, &e.up])
+                .chain(&layer.router);
             s.input.prepare(m, &s.h, d, used);
             s.weight_bytes += experts(m, c, layer, &s.input, &s.all, &mut s.x, &mut s.experts);
         }
@@ -171,9 +211,12 @@ impl Model {
         let mut t = 0;
         for run in runs {
             for (i, id) in run.tokens.iter().enumerate() {
-                self.weights.embed.decode_row(*id as usize, &mut s.x[t * d..][..d]);
+                self.weights
+                    .embed
+                    .decode_row(*id as usize, &mut s.x[t * d..][..d]);
                 let at = t * half..(t + 1) * half;
-                self.rope.angles(run.kv.len() + i, &mut s.cos[at.clone()], &mut s.sin[at]);
+                self.rope
+                    .angles(run.kv.len() + i, &mut s.cos[at.clone()], &mut s.sin[at]);
                 t += 1;
             }
         }
@@ -188,7 +231,11 @@ impl Model {
             let mut rows: Vec<_> = x.chunks_exact_mut(heads * c.d_head).collect();
             self.machine.pool.each(&mut rows, |t, row| {
                 for head in row.chunks_exact_mut(c.d_head) {
-                    k.rope(&mut head[..c.n_rot], &cos[t * half..][..half], &sin[t * half..][..half]);
+                    k.rope(
+                        &mut head[..c.n_rot],
+                        &cos[t * half..][..half],
+                        &sin[t * half..][..half],
+                    );
                 }
             });
         }
@@ -199,7 +246,9 @@ impl Model {
         let d = self.config.d_model;
         let mut rows: Vec<_> = y.chunks_exact_mut(d).collect();
         self.machine.pool.each(&mut rows, |t, y| {
-            self.machine.kernels.rms_norm(&x[t * d..][..d], w, self.config.rms_eps, y);
+            self.machine
+                .kernels
+                .rms_norm(&x[t * d..][..d], w, self.config.rms_eps, y);
         });
     }
 
@@ -207,7 +256,9 @@ impl Model {
     fn add(&self, x: &[f32], y: &mut [f32]) {
         let d = self.config.d_model;
         let mut rows: Vec<_> = y.chunks_exact_mut(d).collect();
-        self.machine.pool.each(&mut rows, |t, y| self.machine.kernels.add(&x[t * d..][..d], y));
+        self.machine.pool.each(&mut rows, |t, y| {
+            self.machine.kernels.add(&x[t * d..][..d], y)
+        });
     }
 
     /// Final norm and output head of the rows that are wanted.
@@ -230,7 +281,15 @@ impl Model {
         }
         self.norm(&s.x, &w.norm, &mut s.h);
         s.input.prepare(m, &s.h, c.d_model, [&w.head]);
-        matmul(m, &mut [Job { w: &w.head, x: &s.input, pick: &wanted, y: &mut s.logits }]);
+        matmul(
+            m,
+            &mut [Job {
+                w: &w.head,
+                x: &s.input,
+                pick: &wanted,
+                y: &mut s.logits,
+            }],
+        );
     }
 }
 
@@ -249,6 +308,11 @@ fn store(runs: &mut [Run<'_>], layer: usize, d_kv: usize, k: &[f32], v: &[f32]) 
 /// Every token's cache and position.
 fn places<'a>(runs: &'a [Run<'_>]) -> Vec<Place<'a>> {
     runs.iter()
-        .flat_map(|run| (0..run.tokens.len()).map(|i| Place { kv: run.kv, pos: run.kv.len() + i }))
+        .flat_map(|run| {
+            (0..run.tokens.len()).map(|i| Place {
+                kv: run.kv,
+                pos: run.kv.len() + i,
+            })
+        })
         .collect()
 }

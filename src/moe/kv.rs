@@ -61,7 +61,14 @@ impl Kv {
     /// An empty cache for at most `limit` positions.
     pub fn new(config: &Config, kind: KvType, limit: usize) -> Kv {
         let layers = (0..config.n_layer).map(|_| Vec::new()).collect();
-        Kv { kind, n_kv: config.n_kv, d_head: config.d_head, limit, len: 0, layers }
+        Kv {
+            kind,
+            n_kv: config.n_kv,
+            d_head: config.d_head,
+            limit,
+            len: 0,
+            layers,
+        }
     }
 
     /// Tokens in the cache: the position of the next one.
@@ -106,7 +113,10 @@ impl Kv {
     pub(super) fn reserve(&mut self, n: usize) -> Result<()> {
         let want = self.len + n;
         if want > self.limit {
-            return Err(Error::ContextFull { limit: self.limit, want });
+            return Err(Error::ContextFull {
+                limit: self.limit,
+                want,
+            });
         }
         let plane = self.n_kv * KV_BLOCK * self.d_head;
         for layer in &mut self.layers {

@@ -25,7 +25,11 @@ impl Weight {
     /// Rows `r` of the matrix.
     pub fn rows(&self, r: Range<usize>) -> Rows<'_> {
         let n = self.format.row_bytes(self.n_in);
-        Rows { format: self.format, bytes: &self.bytes[r.start * n..r.end * n], k: self.n_in }
+        Rows {
+            format: self.format,
+            bytes: &self.bytes[r.start * n..r.end * n],
+            k: self.n_in,
+        }
     }
 
     /// Row `r` as floats: `out (n_in)`.
@@ -107,7 +111,16 @@ pub fn matmul(machine: &Machine, jobs: &mut [Job<'_>]) {
                 width: job.w.n_out,
                 grain: rows.next_multiple_of(ROW_GROUP).max(ROW_GROUP),
             };
-            (part, (job.w, Tokens { acts: job.x.of(job.w.format), pick: job.pick }))
+            (
+                part,
+                (
+                    job.w,
+                    Tokens {
+                        acts: job.x.of(job.w.format),
+                        pick: job.pick,
+                    },
+                ),
+            )
         })
         .unzip();
     machine.pool.stripes(&mut parts, |p, columns, mut stripe| {

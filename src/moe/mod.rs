@@ -33,6 +33,9 @@ impl Machine {
     /// # Errors
     /// If the threads cannot be started.
     pub fn new(threads: usize, cap: Option<Tier>) -> Result<Machine> {
-        Ok(Machine { pool: Pool::new(threads)?, kernels: Kernels::of(best(cap)) })
+        Ok(Machine {
+            pool: Pool::new(threads)?,
+            kernels: Kernels::of(best(cap)),
+        })
     }
 }

@@ -16,7 +16,9 @@ pub struct Choice {
 ///
 /// `logits`: `(n_expert)`; `out`: `(n_used)`, by rank, at most `n_expert` long.
 pub fn route(logits: &[f32], out: &mut [Choice]) {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m });
+    let max = logits
+        .iter()
+        .fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m });
     // One sum for all choices: a common divisor of softmax would cancel in the renormalisation, but
     // the reference divides twice, and so do its roundings.
     let total: f32 = logits.iter().map(|&l| weight(l, max)).sum();
@@ -30,7 +32,10 @@ pub fn route(logits: &[f32], out: &mut [Choice]) {
             }
         }
         let (expert, p) = best.expect("there are at least as many experts as ranks");
-        out[rank] = Choice { expert: expert as u32, weight: p / total };
+        out[rank] = Choice {
+            expert: expert as u32,
+            weight: p / total,
+        };
     }
     let sum: f32 = out.iter().map(|c| c.weight).sum();
     for c in out {
@@ -40,7 +45,11 @@ pub fn route(logits: &[f32], out: &mut [Choice]) {
 
 /// `e^(l - max)`, 0 for a logit that is not a number.
 fn weight(l: f32, max: f32) -> f32 {
-    if l.is_nan() || max == f32::NEG_INFINITY { 0.0 } else { exp(l - max) }
+    if l.is_nan() || max == f32::NEG_INFINITY {
+        0.0
+    } else {
+        exp(l - max)
+    }
 }
 
 #[cfg(test)]
@@ -70,7 +79,12 @@ mod tests {
 
     #[test]
     fn always_two_different_experts() {
-        for logits in [[f32::NAN; 4], [f32::INFINITY; 4], [f32::NEG_INFINITY; 4], [f32::NAN, 1.0, f32::NAN, 2.0]] {
+        for logits in [
+            [f32::NAN; 4],
+            [f32::INFINITY; 4],
+            [f32::NEG_INFINITY; 4],
+            [f32::NAN, 1.0, f32::NAN, 2.0],
+        ] {
             let [a, b] = top2(&logits);
             assert_ne!(a.expert, b.expert);
         }

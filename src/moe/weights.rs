@@ -54,7 +54,10 @@ pub struct Expert {
 impl Expert {
     /// Bytes of its three matrices.
     pub fn bytes(&self) -> u64 {
-        [&self.gate, &self.up, &self.down].iter().map(|w| w.bytes.len() as u64).sum()
+        [&self.gate, &self.up, &self.down]
+            .iter()
+            .map(|w| w.bytes.len() as u64)
+            .sum()
     }
 }
 
@@ -65,7 +68,10 @@ impl Weights {
     /// If a tensor is missing, has another shape than the metadata says, has a format that octet does
     /// not compute with, or is one that this model has no use for (leaving it out would change the answer).
     pub fn load(file: &Gguf, config: &Config) -> Result<Weights> {
-        let mut finder = Finder { file, used: HashSet::new() };
+        let mut finder = Finder {
+            file,
+            used: HashSet::new(),
+        };
         let c = config;
         let (d, q, kv) = (c.d_model, c.n_head * c.d_head, c.n_kv * c.d_head);
         let embed = finder.matrix("token_embd.weight", d, c.n_vocab)?;
@@ -96,7 +102,13 @@ impl Weights {
             });
         }
         finder.nothing_left()?;
-        Ok(Weights { embed, layers, norm, head, rope_factors })
+        Ok(Weights {
+            embed,
+            layers,
+            norm,
+            head,
+            rope_factors,
+        })
     }
 
     /// Bytes that every token reads: all but the experts, and one row of the embedding for the table.
@@ -104,7 +116,15 @@ impl Weights {
         let layers: u64 = self
             .layers
             .iter()
-            .flat_map(|l| [Some(&l.q), Some(&l.k), Some(&l.v), Some(&l.o), l.router.as_ref()])
+            .flat_map(|l| {
+                [
+                    Some(&l.q),
+                    Some(&l.k),
+                    Some(&l.v),
+                    Some(&l.o),
+                    l.router.as_ref(),
+                ]
+            })
             .flatten()
             .map(|w| w.bytes.len() as u64)
             .sum();
@@ -122,10 +142,16 @@ impl Finder<'_> {
     /// A tensor with the given shape, innermost dimension first.
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<(&Tensor, Format)> {
         let path = self.file.path();
-        let tensor =
-            self.file.tensor(name).ok_or_else(|| Error::missing(path, format!("tensor {name}"), ""))?;
+        let tensor = self
+            .file
+            .tensor(name)
+            .ok_or_else(|| Error::missing(path, format!("tensor {name}"), ""))?;
         // Trailing dimensions of 1 may be written or left out.
-        let trim = |s: &[u64]| s.iter().rposition(|n| *n != 1).map_or(Vec::new(), |i| s[..=i].to_vec());
+        let trim = |s: &[u64]| {
+            s.iter()
+                .rposition(|n| *n != 1)
+                .map_or(Vec::new(), |i| s[..=i].to_vec())
+        };
         let want: Vec<u64> = shape.iter().map(|n| *n as u64).collect();
         if trim(&tensor.shape) != trim(&want) {
             return Err(Error::invalid(
@@ -137,7 +163,12 @@ impl Finder<'_> {
         }
         let format = tensor.format().ok_or_else(|| {
             let known: Vec<_> = Format::ALL.iter().map(|f| f.name()).collect();
-            Error::unsupported(path, format!("the type of tensor {name}"), known.join(" "), tensor.type_name())
+            Error::unsupported(
+                path,
+                format!("the type of tensor {name}"),
+                known.join(" "),
+                tensor.type_name(),
+            )
         })?;
         self.used.insert(name.to_string());
         Ok((tensor, format))
@@ -146,7 +177,12 @@ impl Finder<'_> {
     fn matrix(&mut self, name: &str, n_in: usize, n_out: usize) -> Result<Weight> {
         let file = self.file;
         let (tensor, format) = self.tensor(name, &[n_in, n_out])?;
-        Ok(Weight { format, n_in, n_out, bytes: file.bytes(tensor) })
+        Ok(Weight {
+            format,
+            n_in,
+            n_out,
+            bytes: file.bytes(tensor),
+        })
     }
 
     fn vector(&mut self, name: &str, n: usize) -> Result<Vec<f32>> {
@@ -160,14 +196,26 @@ impl Finder<'_> {
     /// The experts of layer `i`: fused (`ffn_gate_exps`: all in one tensor, the layout since early
     /// 2024), one tensor each (`ffn_gate.0` …, before that), or the one of a dense model (`ffn_gate`).
     fn experts(&mut self, i: usize, c: &Config) -> Result<Vec<Expert>> {
-        let fused = self.file.tensor(&format!("blk.{i}.ffn_gate_exps.weight")).is_some();
-        let parts = [("gate", c.d_model, c.d_ff), ("up", c.d_model, c.d_ff), ("down", c.d_ff, c.d_model)];
+        let fused = self
+            .file
+            .tensor(&format!("blk.{i}.ffn_gate_exps.weight"))
+            .is_some();
+        let parts = [
+            ("gate", c.d_model, c.d_ff),
+            ("up", c.d_model, c.d_ff),
+            ("down", c.d_ff, c.d_model),
+        ];
         let mut columns = Vec::new();
         for (part, n_in, n_out) in parts {
             columns.push(if !c.routed {
                 vec![self.matrix(&format!("blk.{i}.ffn_{part}.weight"), n_in, n_out)?]
             } else if fused {
-                self.slices(&format!("blk.{i}.ffn_{part}_exps.weight"), n_in, n_out, c.n_expert)?
+                self.slices(
+                    &format!("blk.{i}.ffn_{part}_exps.weight"),
+                    n_in,
+                    n_out,
+                    c.n_expert,
+                )?
             } else {
                 (0..c.n_expert)
                     .map(|e| self.matrix(&format!("blk.{i}.ffn_{part}.{e}.weight"), n_in, n_out))
@@ -190,12 +238,22 @@ impl Finder<'_> {
         let bytes = file.bytes(tensor);
         let size = bytes.len() / n;
         Ok((0..n)
-            .map(|e| Weight { format, n_in, n_out, bytes: bytes.slice(e * size..(e + 1) * size) })
+            .map(|e| Weight {
+                format,
+                n_in,
+                n_out,
+                bytes: bytes.slice(e * size..(e + 1) * size),
+            })
             .collect())
     }
 
     fn nothing_left(&self) -> Result<()> {
-        match self.file.tensors().iter().find(|t| !self.used.contains(&t.name)) {
+        match self
+            .file
+            .tensors()
+            .iter()
+            .find(|t| !self.used.contains(&t.name))
+        {
             None => Ok(()),
             Some(t) => Err(Error::unsupported(
                 self.file.path(),

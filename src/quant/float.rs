@@ -8,7 +8,30 @@ use half::{bf16, f16};
 /// AVX2 (two), NEON (four) and scalar code add in the same order.
 pub const LANES: usize = 16;
 
-/// Folds partial sums in the fixed tree 16 → 8 → 4 → 2 → 1, always upper half onto lower half.
+/// Sixteen floats as a tier holds them. Implementations differ in instructions, never in a bit.
+pub trait Lanes: Copy {
+    /// All lanes the same.
+    fn splat(x: f32) -> Self;
+    /// From 16 floats.
+    fn load(x: &[f32; LANES]) -> Self;
+    /// From 16 f16, widened (exact).
+    fn load_f16(x: &[f16; LANES]) -> Self;
+    /// From 16 bf16, widened (exact).
+    fn load_bf16(x: &[bf16; LANES]) -> Self;
+    /// To 16 floats.
+    fn store(self, x: &mut [f32; LANES]);
+    /// `self · b + c`, rounded once.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The sum of all lanes in the fixed tree 16 → 8 → 4 → 2 → 1, always upper half onto lower half.
+    #[inline(always)]
+    fn fold(self) -> f32 {
+        let mut s = [0.0; LANES];
+        self.store(&mut s);
+        fold(s)
+    }
+}
+
+/// The definition of [`Lanes::fold`].
 #[inline(always)]
 pub fn fold(mut s: [f32; LANES]) -> f32 {
     for half in [8, 4, 2, 1] {
@@ -19,84 +42,158 @@ pub fn fold(mut s: [f32; LANES]) -> f32 {
     s[0]
 }
 
-/// `Σ a[i]·b[i]`: fused into 16 partial sums, then [`fold`]ed. A tail of fewer than 16 elements goes
-/// to the first lanes, as if padded with nothing.
+/// The definition of [`Lanes`].
+impl Lanes for [f32; LANES] {
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn load(x: &[f32; LANES]) -> Self {
+        *x
+    }
+    #[inline(always)]
+    fn load_f16(x: &[f16; LANES]) -> Self {
+        x.map(Element::widen)
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[bf16; LANES]) -> Self {
+        x.map(Element::widen)
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32; LANES]) {
+        *x = self;
+    }
+    #[inline(always)]
+    fn mul_add(mut self, b: Self, c: Self) -> Self {
+        for i in 0..LANES {
+            self[i] = self[i].mul_add(b[i], c[i]);
+        }
+        self
+    }
+}
+
+/// A type of numbers that widens to `f32` exactly.
+pub trait Element: Copy + Send + Sync {
+    /// One number.
+    fn widen(self) -> f32;
+    /// Sixteen.
+    fn load<L: Lanes>(x: &[Self; LANES]) -> L;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn load<L: Lanes>(x: &[f32; LANES]) -> L {
+        L::load(x)
+    }
+}
+
+impl Element for f16 {
+    /// Without branches: the exponent is moved up by a multiplication, which also normalises
+    /// subnormals; infinity and NaN get the full exponent back.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let bits = self.to_bits() as u32;
+        let magnitude = (bits & 0x7fff) << 13;
+        let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000); // 2^112
+        let special = if magnitude >= 0x0f80_0000 {
+            0x7f80_0000
+        } else {
+            0
+        };
+        f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
+    }
+    #[inline(always)]
+    fn load<L: Lanes>(x: &[f16; LANES]) -> L {
+        L::load_f16(x)
+    }
+}
+
+impl Element for bf16 {
+    /// BF16 is the upper half of an F32.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+    #[inline(always)]
+    fn load<L: Lanes>(x: &[bf16; LANES]) -> L {
+        L::load_bf16(x)
+    }
+}
+
+/// `Σ rows[r][i] · x[i]` for N rows at once (so that N chains of additions hide each other's latency):
+/// fused into 16 partial sums, then folded. A tail of fewer than 16 elements goes to the first lanes.
 ///
 /// # Panics
-/// If `b` is shorter than `a`.
+/// If a row is shorter than `x`.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    dot_with(a, b, |c| *c, |x| x)
-}
-
-/// [`dot`] of any element type that widens to `f32` exactly: `wide` converts 16 elements, `one` a
-/// single one of the tail.
-#[inline(always)]
-pub fn dot_with<T: Copy>(
-    a: &[T],
-    b: &[f32],
-    wide: impl Fn(&[T; LANES]) -> [f32; LANES],
-    one: impl Fn(T) -> f32,
-) -> f32 {
-    let b = &b[..a.len()];
-    let mut s = [0.0f32; LANES];
-    let (a16, a_tail) = a.as_chunks::<LANES>();
-    let (b16, b_tail) = b.as_chunks::<LANES>();
-    for (a, b) in a16.iter().zip(b16) {
-        let a = wide(a);
-        for i in 0..LANES {
-            s[i] = a[i].mul_add(b[i], s[i]);
+pub fn dots<L: Lanes, E: Element, const N: usize>(rows: [&[E]; N], x: &[f32]) -> [f32; N] {
+    let mut s = [L::splat(0.0); N];
+    let (x16, x_tail) = x.as_chunks::<LANES>();
+    let rows16 = rows.map(|row| &row[..x.len()].as_chunks::<LANES>().0[..x16.len()]);
+    for (i, x) in x16.iter().enumerate() {
+        let x = L::load(x);
+        for r in 0..N {
+            s[r] = E::load::<L>(&rows16[r][i]).mul_add(x, s[r]);
         }
     }
-    for (i, (a, b)) in a_tail.iter().zip(b_tail).enumerate() {
-        s[i] = one(*a).mul_add(*b, s[i]);
+    let mut out = [0.0; N];
+    for r in 0..N {
+        if !x_tail.is_empty() {
+            let mut lanes = [0.0; LANES];
+            s[r].store(&mut lanes);
+            let tail = &rows[r][x.len() - x_tail.len()..];
+            for (i, (w, x)) in tail.iter().zip(x_tail).enumerate() {
+                lanes[i] = w.widen().mul_add(*x, lanes[i]);
+            }
+            s[r] = L::load(&lanes);
+        }
+        out[r] = s[r].fold();
     }
-    fold(s)
+    out
 }
 
-impl Block for f32 {
-    const WEIGHTS: usize = 1;
+/// [`dots`] of one row.
+#[inline(always)]
+pub fn dot<L: Lanes, E: Element>(row: &[E], x: &[f32]) -> f32 {
+    dots::<L, E, 1>([row], x)[0]
+}
 
-    fn decode(&self, out: &mut [f32]) {
-        out[0] = *self;
+/// `y = fma(a, x, y)`. `x`, `y`: `(n)`.
+#[inline(always)]
+pub fn axpy<L: Lanes, E: Element>(a: f32, x: &[E], y: &mut [f32]) {
+    let (x16, x_tail) = x.as_chunks::<LANES>();
+    let (y16, y_tail) = y.as_chunks_mut::<LANES>();
+    for (x, y) in x16.iter().zip(y16) {
+        L::splat(a).mul_add(E::load::<L>(x), L::load(y)).store(y);
     }
-
-    #[inline(always)]
-    fn dot(row: &[f32], x: Act<'_>) -> f32 {
-        dot(row, x.floats())
+    for (x, y) in x_tail.iter().zip(y_tail) {
+        *y = a.mul_add(x.widen(), *y);
     }
 }
 
-impl Block for f16 {
-    const WEIGHTS: usize = 1;
+/// Float formats: a block is one weight, and the definition of the dot product is [`dot`] over plain arrays.
+macro_rules! float_blocks {
+    ($($float:ty)*) => { $(
+        impl Block for $float {
+            const WEIGHTS: usize = 1;
 
-    fn decode(&self, out: &mut [f32]) {
-        out[0] = self.to_f32_const();
-    }
+            fn decode(&self, out: &mut [f32]) {
+                out[0] = self.widen();
+            }
 
-    #[inline(always)]
-    fn dot(row: &[f16], x: Act<'_>) -> f32 {
-        dot_with(
-            row,
-            x.floats(),
-            |h| h.map(f16::to_f32_const),
-            f16::to_f32_const,
-        )
-    }
+            #[inline(always)]
+            fn dot(row: &[$float], x: Act<'_>) -> f32 {
+                dot::<[f32; LANES], $float>(row, x.floats())
+            }
+        }
+    )* };
 }
-
-impl Block for bf16 {
-    const WEIGHTS: usize = 1;
-
-    fn decode(&self, out: &mut [f32]) {
-        out[0] = self.to_f32_const();
-    }
-
-    #[inline(always)]
-    fn dot(row: &[bf16], x: Act<'_>) -> f32 {
-        dot_with(row, x.floats(), |h| h.map(widen_bf16), widen_bf16)
-    }
-}
+float_blocks!(f32 f16 bf16);
 
 impl Encode for f32 {
     fn encode_row<S: Search>(x: &[f32], _importance: Option<&[f32]>, out: &mut [f32]) {
@@ -118,10 +215,4 @@ impl Encode for bf16 {
             *out = bf16::from_f32_const(*x);
         }
     }
-}
-
-/// BF16 is the upper half of an F32.
-#[inline(always)]
-pub fn widen_bf16(h: bf16) -> f32 {
-    f32::from_bits((h.to_bits() as u32) << 16)
 }

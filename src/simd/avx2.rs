@@ -3,35 +3,96 @@
 //! Products go through `maddubs` (u8 × i8, pairs added in i16): every format keeps the pair within
 //! i16, so nothing saturates and the sums are exact.
 
-use super::float::{Half, float_doors};
+// Every `unsafe fn` of this file has one contract: the caller has this tier's features enabled and
+// passes pointers to whole blocks (and 64 bytes of activations where a block has them).
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::float::float_doors;
 use crate::quant::Format;
 use crate::quant::act::IntAct;
-use half::f16;
+use crate::quant::float::Lanes;
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Whether the CPU has everything this file is compiled with.
 pub(super) fn detect() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
 }
 
-/// [`Half`] with `vcvtph2ps`.
-struct Vcvt;
+/// [`Lanes`] in two registers.
+#[derive(Clone, Copy)]
+struct Pair([__m256; 2]);
 
-impl Half for Vcvt {
+// SAFETY of the blocks below: only this tier's functions use this type, and they are installed after
+// `detect`; loads and stores stay inside their arrays of 16; f16 and bf16 are transparent u16.
+impl Lanes for Pair {
     #[inline(always)]
-    fn widen(h: &[f16; 16]) -> [f32; 16] {
-        // SAFETY: only called from this tier's functions, which are installed after `detect`; f16 is a
-        // transparent u16 and the loads are unaligned.
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        unsafe { Pair([_mm256_set1_ps(x); 2]) }
+    }
+    #[inline(always)]
+    fn load(x: &[f32; 16]) -> Self {
+        let at = x.as_ptr();
+        // SAFETY: see above.
+        unsafe { Pair([_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))]) }
+    }
+    #[inline(always)]
+    fn load_f16(x: &[f16; 16]) -> Self {
+        let at = x.as_ptr().cast::<__m128i>();
+        // SAFETY: see above.
         unsafe {
-            let at = h.as_ptr();
-            let low = _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
-            let high = _mm256_cvtph_ps(_mm_loadu_si128(at.add(8).cast()));
-            std::mem::transmute([low, high])
+            Pair([
+                _mm256_cvtph_ps(_mm_loadu_si128(at)),
+                _mm256_cvtph_ps(_mm_loadu_si128(at.add(1))),
+            ])
         }
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[bf16; 16]) -> Self {
+        let at = x.as_ptr().cast::<__m128i>();
+        // SAFETY: see above.
+        unsafe {
+            let widen = |h| _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+            Pair([
+                widen(_mm_loadu_si128(at)),
+                widen(_mm_loadu_si128(at.add(1))),
+            ])
+        }
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32; 16]) {
+        let at = x.as_mut_ptr();
+        // SAFETY: see above.
+        unsafe {
+            _mm256_storeu_ps(at, self.0[0]);
+            _mm256_storeu_ps(at.add(8), self.0[1]);
+        }
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Pair([0, 1].map(|i| _mm256_fmadd_ps(self.0[i], b.0[i], c.0[i]))) }
+    }
+    #[inline(always)]
+    fn fold(self) -> f32 {
+        // SAFETY: see above.
+        unsafe { fold_8(_mm256_add_ps(self.0[0], self.0[1])) }
     }
 }
 
-float_doors!(Vcvt, #[target_feature(enable = "avx2,fma,f16c")]);
+/// The last three steps of [`Lanes::fold`].
+#[inline(always)]
+pub(super) unsafe fn fold_8(s: __m256) -> f32 {
+    // SAFETY: AVX, enabled by the caller.
+    let s = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))
+}
+
+float_doors!(Pair, #[target_feature(enable = "avx2,fma,f16c")]);
 
 /// A function of this tier for one format.
 macro_rules! door {
@@ -77,7 +138,7 @@ trait Of32 {
 /// Adds neighbouring i16 into i32.
 #[inline(always)]
 unsafe fn widen_pairs(p: __m256i) -> __m256i {
-    unsafe { _mm256_madd_epi16(p, _mm256_set1_epi16(1)) }
+    _mm256_madd_epi16(p, _mm256_set1_epi16(1))
 }
 
 /// Q4_0.
@@ -89,12 +150,13 @@ impl Of32 for Nibbles {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: __m256i) -> __m256i {
-        unsafe {
-            let q = _mm_loadu_si128(block.add(2).cast());
-            let both = _mm256_set_m128i(_mm_srli_epi16(q, 4), q);
-            // 15 · 127 · 2 fits i16.
-            widen_pairs(_mm256_maddubs_epi16(_mm256_and_si256(both, _mm256_set1_epi8(15)), x))
-        }
+        let q = _mm_loadu_si128(block.add(2).cast());
+        let both = _mm256_set_m128i(_mm_srli_epi16(q, 4), q);
+        // 15 · 127 · 2 fits i16.
+        widen_pairs(_mm256_maddubs_epi16(
+            _mm256_and_si256(both, _mm256_set1_epi8(15)),
+            x,
+        ))
     }
 }
 
@@ -107,11 +169,12 @@ impl Of32 for Bytes {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: __m256i) -> __m256i {
-        unsafe {
-            let q = _mm256_loadu_si256(block.add(2).cast());
-            // |q| · (x with the sign of q): 128 · 127 · 2 fits i16. -128 becomes 128 as a u8.
-            widen_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q)))
-        }
+        let q = _mm256_loadu_si256(block.add(2).cast());
+        // |q| · (x with the sign of q): 128 · 127 · 2 fits i16. -128 becomes 128 as a u8.
+        widen_pairs(_mm256_maddubs_epi16(
+            _mm256_abs_epi8(q),
+            _mm256_sign_epi8(x, q),
+        ))
     }
 }
 
@@ -123,12 +186,14 @@ unsafe fn rows_of_32<F: Of32>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
     for g in 0..groups {
         for t in 0..x.len() {
             // SAFETY: group `g` is 8 whole rows of `w.bytes`.
-            let sums = unsafe {
-                group_of_32::<F>(w.bytes.as_ptr().add(g * GROUP * stride), stride, x.token(t).int())
-            };
+            let sums = group_of_32::<F>(
+                w.bytes.as_ptr().add(g * GROUP * stride),
+                stride,
+                x.token(t).int(),
+            );
             let out = &mut y.row(t)[g * GROUP..][..GROUP];
             // SAFETY: `out` is 8 floats.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sums) };
+            _mm256_storeu_ps(out.as_mut_ptr(), sums);
         }
     }
     super::matmul_rest(w, groups * GROUP, x, y);
@@ -138,43 +203,37 @@ unsafe fn rows_of_32<F: Of32>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
 #[inline(always)]
 unsafe fn group_of_32<F: Of32>(base: *const u8, stride: usize, x: IntAct<'_>) -> __m256 {
     // SAFETY: block `b` of each of the 8 rows; `qs` is 32 bytes.
-    unsafe {
-        let mut acc = _mm256_setzero_ps();
-        for (b, d) in x.d.iter().enumerate() {
-            let (qs, sums) = x.block(b, 32);
-            let first = base.add(b * F::BYTES);
-            let xs = _mm256_loadu_si256(qs.as_ptr().cast());
-            let mut p = [_mm256_setzero_si256(); GROUP];
-            for r in 0..GROUP {
-                p[r] = F::products(first.add(r * stride), xs);
-            }
-            let offset = F::OFFSET * (sums[0] as i32 + sums[1] as i32);
-            let isum = _mm256_sub_epi32(sum_all(p), _mm256_set1_epi32(offset));
-            let d = _mm256_mul_ps(halves(gather(first, stride)), _mm256_set1_ps(*d));
-            acc = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(isum), acc);
+    let mut acc = _mm256_setzero_ps();
+    for (b, d) in x.d.iter().enumerate() {
+        let (qs, sums) = x.block(b, 32);
+        let first = base.add(b * F::BYTES);
+        let xs = _mm256_loadu_si256(qs.as_ptr().cast());
+        let mut p = [_mm256_setzero_si256(); GROUP];
+        for r in 0..GROUP {
+            p[r] = F::products(first.add(r * stride), xs);
         }
-        acc
+        let offset = F::OFFSET * (sums[0] as i32 + sums[1] as i32);
+        let isum = _mm256_sub_epi32(sum_all(p), _mm256_set1_epi32(offset));
+        let d = _mm256_mul_ps(halves(gather(first, stride)), _mm256_set1_ps(*d));
+        acc = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(isum), acc);
     }
+    acc
 }
 
 /// The 4 bytes at `at + r·stride` of 8 rows.
 #[inline(always)]
 unsafe fn gather(at: *const u8, stride: usize) -> __m256i {
-    unsafe {
-        let rows = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-        let offsets = _mm256_mullo_epi32(rows, _mm256_set1_epi32(stride as i32));
-        _mm256_i32gather_epi32::<1>(at.cast(), offsets)
-    }
+    let rows = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    let offsets = _mm256_mullo_epi32(rows, _mm256_set1_epi32(stride as i32));
+    _mm256_i32gather_epi32::<1>(at.cast(), offsets)
 }
 
 /// The low 16 bits of each lane, an f16, as a float.
 #[inline(always)]
 unsafe fn halves(dwords: __m256i) -> __m256 {
-    unsafe {
-        let low = _mm256_and_si256(dwords, _mm256_set1_epi32(0xffff));
-        let packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0b1000);
-        _mm256_cvtph_ps(_mm256_castsi256_si128(packed))
-    }
+    let low = _mm256_and_si256(dwords, _mm256_set1_epi32(0xffff));
+    let packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0b1000);
+    _mm256_cvtph_ps(_mm256_castsi256_si128(packed))
 }
 
 // ---- Formats of 256 weights ------------------------------------------------------------------
@@ -196,7 +255,7 @@ trait Of256 {
 /// Copies i16 number `i` of each half of `v` all over that half.
 #[inline(always)]
 unsafe fn spread(v: __m256i, i: usize) -> __m256i {
-    unsafe { _mm256_shuffle_epi8(v, _mm256_set1_epi16(0x0100 + 0x0202 * i as i16)) }
+    _mm256_shuffle_epi8(v, _mm256_set1_epi16(0x0100 + 0x0202 * i as i16))
 }
 
 /// Q4_K.
@@ -207,12 +266,15 @@ impl K4 {
     #[inline(always)]
     unsafe fn scales(block: *const u8) -> (u64, u64) {
         // SAFETY: the 12 bytes at 4..16 of a block.
-        let [a, b, c] = unsafe { block.add(4).cast::<[u32; 3]>().read_unaligned() };
+        let [a, b, c] = block.add(4).cast::<[u32; 3]>().read_unaligned();
         let (low, two) = (0x0f0f_0f0f, 0x0303_0303);
         let (scales, mins) = (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f);
         let scales_up = (c & low) | (a >> 6 & two) << 4;
         let mins_up = (c >> 4 & low) | (b >> 6 & two) << 4;
-        (scales as u64 | (scales_up as u64) << 32, mins as u64 | (mins_up as u64) << 32)
+        (
+            scales as u64 | (scales_up as u64) << 32,
+            mins as u64 | (mins_up as u64) << 32,
+        )
     }
 }
 
@@ -223,32 +285,36 @@ impl Of256 for K4 {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: *const i8, _sums: __m256i) -> __m256i {
-        unsafe {
-            let (scales, _) = K4::scales(block);
-            let scales = _mm256_broadcastsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(scales as i64)));
-            let low = _mm256_set1_epi8(15);
-            let mut acc = _mm256_setzero_si256();
-            for i in 0..4 {
-                let q = _mm256_loadu_si256(block.add(16 + 32 * i).cast());
-                for high in 0..2 {
-                    let q = if high == 1 { _mm256_srli_epi16(q, 4) } else { q };
-                    let x = _mm256_loadu_si256(x.add(64 * i + 32 * high).cast());
-                    // 15 · 127 · 2 fits i16.
-                    let p = _mm256_maddubs_epi16(_mm256_and_si256(q, low), x);
-                    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(p, spread(scales, 2 * i + high)));
-                }
+        let (scales, _) = K4::scales(block);
+        let scales =
+            _mm256_broadcastsi128_si256(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(scales as i64)));
+        let low = _mm256_set1_epi8(15);
+        let mut acc = _mm256_setzero_si256();
+        for i in 0..4 {
+            let q = _mm256_loadu_si256(block.add(16 + 32 * i).cast());
+            for high in 0..2 {
+                let q = if high == 1 {
+                    _mm256_srli_epi16(q, 4)
+                } else {
+                    q
+                };
+                let x = _mm256_loadu_si256(x.add(64 * i + 32 * high).cast());
+                // 15 · 127 · 2 fits i16.
+                let p = _mm256_maddubs_epi16(_mm256_and_si256(q, low), x);
+                acc = _mm256_add_epi32(acc, _mm256_madd_epi16(p, spread(scales, 2 * i + high)));
             }
-            acc
         }
+        acc
     }
 
     #[inline(always)]
     unsafe fn minimums(block: *const u8, sums: __m256i) -> __m128i {
-        unsafe {
-            let (_, mins) = K4::scales(block);
-            let sums32 = _mm_hadd_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-            _mm_madd_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(mins as i64)), sums32)
-        }
+        let (_, mins) = K4::scales(block);
+        let sums32 = _mm_hadd_epi16(
+            _mm256_castsi256_si128(sums),
+            _mm256_extracti128_si256(sums, 1),
+        );
+        _mm_madd_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(mins as i64)), sums32)
     }
 }
 
@@ -262,42 +328,47 @@ impl Of256 for K6 {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: *const i8, sums: __m256i) -> __m256i {
-        unsafe {
-            let bytes = _mm_loadu_si128(block.add(192).cast());
-            let scales = _mm256_cvtepi8_epi16(bytes);
-            // The offset of 32: Σ scale · Σ x, once per sub-block.
-            let offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, sums), 5);
-            // Scales of even sub-blocks in the lower half, of odd ones in the upper: a register of 32
-            // weights holds two sub-blocks.
-            let apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-            let scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, apart));
-            let (low, two) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
-            let mut acc = _mm256_sub_epi32(_mm256_setzero_si256(), offset);
-            for half in 0..2 {
-                let qh = _mm256_loadu_si256(block.add(128 + 32 * half).cast());
-                let ql = [0, 1].map(|i| _mm256_loadu_si256(block.add(64 * half + 32 * i).cast()));
-                let upper = [
-                    _mm256_slli_epi16(qh, 4),
-                    _mm256_slli_epi16(qh, 2),
-                    qh,
-                    _mm256_srli_epi16(qh, 2),
-                ];
-                for i in 0..4 {
-                    let nibbles = if i < 2 { ql[i] } else { _mm256_srli_epi16(ql[i - 2], 4) };
-                    let q = _mm256_or_si256(_mm256_and_si256(nibbles, low), _mm256_and_si256(upper[i], two));
-                    let x = _mm256_loadu_si256(x.add(128 * half + 32 * i).cast());
-                    // 63 · 127 · 2 fits i16.
-                    let p = _mm256_maddubs_epi16(q, x);
-                    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(p, spread(scales, 4 * half + i)));
-                }
+        let bytes = _mm_loadu_si128(block.add(192).cast());
+        let scales = _mm256_cvtepi8_epi16(bytes);
+        // The offset of 32: Σ scale · Σ x, once per sub-block.
+        let offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, sums), 5);
+        // Scales of even sub-blocks in the lower half, of odd ones in the upper: a register of 32
+        // weights holds two sub-blocks.
+        let apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+        let scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, apart));
+        let (low, two) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
+        let mut acc = _mm256_sub_epi32(_mm256_setzero_si256(), offset);
+        for half in 0..2 {
+            let qh = _mm256_loadu_si256(block.add(128 + 32 * half).cast());
+            let ql = [0, 1].map(|i| _mm256_loadu_si256(block.add(64 * half + 32 * i).cast()));
+            let upper = [
+                _mm256_slli_epi16(qh, 4),
+                _mm256_slli_epi16(qh, 2),
+                qh,
+                _mm256_srli_epi16(qh, 2),
+            ];
+            for i in 0..4 {
+                let nibbles = if i < 2 {
+                    ql[i]
+                } else {
+                    _mm256_srli_epi16(ql[i - 2], 4)
+                };
+                let q = _mm256_or_si256(
+                    _mm256_and_si256(nibbles, low),
+                    _mm256_and_si256(upper[i], two),
+                );
+                let x = _mm256_loadu_si256(x.add(128 * half + 32 * i).cast());
+                // 63 · 127 · 2 fits i16.
+                let p = _mm256_maddubs_epi16(q, x);
+                acc = _mm256_add_epi32(acc, _mm256_madd_epi16(p, spread(scales, 4 * half + i)));
             }
-            acc
         }
+        acc
     }
 
     #[inline(always)]
     unsafe fn minimums(_block: *const u8, _sums: __m256i) -> __m128i {
-        unsafe { _mm_setzero_si128() }
+        _mm_setzero_si128()
     }
 }
 
@@ -309,12 +380,14 @@ unsafe fn rows_of_256<F: Of256>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) 
     for g in 0..groups {
         for t in 0..x.len() {
             // SAFETY: group `g` is 8 whole rows of `w.bytes`.
-            let sums = unsafe {
-                group_of_256::<F>(w.bytes.as_ptr().add(g * GROUP * stride), stride, x.token(t).int())
-            };
+            let sums = group_of_256::<F>(
+                w.bytes.as_ptr().add(g * GROUP * stride),
+                stride,
+                x.token(t).int(),
+            );
             let out = &mut y.row(t)[g * GROUP..][..GROUP];
             // SAFETY: `out` is 8 floats.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sums) };
+            _mm256_storeu_ps(out.as_mut_ptr(), sums);
         }
     }
     super::matmul_rest(w, groups * GROUP, x, y);
@@ -325,67 +398,62 @@ unsafe fn rows_of_256<F: Of256>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) 
 unsafe fn group_of_256<F: Of256>(base: *const u8, stride: usize, x: IntAct<'_>) -> __m256 {
     // SAFETY: block `b` of each of the 8 rows; `qs` is 256 bytes and `sums` 16 times i16. `d` is read
     // with the 2 bytes behind it, or before it where a format ends with it.
-    unsafe {
-        let mut acc = _mm256_setzero_ps();
-        for (b, d) in x.d.iter().enumerate() {
-            let (qs, sums) = x.block(b, 256);
-            let first = base.add(b * F::BYTES);
-            let sums = _mm256_loadu_si256(sums.as_ptr().cast());
-            let mut p = [_mm256_setzero_si256(); GROUP];
-            for r in 0..GROUP {
-                p[r] = F::products(first.add(r * stride), qs.as_ptr(), sums);
-            }
-            let last = F::D + 4 > F::BYTES;
-            let dwords = gather(first.add(if last { F::D - 2 } else { F::D }), stride);
-            let upper = _mm256_srli_epi32(dwords, 16);
-            let dx = _mm256_set1_ps(*d);
-            let scale = _mm256_mul_ps(halves(if last { upper } else { dwords }), dx);
-            acc = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum_all(p)), acc);
-            if F::MIN {
-                let mut m = [_mm_setzero_si128(); GROUP];
-                for r in 0..GROUP {
-                    m[r] = F::minimums(first.add(r * stride), sums);
-                }
-                // min is subtracted: the sign before the product changes no rounding.
-                let min = _mm256_mul_ps(halves(upper), dx);
-                acc = _mm256_fnmadd_ps(min, _mm256_cvtepi32_ps(sum_quarters(m)), acc);
-            }
+    let mut acc = _mm256_setzero_ps();
+    for (b, d) in x.d.iter().enumerate() {
+        let (qs, sums) = x.block(b, 256);
+        let first = base.add(b * F::BYTES);
+        let sums = _mm256_loadu_si256(sums.as_ptr().cast());
+        let mut p = [_mm256_setzero_si256(); GROUP];
+        for r in 0..GROUP {
+            p[r] = F::products(first.add(r * stride), qs.as_ptr(), sums);
         }
-        acc
+        let last = F::D + 4 > F::BYTES;
+        let dwords = gather(first.add(if last { F::D - 2 } else { F::D }), stride);
+        let upper = _mm256_srli_epi32(dwords, 16);
+        let dx = _mm256_set1_ps(*d);
+        let scale = _mm256_mul_ps(halves(if last { upper } else { dwords }), dx);
+        acc = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum_all(p)), acc);
+        if F::MIN {
+            let mut m = [_mm_setzero_si128(); GROUP];
+            for r in 0..GROUP {
+                m[r] = F::minimums(first.add(r * stride), sums);
+            }
+            // min is subtracted: the sign before the product changes no rounding.
+            let min = _mm256_mul_ps(halves(upper), dx);
+            acc = _mm256_fnmadd_ps(min, _mm256_cvtepi32_ps(sum_quarters(m)), acc);
+        }
     }
+    acc
 }
 
 // ---- Transposing sums ------------------------------------------------------------------------
 
 #[inline(always)]
 unsafe fn add_pairs(a: __m256i, b: __m256i) -> __m256i {
-    unsafe { _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)) }
+    _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b))
 }
 
 /// The sums of four rows within each half.
 #[inline(always)]
 unsafe fn sum_within_halves(a: __m256i, b: __m256i, c: __m256i, d: __m256i) -> __m256i {
-    unsafe {
-        let (ab, cd) = (add_pairs(a, b), add_pairs(c, d));
-        _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd))
-    }
+    let (ab, cd) = (add_pairs(a, b), add_pairs(c, d));
+    _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd))
 }
 
 /// Lane `r` is the sum of all lanes of `p[r]`.
 #[inline(always)]
 unsafe fn sum_all(p: [__m256i; GROUP]) -> __m256i {
-    unsafe {
-        let v0 = sum_within_halves(p[0], p[1], p[2], p[3]);
-        let v1 = sum_within_halves(p[4], p[5], p[6], p[7]);
-        _mm256_add_epi32(_mm256_permute2x128_si256(v0, v1, 0x20), _mm256_permute2x128_si256(v0, v1, 0x31))
-    }
+    let v0 = sum_within_halves(p[0], p[1], p[2], p[3]);
+    let v1 = sum_within_halves(p[4], p[5], p[6], p[7]);
+    _mm256_add_epi32(
+        _mm256_permute2x128_si256(v0, v1, 0x20),
+        _mm256_permute2x128_si256(v0, v1, 0x31),
+    )
 }
 
 /// Lane `r` is the sum of the 4 lanes of `m[r]`.
 #[inline(always)]
 unsafe fn sum_quarters(m: [__m128i; GROUP]) -> __m256i {
-    unsafe {
-        let z = |i: usize| _mm256_set_m128i(m[i + 4], m[i]);
-        sum_within_halves(z(0), z(1), z(2), z(3))
-    }
+    let z = |i: usize| _mm256_set_m128i(m[i + 4], m[i]);
+    sum_within_halves(z(0), z(1), z(2), z(3))
 }

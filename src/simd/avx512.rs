@@ -7,10 +7,15 @@
 //! Weights are multiplied as unsigned bytes `q + OFFSET`; the offset leaves through the sums of the
 //! activations, `Σ (q + o)·x - o·Σ x`, which is exact too.
 
-use super::float::{Half, float_doors};
+// Every `unsafe fn` of this file has one contract: the caller has this tier's features enabled and
+// passes pointers to whole blocks (and 64 bytes of activations where a block has them).
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::float::float_doors;
 use crate::quant::Format;
 use crate::quant::act::IntAct;
-use half::f16;
+use crate::quant::float::Lanes;
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Whether the CPU has everything this file is compiled with.
@@ -23,19 +28,57 @@ pub(super) fn detect() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
-/// [`Half`] with `vcvtph2ps`.
-struct Vcvt;
+/// [`Lanes`] in one register.
+#[derive(Clone, Copy)]
+struct One(__m512);
 
-impl Half for Vcvt {
+// SAFETY of the blocks below: only this tier's functions use this type, and they are installed after
+// `detect`; loads and stores stay inside their arrays of 16; f16 and bf16 are transparent u16.
+impl Lanes for One {
     #[inline(always)]
-    fn widen(h: &[f16; 16]) -> [f32; 16] {
-        // SAFETY: only called from this tier's functions, which are installed after `detect`; f16 is a
-        // transparent u16 and the load is unaligned.
-        unsafe { std::mem::transmute(_mm512_cvtph_ps(_mm256_loadu_si256(h.as_ptr().cast()))) }
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        unsafe { One(_mm512_set1_ps(x)) }
+    }
+    #[inline(always)]
+    fn load(x: &[f32; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe { One(_mm512_loadu_ps(x.as_ptr())) }
+    }
+    #[inline(always)]
+    fn load_f16(x: &[f16; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe { One(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[bf16; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let h = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            One(_mm512_castsi512_ps(_mm512_slli_epi32(h, 16)))
+        }
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32; 16]) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_ps(x.as_mut_ptr(), self.0) }
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { One(_mm512_fmadd_ps(self.0, b.0, c.0)) }
+    }
+    #[inline(always)]
+    fn fold(self) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let upper = _mm512_extractf32x8_ps(self.0, 1);
+            super::avx2::fold_8(_mm256_add_ps(_mm512_castps512_ps256(self.0), upper))
+        }
     }
 }
 
-float_doors!(Vcvt, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]);
+float_doors!(One, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]);
 
 /// A function of this tier for one format.
 macro_rules! door {
@@ -93,18 +136,16 @@ impl Of32 for Nibbles {
     #[inline(always)]
     unsafe fn unpack(first: *const u8, second: *const u8) -> __m512i {
         // Low nibbles of both blocks, then the high ones: quarters a0 b0 a1 b1.
-        unsafe {
-            let a = _mm_loadu_si128(first.add(2).cast());
-            let b = _mm_loadu_si128(second.add(2).cast());
-            let ab = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
-            let both = _mm512_inserti64x4(_mm512_castsi256_si512(ab), _mm256_srli_epi16(ab, 4), 1);
-            _mm512_and_si512(both, _mm512_set1_epi8(15))
-        }
+        let a = _mm_loadu_si128(first.add(2).cast());
+        let b = _mm_loadu_si128(second.add(2).cast());
+        let ab = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+        let both = _mm512_inserti64x4(_mm512_castsi256_si512(ab), _mm256_srli_epi16(ab, 4), 1);
+        _mm512_and_si512(both, _mm512_set1_epi8(15))
     }
 
     #[inline(always)]
     unsafe fn order(x: __m512i) -> __m512i {
-        unsafe { _mm512_shuffle_i64x2(x, x, 0b11_01_10_00) }
+        _mm512_shuffle_i64x2(x, x, 0b11_01_10_00)
     }
 }
 
@@ -118,12 +159,10 @@ impl Of32 for Bytes {
 
     #[inline(always)]
     unsafe fn unpack(first: *const u8, second: *const u8) -> __m512i {
-        unsafe {
-            let a = _mm256_loadu_si256(first.add(2).cast());
-            let b = _mm256_loadu_si256(second.add(2).cast());
-            let ab = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-            _mm512_xor_si512(ab, _mm512_set1_epi8(-128))
-        }
+        let a = _mm256_loadu_si256(first.add(2).cast());
+        let b = _mm256_loadu_si256(second.add(2).cast());
+        let ab = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+        _mm512_xor_si512(ab, _mm512_set1_epi8(-128))
     }
 
     #[inline(always)]
@@ -140,12 +179,14 @@ unsafe fn rows_of_32<F: Of32>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
     for g in 0..groups {
         for t in 0..x.len() {
             // SAFETY: group `g` is 16 whole rows of `w.bytes`.
-            let sums = unsafe {
-                group_of_32::<F>(w.bytes.as_ptr().add(g * GROUP * stride), stride, x.token(t).int())
-            };
+            let sums = group_of_32::<F>(
+                w.bytes.as_ptr().add(g * GROUP * stride),
+                stride,
+                x.token(t).int(),
+            );
             let out = &mut y.row(t)[g * GROUP..][..GROUP];
             // SAFETY: `out` is 16 floats.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums) };
+            _mm512_storeu_ps(out.as_mut_ptr(), sums);
         }
     }
     super::matmul_rest(w, groups * GROUP, x, y);
@@ -156,30 +197,28 @@ unsafe fn rows_of_32<F: Of32>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
 unsafe fn group_of_32<F: Of32>(base: *const u8, stride: usize, x: IntAct<'_>) -> __m512 {
     let n = x.d.len();
     // SAFETY: AVX-512F, enabled by the caller.
-    let mut acc = unsafe { _mm512_setzero_ps() };
+    let mut acc = _mm512_setzero_ps();
     for b in (0..n).step_by(2) {
         let pair = b + 1 < n;
         // SAFETY: blocks `b` and, if it exists, `b + 1` of each of the 16 rows; without a second block
         // the first is read twice and meets zeros.
-        unsafe {
-            let first = base.add(b * F::BYTES);
-            let next = if pair { F::BYTES } else { 0 };
-            let xs = if pair {
-                _mm512_loadu_si512(x.qs[b * 32..][..64].as_ptr().cast())
-            } else {
-                _mm512_zextsi256_si512(_mm256_loadu_si256(x.qs[b * 32..][..32].as_ptr().cast()))
-            };
-            let xs = F::order(xs);
-            let mut p = [_mm512_setzero_si512(); GROUP];
-            for r in 0..GROUP {
-                let row = first.add(r * stride);
-                p[r] = _mm512_dpbusd_epi32(p[r], F::unpack(row, row.add(next)), xs);
-            }
-            let [s0, s1] = sum_two::<F>(p);
-            acc = step_32::<F>(acc, s0, first, stride, x, b);
-            if pair {
-                acc = step_32::<F>(acc, s1, first.add(next), stride, x, b + 1);
-            }
+        let first = base.add(b * F::BYTES);
+        let next = if pair { F::BYTES } else { 0 };
+        let xs = if pair {
+            _mm512_loadu_si512(x.qs[b * 32..][..64].as_ptr().cast())
+        } else {
+            _mm512_zextsi256_si512(_mm256_loadu_si256(x.qs[b * 32..][..32].as_ptr().cast()))
+        };
+        let xs = F::order(xs);
+        let mut p = [_mm512_setzero_si512(); GROUP];
+        for r in 0..GROUP {
+            let row = first.add(r * stride);
+            p[r] = _mm512_dpbusd_epi32(p[r], F::unpack(row, row.add(next)), xs);
+        }
+        let [s0, s1] = sum_two::<F>(p);
+        acc = step_32::<F>(acc, s0, first, stride, x, b);
+        if pair {
+            acc = step_32::<F>(acc, s1, first.add(next), stride, x, b + 1);
         }
     }
     acc
@@ -197,22 +236,18 @@ unsafe fn step_32<F: Of32>(
 ) -> __m512 {
     let offset = F::OFFSET * (x.sums[2 * b] as i32 + x.sums[2 * b + 1] as i32);
     // SAFETY: the f16 scale is at the start of each row's block.
-    unsafe {
-        let isum = _mm512_sub_epi32(sums, _mm512_set1_epi32(offset));
-        let d = _mm512_mul_ps(scales(block, stride), _mm512_set1_ps(x.d[b]));
-        _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(isum), acc)
-    }
+    let isum = _mm512_sub_epi32(sums, _mm512_set1_epi32(offset));
+    let d = _mm512_mul_ps(scales(block, stride), _mm512_set1_ps(x.d[b]));
+    _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(isum), acc)
 }
 
 /// The f16 at `at + r·stride` of 16 rows, as floats; 4 bytes are read at each.
 #[inline(always)]
 unsafe fn scales(at: *const u8, stride: usize) -> __m512 {
-    unsafe {
-        let rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let offsets = _mm512_mullo_epi32(rows, _mm512_set1_epi32(stride as i32));
-        let dwords = _mm512_i32gather_epi32::<1>(offsets, at.cast());
-        _mm512_cvtph_ps(_mm512_cvtepi32_epi16(dwords))
-    }
+    let rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let offsets = _mm512_mullo_epi32(rows, _mm512_set1_epi32(stride as i32));
+    let dwords = _mm512_i32gather_epi32::<1>(offsets, at.cast());
+    _mm512_cvtph_ps(_mm512_cvtepi32_epi16(dwords))
 }
 
 // ---- Formats of 256 weights ------------------------------------------------------------------
@@ -241,12 +276,15 @@ impl K4 {
     #[inline(always)]
     unsafe fn scales(block: *const u8) -> (u64, u64) {
         // SAFETY: the 12 bytes at 4..16 of a block.
-        let [a, b, c] = unsafe { block.add(4).cast::<[u32; 3]>().read_unaligned() };
+        let [a, b, c] = block.add(4).cast::<[u32; 3]>().read_unaligned();
         let (low, two) = (0x0f0f_0f0f, 0x0303_0303);
         let (scales, mins) = (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f);
         let scales_up = (c & low) | (a >> 6 & two) << 4;
         let mins_up = (c >> 4 & low) | (b >> 6 & two) << 4;
-        (scales as u64 | (scales_up as u64) << 32, mins as u64 | (mins_up as u64) << 32)
+        (
+            scales as u64 | (scales_up as u64) << 32,
+            mins as u64 | (mins_up as u64) << 32,
+        )
     }
 }
 
@@ -258,51 +296,49 @@ impl Of256 for K4 {
     #[inline(always)]
     unsafe fn order(x: [__m512i; 4]) -> [__m512i; 4] {
         // 64 bytes of nibbles hold the sub-blocks 0 2 (low) and 1 3 (high).
-        unsafe {
-            [
-                _mm512_shuffle_i64x2(x[0], x[1], 0b01_00_01_00),
-                _mm512_shuffle_i64x2(x[0], x[1], 0b11_10_11_10),
-                _mm512_shuffle_i64x2(x[2], x[3], 0b01_00_01_00),
-                _mm512_shuffle_i64x2(x[2], x[3], 0b11_10_11_10),
-            ]
-        }
+        [
+            _mm512_shuffle_i64x2(x[0], x[1], 0b01_00_01_00),
+            _mm512_shuffle_i64x2(x[0], x[1], 0b11_10_11_10),
+            _mm512_shuffle_i64x2(x[2], x[3], 0b01_00_01_00),
+            _mm512_shuffle_i64x2(x[2], x[3], 0b11_10_11_10),
+        ]
     }
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: &[__m512i; 4], _sums: __m256i) -> __m512i {
-        unsafe {
-            let (scales, _) = K4::scales(block);
-            let scales = _mm512_broadcast_i32x4(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(scales as i64)));
-            let low = _mm512_set1_epi8(15);
-            let mut acc = _mm512_setzero_si512();
-            for half in 0..2 {
-                let q = _mm512_loadu_si512(block.add(16 + 64 * half).cast());
-                for high in 0..2 {
-                    let q = if high == 1 { _mm512_srli_epi16(q, 4) } else { q };
-                    // 15 · 127 · 2 fits i16.
-                    let p = _mm512_maddubs_epi16(_mm512_and_si512(q, low), x[2 * half + high]);
-                    // The scales of sub-blocks 4·half + high (lower half) and + 2 (upper half).
-                    let at = |sub: usize| (0x0101 * (2 * sub) as i16) + 0x0100;
-                    let s = 4 * half + high;
-                    let spread = _mm512_inserti64x4(
-                        _mm512_set1_epi16(at(s)),
-                        _mm256_set1_epi16(at(s + 2)),
-                        1,
-                    );
-                    acc = _mm512_dpwssd_epi32(acc, p, _mm512_shuffle_epi8(scales, spread));
-                }
+        let (scales, _) = K4::scales(block);
+        let scales = _mm512_broadcast_i32x4(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(scales as i64)));
+        let low = _mm512_set1_epi8(15);
+        let mut acc = _mm512_setzero_si512();
+        for half in 0..2 {
+            let q = _mm512_loadu_si512(block.add(16 + 64 * half).cast());
+            for high in 0..2 {
+                let q = if high == 1 {
+                    _mm512_srli_epi16(q, 4)
+                } else {
+                    q
+                };
+                // 15 · 127 · 2 fits i16.
+                let p = _mm512_maddubs_epi16(_mm512_and_si512(q, low), x[2 * half + high]);
+                // The scales of sub-blocks 4·half + high (lower half) and + 2 (upper half).
+                let at = |sub: usize| (0x0101 * (2 * sub) as i16) + 0x0100;
+                let s = 4 * half + high;
+                let spread =
+                    _mm512_inserti64x4(_mm512_set1_epi16(at(s)), _mm256_set1_epi16(at(s + 2)), 1);
+                acc = _mm512_dpwssd_epi32(acc, p, _mm512_shuffle_epi8(scales, spread));
             }
-            acc
         }
+        acc
     }
 
     #[inline(always)]
     unsafe fn minimums(block: *const u8, sums: __m256i) -> __m128i {
-        unsafe {
-            let (_, mins) = K4::scales(block);
-            let sums32 = _mm_hadd_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-            _mm_madd_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(mins as i64)), sums32)
-        }
+        let (_, mins) = K4::scales(block);
+        let sums32 = _mm_hadd_epi16(
+            _mm256_castsi256_si128(sums),
+            _mm256_extracti128_si256(sums, 1),
+        );
+        _mm_madd_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(mins as i64)), sums32)
     }
 }
 
@@ -321,46 +357,44 @@ impl Of256 for K6 {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: &[__m512i; 4], sums: __m256i) -> __m512i {
-        unsafe {
-            let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(block.add(192).cast()));
-            let spread = _mm512_castsi256_si512(scales);
-            let (low, two) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
-            // The offset of 32: Σ scale · Σ x, once per sub-block.
-            let offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, sums), 5);
-            let mut acc = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_zextsi256_si512(offset));
-            for half in 0..2 {
-                let ql = _mm512_loadu_si512(block.add(64 * half).cast());
-                let qh = _mm256_loadu_si256(block.add(128 + 32 * half).cast());
-                // Upper bits: weights 0..32 | 32..64 of the half, and 4 bits further 64..96 | 96..128.
-                let qh = _mm512_inserti64x4(_mm512_castsi256_si512(qh), _mm256_srli_epi16(qh, 2), 1);
-                let first = _mm512_or_si512(
-                    _mm512_and_si512(ql, low),
-                    _mm512_and_si512(_mm512_slli_epi16(qh, 4), two),
+        let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(block.add(192).cast()));
+        let spread = _mm512_castsi256_si512(scales);
+        let (low, two) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
+        // The offset of 32: Σ scale · Σ x, once per sub-block.
+        let offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, sums), 5);
+        let mut acc = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_zextsi256_si512(offset));
+        for half in 0..2 {
+            let ql = _mm512_loadu_si512(block.add(64 * half).cast());
+            let qh = _mm256_loadu_si256(block.add(128 + 32 * half).cast());
+            // Upper bits: weights 0..32 | 32..64 of the half, and 4 bits further 64..96 | 96..128.
+            let qh = _mm512_inserti64x4(_mm512_castsi256_si512(qh), _mm256_srli_epi16(qh, 2), 1);
+            let first = _mm512_or_si512(
+                _mm512_and_si512(ql, low),
+                _mm512_and_si512(_mm512_slli_epi16(qh, 4), two),
+            );
+            let second = _mm512_or_si512(
+                _mm512_and_si512(_mm512_srli_epi16(ql, 4), low),
+                _mm512_and_si512(qh, two),
+            );
+            for (i, q) in [first, second].into_iter().enumerate() {
+                // 63 · 127 · 2 fits i16. Each quarter of the register is one sub-block.
+                let p = _mm512_maddubs_epi16(q, x[2 * half + i]);
+                let s = 8 * half as i16 + 4 * i as i16;
+                let lane = |l: i16| _mm_set1_epi16(s + l);
+                let at = _mm512_inserti64x4(
+                    _mm512_castsi256_si512(_mm256_set_m128i(lane(1), lane(0))),
+                    _mm256_set_m128i(lane(3), lane(2)),
+                    1,
                 );
-                let second = _mm512_or_si512(
-                    _mm512_and_si512(_mm512_srli_epi16(ql, 4), low),
-                    _mm512_and_si512(qh, two),
-                );
-                for (i, q) in [first, second].into_iter().enumerate() {
-                    // 63 · 127 · 2 fits i16. Each quarter of the register is one sub-block.
-                    let p = _mm512_maddubs_epi16(q, x[2 * half + i]);
-                    let s = 8 * half as i16 + 4 * i as i16;
-                    let lane = |l: i16| _mm_set1_epi16(s + l);
-                    let at = _mm512_inserti64x4(
-                        _mm512_castsi256_si512(_mm256_set_m128i(lane(1), lane(0))),
-                        _mm256_set_m128i(lane(3), lane(2)),
-                        1,
-                    );
-                    acc = _mm512_dpwssd_epi32(acc, p, _mm512_permutexvar_epi16(at, spread));
-                }
+                acc = _mm512_dpwssd_epi32(acc, p, _mm512_permutexvar_epi16(at, spread));
             }
-            acc
         }
+        acc
     }
 
     #[inline(always)]
     unsafe fn minimums(_block: *const u8, _sums: __m256i) -> __m128i {
-        unsafe { _mm_setzero_si128() }
+        _mm_setzero_si128()
     }
 }
 
@@ -372,12 +406,14 @@ unsafe fn rows_of_256<F: Of256>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) 
     for g in 0..groups {
         for t in 0..x.len() {
             // SAFETY: group `g` is 16 whole rows of `w.bytes`.
-            let sums = unsafe {
-                group_of_256::<F>(w.bytes.as_ptr().add(g * GROUP * stride), stride, x.token(t).int())
-            };
+            let sums = group_of_256::<F>(
+                w.bytes.as_ptr().add(g * GROUP * stride),
+                stride,
+                x.token(t).int(),
+            );
             let out = &mut y.row(t)[g * GROUP..][..GROUP];
             // SAFETY: `out` is 16 floats.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums) };
+            _mm512_storeu_ps(out.as_mut_ptr(), sums);
         }
     }
     super::matmul_rest(w, groups * GROUP, x, y);
@@ -387,33 +423,32 @@ unsafe fn rows_of_256<F: Of256>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) 
 #[inline(always)]
 unsafe fn group_of_256<F: Of256>(base: *const u8, stride: usize, x: IntAct<'_>) -> __m512 {
     // SAFETY: AVX-512F, enabled by the caller.
-    let mut acc = unsafe { _mm512_setzero_ps() };
+    let mut acc = _mm512_setzero_ps();
     for (b, d) in x.d.iter().enumerate() {
         let (qs, sums) = x.block(b, 256);
         // SAFETY: block `b` of each of the 16 rows; `qs` is 256 bytes and `sums` 16 times i16. A block's
         // scale is followed by at least 2 bytes of the block, or is read from 2 bytes before.
-        unsafe {
-            let first = base.add(b * F::BYTES);
-            let sums = _mm256_loadu_si256(sums.as_ptr().cast());
-            let xs: [__m512i; 4] = [0, 1, 2, 3].map(|i| _mm512_loadu_si512(qs.as_ptr().add(64 * i).cast()));
-            let xs = F::order(xs);
-            let mut p = [_mm512_setzero_si512(); GROUP];
+        let first = base.add(b * F::BYTES);
+        let sums = _mm256_loadu_si256(sums.as_ptr().cast());
+        let xs: [__m512i; 4] =
+            [0, 1, 2, 3].map(|i| _mm512_loadu_si512(qs.as_ptr().add(64 * i).cast()));
+        let xs = F::order(xs);
+        let mut p = [_mm512_setzero_si512(); GROUP];
+        for r in 0..GROUP {
+            p[r] = F::products(first.add(r * stride), &xs, sums);
+        }
+        let isum = _mm512_cvtepi32_ps(sum_all(p));
+        let dx = _mm512_set1_ps(*d);
+        let (scale, min) = pair_of_scales::<F>(first, stride);
+        acc = _mm512_fmadd_ps(_mm512_mul_ps(scale, dx), isum, acc);
+        if F::MIN {
+            let mut m = [_mm_setzero_si128(); GROUP];
             for r in 0..GROUP {
-                p[r] = F::products(first.add(r * stride), &xs, sums);
+                m[r] = F::minimums(first.add(r * stride), sums);
             }
-            let isum = _mm512_cvtepi32_ps(sum_all(p));
-            let dx = _mm512_set1_ps(*d);
-            let (scale, min) = pair_of_scales::<F>(first, stride);
-            acc = _mm512_fmadd_ps(_mm512_mul_ps(scale, dx), isum, acc);
-            if F::MIN {
-                let mut m = [_mm_setzero_si128(); GROUP];
-                for r in 0..GROUP {
-                    m[r] = F::minimums(first.add(r * stride), sums);
-                }
-                let msum = _mm512_cvtepi32_ps(sum_quarters(m));
-                // min is subtracted: -(min)·dx, the sign before the product changes no rounding.
-                acc = _mm512_fnmadd_ps(_mm512_mul_ps(min, dx), msum, acc);
-            }
+            let msum = _mm512_cvtepi32_ps(sum_quarters(m));
+            // min is subtracted: -(min)·dx, the sign before the product changes no rounding.
+            acc = _mm512_fnmadd_ps(_mm512_mul_ps(min, dx), msum, acc);
         }
     }
     acc
@@ -422,19 +457,21 @@ unsafe fn group_of_256<F: Of256>(base: *const u8, stride: usize, x: IntAct<'_>) 
 /// `d` and, behind it, `dmin` of 16 rows. Formats that end with `d` are read from 2 bytes before it.
 #[inline(always)]
 unsafe fn pair_of_scales<F: Of256>(block: *const u8, stride: usize) -> (__m512, __m512) {
-    unsafe {
-        let rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let offsets = _mm512_mullo_epi32(rows, _mm512_set1_epi32(stride as i32));
-        let last = F::D + 4 > F::BYTES;
-        let at = block.add(if last { F::D - 2 } else { F::D });
-        let dwords = _mm512_i32gather_epi32::<1>(offsets, at.cast());
-        let upper = _mm512_srli_epi32(dwords, 16);
-        let (d, min) = if last { (upper, dwords) } else { (dwords, upper) };
-        (
-            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(d)),
-            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(min)),
-        )
-    }
+    let rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let offsets = _mm512_mullo_epi32(rows, _mm512_set1_epi32(stride as i32));
+    let last = F::D + 4 > F::BYTES;
+    let at = block.add(if last { F::D - 2 } else { F::D });
+    let dwords = _mm512_i32gather_epi32::<1>(offsets, at.cast());
+    let upper = _mm512_srli_epi32(dwords, 16);
+    let (d, min) = if last {
+        (upper, dwords)
+    } else {
+        (dwords, upper)
+    };
+    (
+        _mm512_cvtph_ps(_mm512_cvtepi32_epi16(d)),
+        _mm512_cvtph_ps(_mm512_cvtepi32_epi16(min)),
+    )
 }
 
 // ---- Transposing sums ------------------------------------------------------------------------
@@ -446,73 +483,65 @@ unsafe fn sum_within_quarters(p: [__m512i; GROUP]) -> [__m512i; 4] {
     let mut out = [p[0]; 4];
     for i in 0..4 {
         // SAFETY: AVX-512F, enabled by the caller.
-        unsafe {
-            let ab = add_pairs(p[4 * i], p[4 * i + 1]);
-            let cd = add_pairs(p[4 * i + 2], p[4 * i + 3]);
-            out[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-        }
+        let ab = add_pairs(p[4 * i], p[4 * i + 1]);
+        let cd = add_pairs(p[4 * i + 2], p[4 * i + 3]);
+        out[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     }
     out
 }
 
 #[inline(always)]
 unsafe fn add_pairs(a: __m512i, b: __m512i) -> __m512i {
-    unsafe { _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)) }
+    _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
 }
 
 /// For two blocks in each row's register: the row sums of the first and of the second block.
 #[inline(always)]
 unsafe fn sum_two<F: Of32>(p: [__m512i; GROUP]) -> [__m512i; 2] {
-    unsafe {
-        let [v0, v1, v2, v3] = sum_within_quarters(p);
-        // After this, quarters are: rows 0-3 of the first block, of the second, rows 4-7 of both.
-        let join = |a, b| {
-            if F::HALVES {
-                _mm512_add_epi32(
-                    _mm512_shuffle_i64x2(a, b, 0b10_00_10_00),
-                    _mm512_shuffle_i64x2(a, b, 0b11_01_11_01),
-                )
-            } else {
-                _mm512_add_epi32(
-                    _mm512_shuffle_i64x2(a, b, 0b01_00_01_00),
-                    _mm512_shuffle_i64x2(a, b, 0b11_10_11_10),
-                )
-            }
-        };
-        let (w0, w1) = (join(v0, v1), join(v2, v3));
-        [
-            _mm512_shuffle_i64x2(w0, w1, 0b10_00_10_00),
-            _mm512_shuffle_i64x2(w0, w1, 0b11_01_11_01),
-        ]
-    }
+    let [v0, v1, v2, v3] = sum_within_quarters(p);
+    // After this, quarters are: rows 0-3 of the first block, of the second, rows 4-7 of both.
+    let join = |a, b| {
+        if F::HALVES {
+            _mm512_add_epi32(
+                _mm512_shuffle_i64x2(a, b, 0b10_00_10_00),
+                _mm512_shuffle_i64x2(a, b, 0b11_01_11_01),
+            )
+        } else {
+            _mm512_add_epi32(
+                _mm512_shuffle_i64x2(a, b, 0b01_00_01_00),
+                _mm512_shuffle_i64x2(a, b, 0b11_10_11_10),
+            )
+        }
+    };
+    let (w0, w1) = (join(v0, v1), join(v2, v3));
+    [
+        _mm512_shuffle_i64x2(w0, w1, 0b10_00_10_00),
+        _mm512_shuffle_i64x2(w0, w1, 0b11_01_11_01),
+    ]
 }
 
 /// Lane `r` is the sum of all lanes of `p[r]`.
 #[inline(always)]
 unsafe fn sum_all(p: [__m512i; GROUP]) -> __m512i {
-    unsafe {
-        let [v0, v1, v2, v3] = sum_within_quarters(p);
-        let join = |a, b| {
-            _mm512_add_epi32(
-                _mm512_shuffle_i64x2(a, b, 0b10_00_10_00),
-                _mm512_shuffle_i64x2(a, b, 0b11_01_11_01),
-            )
-        };
-        join(join(v0, v1), join(v2, v3))
-    }
+    let [v0, v1, v2, v3] = sum_within_quarters(p);
+    let join = |a, b| {
+        _mm512_add_epi32(
+            _mm512_shuffle_i64x2(a, b, 0b10_00_10_00),
+            _mm512_shuffle_i64x2(a, b, 0b11_01_11_01),
+        )
+    };
+    join(join(v0, v1), join(v2, v3))
 }
 
 /// Lane `r` is the sum of the 4 lanes of `m[r]`.
 #[inline(always)]
 unsafe fn sum_quarters(m: [__m128i; GROUP]) -> __m512i {
-    unsafe {
-        // Quarter `q` of `z(i)` is row `4q + i`.
-        let z = |i: usize| {
-            let low = _mm256_set_m128i(m[i + 4], m[i]);
-            let high = _mm256_set_m128i(m[i + 12], m[i + 8]);
-            _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)
-        };
-        let (ab, cd) = (add_pairs(z(0), z(1)), add_pairs(z(2), z(3)));
-        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
-    }
+    // Quarter `q` of `z(i)` is row `4q + i`.
+    let z = |i: usize| {
+        let low = _mm256_set_m128i(m[i + 4], m[i]);
+        let high = _mm256_set_m128i(m[i + 12], m[i + 8]);
+        _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)
+    };
+    let (ab, cd) = (add_pairs(z(0), z(1)), add_pairs(z(2), z(3)));
+    _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::quant::Format;
+use crate::quant::float::Element;
 
 /// A small deterministic generator (SplitMix64, Steele et al. 2014).
 struct Random(u64);
@@ -59,7 +60,11 @@ fn bits(x: &[f32]) -> Vec<u32> {
 
 /// The lower tiers of this machine, and the best; each is compared with scalar.
 fn others() -> Vec<&'static Kernels> {
-    available().into_iter().filter(|t| *t != Tier::Scalar).map(Kernels::of).collect()
+    available()
+        .into_iter()
+        .filter(|t| *t != Tier::Scalar)
+        .map(Kernels::of)
+        .collect()
 }
 
 fn prepare(kernels: &Kernels, format: Format, x: &[f32], k: usize) -> Acts {
@@ -72,7 +77,15 @@ fn prepare(kernels: &Kernels, format: Format, x: &[f32], k: usize) -> Acts {
 }
 
 /// `y` starts as NaN, so that an element that was never written shows.
-fn product(kernels: &Kernels, format: Format, bytes: &[u8], n: usize, k: usize, acts: &Acts, pick: &[u32]) -> Vec<f32> {
+fn product(
+    kernels: &Kernels,
+    format: Format,
+    bytes: &[u8],
+    n: usize,
+    k: usize,
+    acts: &Acts,
+    pick: &[u32],
+) -> Vec<f32> {
     let mut y = vec![f32::NAN; pick.len() * n];
     let w = Rows { format, bytes, k };
     kernels.matmul(w, Tokens { acts, pick }, &mut Stripe::whole(&mut y, n));
@@ -97,7 +110,12 @@ fn matmul_is_the_same_in_every_tier() {
                     assert!(want.iter().all(|y| y.is_finite()), "{format:?} {k} {n}");
                     for tier in others() {
                         let got = product(tier, format, bytes, n, k, &acts, &pick);
-                        assert_eq!(bits(&got), bits(&want), "{format:?} {:?} k {k} n {n}", tier.tier());
+                        assert_eq!(
+                            bits(&got),
+                            bits(&want),
+                            "{format:?} {:?} k {k} n {n}",
+                            tier.tier()
+                        );
                     }
                 }
             }
@@ -117,9 +135,15 @@ fn matmul_with_extreme_integers_is_exact() {
                 // A finite scale wherever one may be.
                 let mut random = Random(7);
                 let model = random.blocks(format, bytes.len());
-                for (b, m) in bytes.chunks_exact_mut(format.block_bytes()).zip(model.chunks_exact(format.block_bytes())) {
+                for (b, m) in bytes
+                    .chunks_exact_mut(format.block_bytes())
+                    .zip(model.chunks_exact(format.block_bytes()))
+                {
                     let len = b.len();
-                    for at in [0, 2, len - 2, len.saturating_sub(4)].into_iter().filter(|at| at + 2 <= len) {
+                    for at in [0, 2, len - 2, len.saturating_sub(4)]
+                        .into_iter()
+                        .filter(|at| at + 2 <= len)
+                    {
                         if len <= 4 || matches!(format, Format::Q2_K) == (at >= 80) {
                             b[at..at + 2].copy_from_slice(&m[at..at + 2]);
                         }
@@ -134,7 +158,12 @@ fn matmul_with_extreme_integers_is_exact() {
                 let want = product(scalar, format, bytes, n, k, &acts, &[0]);
                 for tier in others() {
                     let got = product(tier, format, bytes, n, k, &acts, &[0]);
-                    assert_eq!(bits(&got), bits(&want), "{format:?} {:?} fill {fill:#x}", tier.tier());
+                    assert_eq!(
+                        bits(&got),
+                        bits(&want),
+                        "{format:?} {:?} fill {fill:#x}",
+                        tier.tier()
+                    );
                 }
             }
         }
@@ -187,13 +216,22 @@ fn quantization_is_the_same_in_every_tier() {
             x[256..512].fill(0.0);
             // Halves, to be rounded to even: 127 · (i + 1/2) / 127.
             for (i, x) in x[512..768].iter_mut().enumerate() {
-                *x = if i == 0 { 127.0 } else { (i % 100) as f32 + 0.5 };
+                *x = if i == 0 {
+                    127.0
+                } else {
+                    (i % 100) as f32 + 0.5
+                };
             }
             let want = prepare(scalar, format, &x, 1024);
             for tier in others() {
                 let got = prepare(tier, format, &x, 1024);
                 let (a, b) = (got.token(0).int(), want.token(0).int());
-                assert_eq!((a.qs, bits(a.d), a.sums), (b.qs, bits(b.d), b.sums), "{:?}", tier.tier());
+                assert_eq!(
+                    (a.qs, bits(a.d), a.sums),
+                    (b.qs, bits(b.d), b.sums),
+                    "{:?}",
+                    tier.tier()
+                );
             }
         }
     }
@@ -218,7 +256,11 @@ fn attention_is_the_same_in_every_tier() {
             let heads = 4;
             let q: Vec<f32> = random.floats(heads * dim).iter().map(|q| q * 3.0).collect();
             let (k, v) = (random.floats(2 * n * dim), random.floats(2 * n * dim));
-            let half = |x: &[f32]| x.iter().map(|x| f16::from_f32_const(*x)).collect::<Vec<_>>();
+            let half = |x: &[f32]| {
+                x.iter()
+                    .map(|x| f16::from_f32_const(*x))
+                    .collect::<Vec<_>>()
+            };
             let (k16, v16) = (half(&k), half(&v));
             let run = |kernels: &Kernels| {
                 let mut out = Vec::new();
@@ -227,9 +269,23 @@ fn attention_is_the_same_in_every_tier() {
                     for b in [0, n * dim] {
                         let part = b..b + n * dim;
                         if wide {
-                            kernels.attend_f32(&q, &k[part.clone()], &v[part], dim, &mut run, &mut acc);
+                            kernels.attend_f32(
+                                &q,
+                                &k[part.clone()],
+                                &v[part],
+                                dim,
+                                &mut run,
+                                &mut acc,
+                            );
                         } else {
-                            kernels.attend_f16(&q, &k16[part.clone()], &v16[part], dim, &mut run, &mut acc);
+                            kernels.attend_f16(
+                                &q,
+                                &k16[part.clone()],
+                                &v16[part],
+                                dim,
+                                &mut run,
+                                &mut acc,
+                            );
                         }
                     }
                     out.extend(acc);
@@ -249,14 +305,31 @@ fn attention_is_the_same_in_every_tier() {
 fn attention_is_attention() {
     let mut random = Random(5);
     let (dim, n) = (32, 64);
-    let (q, k, v) = (random.floats(dim), random.floats(n * dim), random.floats(n * dim));
-    let scores: Vec<f64> =
-        k.chunks(dim).map(|k| k.iter().zip(&q).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>().exp()).collect();
+    let (q, k, v) = (
+        random.floats(dim),
+        random.floats(n * dim),
+        random.floats(n * dim),
+    );
+    let scores: Vec<f64> = k
+        .chunks(dim)
+        .map(|k| {
+            k.iter()
+                .zip(&q)
+                .map(|(a, b)| *a as f64 * *b as f64)
+                .sum::<f64>()
+                .exp()
+        })
+        .collect();
     let total: f64 = scores.iter().sum();
     let (mut run, mut acc) = ([Running::START], vec![0.0; dim]);
     Kernels::of(Tier::Scalar).attend_f32(&q, &k, &v, dim, &mut run, &mut acc);
     for (i, a) in acc.iter().enumerate() {
-        let want: f64 = scores.iter().zip(v.chunks(dim)).map(|(s, v)| s * v[i] as f64).sum::<f64>() / total;
+        let want: f64 = scores
+            .iter()
+            .zip(v.chunks(dim))
+            .map(|(s, v)| s * v[i] as f64)
+            .sum::<f64>()
+            / total;
         assert!((*a as f64 / run[0].sum as f64 - want).abs() < 1e-6);
     }
 }
@@ -271,7 +344,14 @@ fn exp_is_within_two_ulp() {
         worst = worst.max((float::exp(x) as f64 - want).abs() / ulp);
     }
     assert!(worst < 2.0, "{worst} ulp");
-    assert_eq!((float::exp(0.0), float::exp(-88.0), float::exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+    assert_eq!(
+        (
+            float::exp(0.0),
+            float::exp(-88.0),
+            float::exp(f32::NEG_INFINITY)
+        ),
+        (1.0, 0.0, 0.0)
+    );
 }
 
 #[test]
@@ -279,7 +359,7 @@ fn widening_f16_is_exact() {
     for bits in 0..=u16::MAX {
         let h = f16::from_bits(bits);
         if !h.is_nan() {
-            assert_eq!(float::widen(h).to_bits(), h.to_f32_const().to_bits(), "{bits:#x}");
+            assert_eq!(h.widen().to_bits(), h.to_f32_const().to_bits(), "{bits:#x}");
         }
     }
 }

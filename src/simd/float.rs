@@ -3,67 +3,9 @@
 //! Each is a plain loop that a compiler vectorizes. A tier compiles the same body with its own
 //! instructions (the `float_doors!` macro below), so all tiers do the same operations in the same
 //! order: elementwise helpers are unfused, reductions go through 16 partial sums and a fixed tree
-//! ([`crate::quant::float`]), and nothing calls the platform's math library.
+//! ([`Lanes`], held in the tier's registers), and nothing calls the platform's math library.
 
-use crate::quant::float::{LANES, dot_with, fold};
-use half::f16;
-
-/// How a tier widens f16; exact, so every way gives the same bits (of numbers; not of NaN payloads).
-pub trait Half {
-    /// 16 values.
-    fn widen(h: &[f16; LANES]) -> [f32; LANES];
-}
-
-/// [`Half`] with integer operations only.
-pub struct Portable;
-
-impl Half for Portable {
-    #[inline(always)]
-    fn widen(h: &[f16; LANES]) -> [f32; LANES] {
-        h.map(widen)
-    }
-}
-
-/// One f16 as f32, without branches: the exponent is moved up by a multiplication, which also
-/// normalises subnormals; infinity and NaN get the full exponent back.
-#[inline(always)]
-pub fn widen(h: f16) -> f32 {
-    let bits = h.to_bits() as u32;
-    let magnitude = (bits & 0x7fff) << 13;
-    let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000); // 2^112
-    let special = if magnitude >= 0x0f80_0000 { 0x7f80_0000 } else { 0 };
-    f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
-}
-
-/// An element of the KV cache.
-pub trait KvElement: Copy + Send + Sync {
-    /// 16 elements as floats.
-    fn widen16<H: Half>(e: &[Self; LANES]) -> [f32; LANES];
-    /// One element as a float.
-    fn widen1(self) -> f32;
-}
-
-impl KvElement for f32 {
-    #[inline(always)]
-    fn widen16<H: Half>(e: &[f32; LANES]) -> [f32; LANES] {
-        *e
-    }
-    #[inline(always)]
-    fn widen1(self) -> f32 {
-        self
-    }
-}
-
-impl KvElement for f16 {
-    #[inline(always)]
-    fn widen16<H: Half>(e: &[f16; LANES]) -> [f32; LANES] {
-        H::widen(e)
-    }
-    #[inline(always)]
-    fn widen1(self) -> f32 {
-        widen(self)
-    }
-}
+use crate::quant::float::{Element, LANES, Lanes, axpy, dot, dots, fold};
 
 /// `e^x`, for x in -87..=88 within 2 ulp; below that 0, above that `e^88`.
 ///
@@ -78,7 +20,13 @@ pub fn exp(x: f32) -> f32 {
     let n = rounded - ROUND;
     let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
     let mut p = 1.987_569_2e-4;
-    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for c in [
+        1.398_2e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        0.5,
+    ] {
         p = p * r + c;
     }
     let y = (p * (r * r) + r) + 1.0;
@@ -88,8 +36,8 @@ pub fn exp(x: f32) -> f32 {
 
 /// `y = x / sqrt(mean(x²) + eps) · w`. All `(n)`.
 #[inline(always)]
-pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
-    let mean = crate::quant::float::dot(x, x) / x.len() as f32;
+pub fn rms_norm<L: Lanes>(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    let mean = dot::<L, f32>(x, x) / x.len() as f32;
     let scale = 1.0 / (mean + eps).sqrt();
     for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
         *y = x * scale * w;
@@ -143,7 +91,10 @@ pub struct Running {
 
 impl Running {
     /// Before any key.
-    pub const START: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
+    pub const START: Running = Running {
+        max: f32::NEG_INFINITY,
+        sum: 0.0,
+    };
 }
 
 /// One block of attention for the query heads that share a KV head (FlashAttention's update,
@@ -155,10 +106,10 @@ impl Running {
 /// `q`: `(heads, dim)`, already scaled; `k`, `v`: `(n, dim)`; `run`: `(heads)`; `acc`: `(heads, dim)`;
 /// `n` is at most [`KV_BLOCK`].
 #[inline(always)]
-pub fn attend<H: Half, T: KvElement>(
+pub fn attend<L: Lanes, E: Element>(
     q: &[f32],
-    k: &[T],
-    v: &[T],
+    k: &[E],
+    v: &[E],
     dim: usize,
     run: &mut [Running],
     acc: &mut [f32],
@@ -168,8 +119,15 @@ pub fn attend<H: Half, T: KvElement>(
         let mut p = [0.0f32; KV_BLOCK];
         let p = &mut p[..n];
         let mut max = run.max;
-        for (p, k) in p.iter_mut().zip(k.chunks_exact(dim)) {
-            *p = dot_with(k, q, T::widen16::<H>, T::widen1);
+        let mut keys = k.chunks_exact(dim);
+        for p in p.chunks_exact_mut(4) {
+            let rows = [(); 4].map(|()| keys.next().expect("a key for each score"));
+            p.copy_from_slice(&dots::<L, E, 4>(rows, q));
+        }
+        for (p, k) in p[n / 4 * 4..].iter_mut().zip(keys) {
+            *p = dot::<L, E>(k, q);
+        }
+        for p in p.iter() {
             max = if *p > max { *p } else { max };
         }
         let keep = exp(run.max - max);
@@ -178,12 +136,15 @@ pub fn attend<H: Half, T: KvElement>(
             *p = exp(*p - max);
             sums[i % LANES] += *p;
         }
-        *run = Running { max, sum: run.sum * keep + fold(sums) };
+        *run = Running {
+            max,
+            sum: run.sum * keep + fold(sums),
+        };
         for a in acc.iter_mut() {
             *a *= keep;
         }
         for (p, v) in p.iter().zip(v.chunks_exact(dim)) {
-            axpy::<H, T>(*p, v, acc);
+            axpy::<L, E>(*p, v, acc);
         }
     }
 }
@@ -191,19 +152,27 @@ pub fn attend<H: Half, T: KvElement>(
 /// Positions in a block of the KV cache.
 pub const KV_BLOCK: usize = 64;
 
-/// `y = fma(a, x, y)`. `x`, `y`: `(n)`.
+/// The loop nest of the float formats: four rows at once, so that four chains of additions overlap.
 #[inline(always)]
-fn axpy<H: Half, T: KvElement>(a: f32, x: &[T], y: &mut [f32]) {
-    let (x16, x_tail) = x.as_chunks::<LANES>();
-    let (y16, y_tail) = y.as_chunks_mut::<LANES>();
-    for (x, y) in x16.iter().zip(y16) {
-        let x = T::widen16::<H>(x);
-        for i in 0..LANES {
-            y[i] = a.mul_add(x[i], y[i]);
+pub(super) fn matmul<L: Lanes, E: Element>(
+    w: &[E],
+    x: super::Tokens<'_>,
+    y: &mut crate::pool::Stripe<'_>,
+) {
+    let k = x.acts.k();
+    for (g, rows) in w.chunks(4 * k).enumerate() {
+        for t in 0..x.len() {
+            let x = x.token(t).floats();
+            let out = &mut y.row(t)[4 * g..];
+            if rows.len() == 4 * k {
+                let rows = [0, 1, 2, 3].map(|r| &rows[r * k..][..k]);
+                out[..4].copy_from_slice(&dots::<L, E, 4>(rows, x));
+            } else {
+                for (out, row) in out.iter_mut().zip(rows.chunks_exact(k)) {
+                    *out = dot::<L, E>(row, x);
+                }
+            }
         }
-    }
-    for (x, y) in x_tail.iter().zip(y_tail) {
-        *y = a.mul_add(x.widen1(), *y);
     }
 }
 
@@ -211,8 +180,8 @@ fn axpy<H: Half, T: KvElement>(a: f32, x: &[T], y: &mut [f32]) {
 /// functions with the tier's `#[target_feature]`, and `install_common(k)`, which puts them into a
 /// [`super::Kernels`] table. A format's own kernel, where a tier has one, is installed after it.
 macro_rules! float_doors {
-    ($half:ty $(, #[$tier:meta])?) => {
-        use $crate::quant::{self, act, float as weights};
+    ($lanes:ty $(, #[$tier:meta])?) => {
+        use $crate::quant::{self, act};
         use $crate::simd::float::{self, Running};
         use $crate::simd::{self, Kernels, MatMul, Rows, Tokens};
         use $crate::pool::Stripe;
@@ -223,7 +192,7 @@ macro_rules! float_doors {
         }
         $(#[$tier])?
         fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
-            float::rms_norm(x, w, eps, y)
+            float::rms_norm::<$lanes>(x, w, eps, y)
         }
         $(#[$tier])?
         fn add(x: &[f32], y: &mut [f32]) {
@@ -243,21 +212,27 @@ macro_rules! float_doors {
         }
         $(#[$tier])?
         fn attend_f32(q: &[f32], k: &[f32], v: &[f32], dim: usize, run: &mut [Running], acc: &mut [f32]) {
-            float::attend::<$half, f32>(q, k, v, dim, run, acc)
+            float::attend::<$lanes, f32>(q, k, v, dim, run, acc)
         }
         $(#[$tier])?
         fn attend_f16(q: &[f32], k: &[half::f16], v: &[half::f16], dim: usize, run: &mut [Running], acc: &mut [f32]) {
-            float::attend::<$half, half::f16>(q, k, v, dim, run, acc)
+            float::attend::<$lanes, half::f16>(q, k, v, dim, run, acc)
         }
         $(#[$tier])?
         fn matmul_defined(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
             simd::matmul_rows(w, x, y, |row, x| w.format.dot(row, x))
         }
         $(#[$tier])?
+        fn matmul_f32(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
+            float::matmul::<$lanes, f32>(quant::blocks(w.bytes), x, y)
+        }
+        $(#[$tier])?
         fn matmul_f16(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-            simd::matmul_rows(w, x, y, |row, x| {
-                weights::dot_with(quant::blocks(row), x.floats(), <$half as float::Half>::widen, float::widen)
-            })
+            float::matmul::<$lanes, half::f16>(quant::blocks(w.bytes), x, y)
+        }
+        $(#[$tier])?
+        fn matmul_bf16(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
+            float::matmul::<$lanes, half::bf16>(quant::blocks(w.bytes), x, y)
         }
 
         /// Puts this tier's float helpers, and the definition of every weight format, into the table.
@@ -271,7 +246,9 @@ macro_rules! float_doors {
             k.attend_f32 = attend_f32;
             k.attend_f16 = attend_f16;
             k.matmul = [matmul_defined as MatMul; quant::Format::COUNT];
+            k.matmul[quant::Format::F32.index()] = matmul_f32;
             k.matmul[quant::Format::F16.index()] = matmul_f16;
+            k.matmul[quant::Format::BF16.index()] = matmul_bf16;
         }
     };
 }

@@ -16,8 +16,8 @@ mod neon;
 mod scalar;
 
 use crate::pool::Stripe;
-use crate::quant::act::{Act, ActKind, ActMut, Acts};
 use crate::quant::Format;
+use crate::quant::act::{Act, ActKind, ActMut, Acts};
 use float::Running;
 use half::f16;
 use std::sync::OnceLock;
@@ -49,24 +49,53 @@ pub struct TierRow {
 
 /// One row per tier that this program was compiled with, in ascending order.
 pub const TIERS: &[TierRow] = &[
-    TierRow { tier: Tier::Scalar, name: "scalar", detect: || true, install: scalar::install },
+    TierRow {
+        tier: Tier::Scalar,
+        name: "scalar",
+        detect: || true,
+        install: scalar::install,
+    },
     #[cfg(target_arch = "x86_64")]
-    TierRow { tier: Tier::Avx2, name: "avx2", detect: avx2::detect, install: avx2::install },
+    TierRow {
+        tier: Tier::Avx2,
+        name: "avx2",
+        detect: avx2::detect,
+        install: avx2::install,
+    },
     #[cfg(target_arch = "x86_64")]
-    TierRow { tier: Tier::Avx512, name: "avx512", detect: avx512::detect, install: avx512::install },
+    TierRow {
+        tier: Tier::Avx512,
+        name: "avx512",
+        detect: avx512::detect,
+        install: avx512::install,
+    },
     #[cfg(target_arch = "aarch64")]
-    TierRow { tier: Tier::Neon, name: "neon", detect: neon::detect, install: neon::install },
+    TierRow {
+        tier: Tier::Neon,
+        name: "neon",
+        detect: neon::detect,
+        install: neon::install,
+    },
 ];
 
 /// The tiers that this CPU has, in ascending order; `Scalar` is always there.
 pub fn available() -> Vec<Tier> {
-    TIERS.iter().filter(|row| (row.detect)()).map(|row| row.tier).collect()
+    TIERS
+        .iter()
+        .filter(|row| (row.detect)())
+        .map(|row| row.tier)
+        .collect()
 }
 
 /// The best tier that this CPU has, at most `cap`.
 pub fn best(cap: Option<Tier>) -> Tier {
     let tiers = available();
-    tiers.iter().copied().filter(|t| cap.is_none_or(|cap| *t <= cap)).max().unwrap_or(Tier::Scalar)
+    tiers
+        .iter()
+        .copied()
+        .filter(|t| cap.is_none_or(|cap| *t <= cap))
+        .max()
+        .unwrap_or(Tier::Scalar)
 }
 
 impl Tier {
@@ -80,7 +109,10 @@ impl Tier {
 
     /// The tier's name.
     pub fn name(self) -> &'static str {
-        Tier::NAMES.iter().find(|(_, t)| *t == self).map_or("", |(name, _)| name)
+        Tier::NAMES
+            .iter()
+            .find(|(_, t)| *t == self)
+            .map_or("", |(name, _)| name)
     }
 }
 
@@ -145,12 +177,19 @@ impl<'a> Tokens<'a> {
 /// tier that was detected.
 pub type MatMul = unsafe fn(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>);
 
-type Attend<T> = unsafe fn(q: &[f32], k: &[T], v: &[T], dim: usize, run: &mut [Running], acc: &mut [f32]);
+type Quantize = unsafe fn(block: usize, x: &[f32], qs: &mut [i8], d: &mut [f32], sums: &mut [i16]);
+type Attend<T> =
+    unsafe fn(q: &[f32], k: &[T], v: &[T], dim: usize, run: &mut [Running], acc: &mut [f32]);
 
 /// The loop nest of what has no kernel of its own: rows outside, so that a row is read from memory
 /// once. `dot` is a row's dot product with one token.
 #[inline(always)]
-fn matmul_rows(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, dot: impl Fn(&[u8], Act<'_>) -> f32) {
+fn matmul_rows(
+    w: Rows<'_>,
+    x: Tokens<'_>,
+    y: &mut Stripe<'_>,
+    dot: impl Fn(&[u8], Act<'_>) -> f32,
+) {
     for (r, row) in w.bytes.chunks_exact(w.row_bytes()).enumerate() {
         for t in 0..x.len() {
             y.row(t)[r] = dot(row, x.token(t));
@@ -159,7 +198,10 @@ fn matmul_rows(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, dot: impl Fn(&[u8
 }
 
 /// The last rows, from `first` on, of a kernel that works in groups: by the definition.
-#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code)
+)]
 fn matmul_rest(w: Rows<'_>, first: usize, x: Tokens<'_>, y: &mut Stripe<'_>) {
     for (r, row) in w.bytes.chunks_exact(w.row_bytes()).enumerate().skip(first) {
         for t in 0..x.len() {
@@ -173,7 +215,7 @@ fn matmul_rest(w: Rows<'_>, first: usize, x: Tokens<'_>, y: &mut Stripe<'_>) {
 pub struct Kernels {
     tier: Tier,
     matmul: [MatMul; Format::COUNT],
-    quantize: unsafe fn(usize, &[f32], &mut [i8], &mut [f32], &mut [i16]),
+    quantize: Quantize,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     add: unsafe fn(&[f32], &mut [f32]),
     add_scaled: unsafe fn(f32, &[f32], &mut [f32]),
@@ -199,7 +241,11 @@ impl Kernels {
                 })
                 .collect()
         });
-        tables.iter().rev().find(|k| k.tier <= tier).expect("the scalar tier is always there")
+        tables
+            .iter()
+            .rev()
+            .find(|k| k.tier <= tier)
+            .expect("the scalar tier is always there")
     }
 
     /// The tier these are of.
@@ -216,7 +262,9 @@ impl Kernels {
     /// If shapes or the kind of activations do not belong together.
     pub fn matmul(&self, w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
         assert!(w.k == x.acts.k() && w.format.act() == x.acts.kind());
-        assert!(w.len() == y.width() && w.len() * w.row_bytes() == w.bytes.len() && x.len() <= y.rows());
+        assert!(
+            w.len() == y.width() && w.len() * w.row_bytes() == w.bytes.len() && x.len() <= y.rows()
+        );
         // SAFETY: see above.
         unsafe { (self.matmul[w.format.index()])(w, x, y) }
     }
@@ -261,13 +309,29 @@ impl Kernels {
     }
 
     /// [`float::attend`] over an f32 cache.
-    pub fn attend_f32(&self, q: &[f32], k: &[f32], v: &[f32], dim: usize, run: &mut [Running], acc: &mut [f32]) {
+    pub fn attend_f32(
+        &self,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        dim: usize,
+        run: &mut [Running],
+        acc: &mut [f32],
+    ) {
         // SAFETY: see above.
         unsafe { (self.attend_f32)(q, k, v, dim, run, acc) }
     }
 
     /// [`float::attend`] over an f16 cache.
-    pub fn attend_f16(&self, q: &[f32], k: &[f16], v: &[f16], dim: usize, run: &mut [Running], acc: &mut [f32]) {
+    pub fn attend_f16(
+        &self,
+        q: &[f32],
+        k: &[f16],
+        v: &[f16],
+        dim: usize,
+        run: &mut [Running],
+        acc: &mut [f32],
+    ) {
         // SAFETY: see above.
         unsafe { (self.attend_f16)(q, k, v, dim, run, acc) }
     }

@@ -3,10 +3,15 @@
 //! Products are i8 × i8 widened to i16, two of them added at a time (128 · 127 · 2 fits), then
 //! widened to i32.
 
-use super::float::{Portable, float_doors};
+// Every `unsafe fn` of this file has one contract: the caller has this tier's features enabled and
+// passes pointers to whole blocks (and 64 bytes of activations where a block has them).
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::float::float_doors;
 use crate::quant::act::IntAct;
+use crate::quant::float::{Element, Lanes};
 use crate::quant::{Format, q4_k};
-use half::f16;
+use half::{bf16, f16};
 use std::arch::aarch64::*;
 
 /// NEON is part of aarch64's baseline.
@@ -14,7 +19,57 @@ pub(super) fn detect() -> bool {
     true
 }
 
-float_doors!(Portable, #[target_feature(enable = "neon")]);
+/// [`Lanes`] in four registers.
+#[derive(Clone, Copy)]
+struct Quads([float32x4_t; 4]);
+
+impl Quads {
+    #[inline(always)]
+    fn make(f: impl Fn(usize) -> float32x4_t) -> Quads {
+        Quads([f(0), f(1), f(2), f(3)])
+    }
+}
+
+// SAFETY of the blocks below: NEON is there on every aarch64; loads and stores stay inside their arrays of 16.
+impl Lanes for Quads {
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        Quads::make(|_| unsafe { vdupq_n_f32(x) })
+    }
+    #[inline(always)]
+    fn load(x: &[f32; 16]) -> Self {
+        // SAFETY: see above.
+        Quads::make(|i| unsafe { vld1q_f32(x.as_ptr().add(4 * i)) })
+    }
+    #[inline(always)]
+    fn load_f16(x: &[f16; 16]) -> Self {
+        Quads::load(&x.map(Element::widen))
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[bf16; 16]) -> Self {
+        // SAFETY: see above; bf16 is a transparent u16.
+        Quads::make(|i| unsafe {
+            vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(
+                x.as_ptr().cast::<u16>().add(4 * i),
+            )))
+        })
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32; 16]) {
+        for i in 0..4 {
+            // SAFETY: see above.
+            unsafe { vst1q_f32(x.as_mut_ptr().add(4 * i), self.0[i]) }
+        }
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: see above.
+        Quads::make(|i| unsafe { vfmaq_f32(c.0[i], self.0[i], b.0[i]) })
+    }
+}
+
+float_doors!(Quads, #[target_feature(enable = "neon")]);
 
 /// A function of this tier for one format.
 macro_rules! door {
@@ -64,19 +119,23 @@ trait Blocks {
 /// `Σ q·x` of 16 weights in 4 lanes.
 #[inline(always)]
 unsafe fn dot16(q: int8x16_t, x: int8x16_t) -> int32x4_t {
-    unsafe { vpaddlq_s16(vmlal_high_s8(vmull_s8(vget_low_s8(q), vget_low_s8(x)), q, x)) }
+    vpaddlq_s16(vmlal_high_s8(
+        vmull_s8(vget_low_s8(q), vget_low_s8(x)),
+        q,
+        x,
+    ))
 }
 
 /// The low nibbles of 16 bytes.
 #[inline(always)]
 unsafe fn low(q: uint8x16_t) -> int8x16_t {
-    unsafe { vreinterpretq_s8_u8(vandq_u8(q, vdupq_n_u8(15))) }
+    vreinterpretq_s8_u8(vandq_u8(q, vdupq_n_u8(15)))
 }
 
 /// The high nibbles of 16 bytes.
 #[inline(always)]
 unsafe fn high(q: uint8x16_t) -> int8x16_t {
-    unsafe { vreinterpretq_s8_u8(vshrq_n_u8(q, 4)) }
+    vreinterpretq_s8_u8(vshrq_n_u8(q, 4))
 }
 
 /// Q4_0.
@@ -90,17 +149,15 @@ impl Blocks for Nibbles {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: *const i8) -> int32x4_t {
-        unsafe {
-            let q = vld1q_u8(block.add(2));
-            let eight = vdupq_n_s8(8);
-            let first = dot16(vsubq_s8(low(q), eight), vld1q_s8(x));
-            vaddq_s32(first, dot16(vsubq_s8(high(q), eight), vld1q_s8(x.add(16))))
-        }
+        let q = vld1q_u8(block.add(2));
+        let eight = vdupq_n_s8(8);
+        let first = dot16(vsubq_s8(low(q), eight), vld1q_s8(x));
+        vaddq_s32(first, dot16(vsubq_s8(high(q), eight), vld1q_s8(x.add(16))))
     }
 
     #[inline(always)]
     unsafe fn minimums(_block: *const u8, _sums: *const i16) -> int32x4_t {
-        unsafe { vdupq_n_s32(0) }
+        vdupq_n_s32(0)
     }
 }
 
@@ -115,16 +172,14 @@ impl Blocks for Bytes {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: *const i8) -> int32x4_t {
-        unsafe {
-            let q = block.add(2).cast::<i8>();
-            let first = dot16(vld1q_s8(q), vld1q_s8(x));
-            vaddq_s32(first, dot16(vld1q_s8(q.add(16)), vld1q_s8(x.add(16))))
-        }
+        let q = block.add(2).cast::<i8>();
+        let first = dot16(vld1q_s8(q), vld1q_s8(x));
+        vaddq_s32(first, dot16(vld1q_s8(q.add(16)), vld1q_s8(x.add(16))))
     }
 
     #[inline(always)]
     unsafe fn minimums(_block: *const u8, _sums: *const i16) -> int32x4_t {
-        unsafe { vdupq_n_s32(0) }
+        vdupq_n_s32(0)
     }
 }
 
@@ -139,35 +194,37 @@ impl Blocks for K4 {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: *const i8) -> int32x4_t {
-        unsafe {
-            let scales = &*block.add(4).cast::<[u8; 12]>();
-            let mut acc = vdupq_n_s32(0);
-            for i in 0..4 {
-                let at = block.add(16 + 32 * i);
-                let q = [vld1q_u8(at), vld1q_u8(at.add(16))];
-                let x = x.add(64 * i);
-                let first = vaddq_s32(dot16(low(q[0]), vld1q_s8(x)), dot16(low(q[1]), vld1q_s8(x.add(16))));
-                let x = x.add(32);
-                let second = vaddq_s32(dot16(high(q[0]), vld1q_s8(x)), dot16(high(q[1]), vld1q_s8(x.add(16))));
-                acc = vmlaq_n_s32(acc, first, q4_k::scale_min(scales, 2 * i).0 as i32);
-                acc = vmlaq_n_s32(acc, second, q4_k::scale_min(scales, 2 * i + 1).0 as i32);
-            }
-            acc
+        let scales = &*block.add(4).cast::<[u8; 12]>();
+        let mut acc = vdupq_n_s32(0);
+        for i in 0..4 {
+            let at = block.add(16 + 32 * i);
+            let q = [vld1q_u8(at), vld1q_u8(at.add(16))];
+            let x = x.add(64 * i);
+            let first = vaddq_s32(
+                dot16(low(q[0]), vld1q_s8(x)),
+                dot16(low(q[1]), vld1q_s8(x.add(16))),
+            );
+            let x = x.add(32);
+            let second = vaddq_s32(
+                dot16(high(q[0]), vld1q_s8(x)),
+                dot16(high(q[1]), vld1q_s8(x.add(16))),
+            );
+            acc = vmlaq_n_s32(acc, first, q4_k::scale_min(scales, 2 * i).0 as i32);
+            acc = vmlaq_n_s32(acc, second, q4_k::scale_min(scales, 2 * i + 1).0 as i32);
         }
+        acc
     }
 
     #[inline(always)]
     unsafe fn minimums(block: *const u8, sums: *const i16) -> int32x4_t {
-        unsafe {
-            let scales = &*block.add(4).cast::<[u8; 12]>();
-            let mut m = [0i16; 8];
-            for (s, m) in m.iter_mut().enumerate() {
-                *m = q4_k::scale_min(scales, s).1 as i16;
-            }
-            let sums32 = vpaddq_s16(vld1q_s16(sums), vld1q_s16(sums.add(8)));
-            let m = vld1q_s16(m.as_ptr());
-            vmlal_high_s16(vmull_s16(vget_low_s16(m), vget_low_s16(sums32)), m, sums32)
+        let scales = &*block.add(4).cast::<[u8; 12]>();
+        let mut m = [0i16; 8];
+        for (s, m) in m.iter_mut().enumerate() {
+            *m = q4_k::scale_min(scales, s).1 as i16;
         }
+        let sums32 = vpaddq_s16(vld1q_s16(sums), vld1q_s16(sums.add(8)));
+        let m = vld1q_s16(m.as_ptr());
+        vmlal_high_s16(vmull_s16(vget_low_s16(m), vget_low_s16(sums32)), m, sums32)
     }
 }
 
@@ -182,32 +239,30 @@ impl Blocks for K6 {
 
     #[inline(always)]
     unsafe fn products(block: *const u8, x: *const i8) -> int32x4_t {
-        unsafe {
-            let scales = block.add(192).cast::<i8>();
-            let mut acc = vdupq_n_s32(0);
-            let (two, offset) = (vdupq_n_u8(3), vdupq_n_s8(32));
-            for half in 0..2 {
-                for part in 0..2 {
-                    // 16 bytes of upper bits serve the weights 16·part + 32·i of this half.
-                    let qh = vld1q_u8(block.add(128 + 32 * half + 16 * part));
-                    let ql = [0, 1].map(|i| vld1q_u8(block.add(64 * half + 32 * i + 16 * part)));
-                    let lower = [low(ql[0]), low(ql[1]), high(ql[0]), high(ql[1])];
-                    let upper = [qh, vshrq_n_u8(qh, 2), vshrq_n_u8(qh, 4), vshrq_n_u8(qh, 6)];
-                    for i in 0..4 {
-                        let bits = vreinterpretq_s8_u8(vshlq_n_u8(vandq_u8(upper[i], two), 4));
-                        let q = vsubq_s8(vorrq_s8(lower[i], bits), offset);
-                        let p = dot16(q, vld1q_s8(x.add(128 * half + 32 * i + 16 * part)));
-                        acc = vmlaq_n_s32(acc, p, *scales.add(8 * half + 2 * i + part) as i32);
-                    }
+        let scales = block.add(192).cast::<i8>();
+        let mut acc = vdupq_n_s32(0);
+        let (two, offset) = (vdupq_n_u8(3), vdupq_n_s8(32));
+        for half in 0..2 {
+            for part in 0..2 {
+                // 16 bytes of upper bits serve the weights 16·part + 32·i of this half.
+                let qh = vld1q_u8(block.add(128 + 32 * half + 16 * part));
+                let ql = [0, 1].map(|i| vld1q_u8(block.add(64 * half + 32 * i + 16 * part)));
+                let lower = [low(ql[0]), low(ql[1]), high(ql[0]), high(ql[1])];
+                let upper = [qh, vshrq_n_u8(qh, 2), vshrq_n_u8(qh, 4), vshrq_n_u8(qh, 6)];
+                for i in 0..4 {
+                    let bits = vreinterpretq_s8_u8(vshlq_n_u8(vandq_u8(upper[i], two), 4));
+                    let q = vsubq_s8(vorrq_s8(lower[i], bits), offset);
+                    let p = dot16(q, vld1q_s8(x.add(128 * half + 32 * i + 16 * part)));
+                    acc = vmlaq_n_s32(acc, p, *scales.add(8 * half + 2 * i + part) as i32);
                 }
             }
-            acc
         }
+        acc
     }
 
     #[inline(always)]
     unsafe fn minimums(_block: *const u8, _sums: *const i16) -> int32x4_t {
-        unsafe { vdupq_n_s32(0) }
+        vdupq_n_s32(0)
     }
 }
 
@@ -219,11 +274,14 @@ unsafe fn rows<F: Blocks>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
     for g in 0..groups {
         for t in 0..x.len() {
             // SAFETY: group `g` is 4 whole rows of `w.bytes`.
-            let sums =
-                unsafe { group::<F>(w.bytes.as_ptr().add(g * GROUP * stride), stride, x.token(t).int()) };
+            let sums = group::<F>(
+                w.bytes.as_ptr().add(g * GROUP * stride),
+                stride,
+                x.token(t).int(),
+            );
             let out = &mut y.row(t)[g * GROUP..][..GROUP];
             // SAFETY: `out` is 4 floats.
-            unsafe { vst1q_f32(out.as_mut_ptr(), sums) };
+            vst1q_f32(out.as_mut_ptr(), sums);
         }
     }
     super::matmul_rest(w, groups * GROUP, x, y);
@@ -233,42 +291,38 @@ unsafe fn rows<F: Blocks>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
 #[inline(always)]
 unsafe fn group<F: Blocks>(base: *const u8, stride: usize, x: IntAct<'_>) -> float32x4_t {
     // SAFETY: block `b` of each of the 4 rows, as long as the format says; `qs` and `sums` likewise.
-    unsafe {
-        let mut acc = vdupq_n_f32(0.0);
-        for (b, d) in x.d.iter().enumerate() {
-            let (qs, sums) = x.block(b, F::WEIGHTS);
-            let first = base.add(b * F::BYTES);
-            let mut p = [vdupq_n_s32(0); GROUP];
-            for r in 0..GROUP {
-                p[r] = F::products(first.add(r * stride), qs.as_ptr());
-            }
-            let scale = vmulq_n_f32(halves(first.add(F::D), stride), *d);
-            acc = vfmaq_f32(acc, scale, vcvtq_f32_s32(sum_all(p)));
-            if F::MIN {
-                let mut m = [vdupq_n_s32(0); GROUP];
-                for r in 0..GROUP {
-                    m[r] = F::minimums(first.add(r * stride), sums.as_ptr());
-                }
-                // min is subtracted: the sign before the product changes no rounding.
-                let min = vmulq_n_f32(halves(first.add(F::D + 2), stride), *d);
-                acc = vfmsq_f32(acc, min, vcvtq_f32_s32(sum_all(m)));
-            }
+    let mut acc = vdupq_n_f32(0.0);
+    for (b, d) in x.d.iter().enumerate() {
+        let (qs, sums) = x.block(b, F::WEIGHTS);
+        let first = base.add(b * F::BYTES);
+        let mut p = [vdupq_n_s32(0); GROUP];
+        for r in 0..GROUP {
+            p[r] = F::products(first.add(r * stride), qs.as_ptr());
         }
-        acc
+        let scale = vmulq_n_f32(halves(first.add(F::D), stride), *d);
+        acc = vfmaq_f32(acc, scale, vcvtq_f32_s32(sum_all(p)));
+        if F::MIN {
+            let mut m = [vdupq_n_s32(0); GROUP];
+            for r in 0..GROUP {
+                m[r] = F::minimums(first.add(r * stride), sums.as_ptr());
+            }
+            // min is subtracted: the sign before the product changes no rounding.
+            let min = vmulq_n_f32(halves(first.add(F::D + 2), stride), *d);
+            acc = vfmsq_f32(acc, min, vcvtq_f32_s32(sum_all(m)));
+        }
     }
+    acc
 }
 
 /// Lane `r` is the sum of the 4 lanes of `p[r]`.
 #[inline(always)]
 unsafe fn sum_all(p: [int32x4_t; GROUP]) -> int32x4_t {
-    unsafe { vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3])) }
+    vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3]))
 }
 
 /// The f16 at `at + r·stride` of 4 rows, as floats.
 #[inline(always)]
 unsafe fn halves(at: *const u8, stride: usize) -> float32x4_t {
-    unsafe {
-        let f = [0, 1, 2, 3].map(|r| float::widen(at.add(r * stride).cast::<f16>().read_unaligned()));
-        vld1q_f32(f.as_ptr())
-    }
+    let f = [0, 1, 2, 3].map(|r| at.add(r * stride).cast::<f16>().read_unaligned().widen());
+    vld1q_f32(f.as_ptr())
 }

@@ -2,10 +2,11 @@
 //! float helper as compiled for the baseline CPU.
 
 use super::Tier;
-use super::float::{Portable, float_doors};
+use super::float::float_doors;
 use crate::quant::Format;
+use crate::quant::float::LANES;
 
-float_doors!(Portable);
+float_doors!([f32; LANES]);
 
 /// The table in which every slot is filled.
 pub(super) fn table() -> Kernels {
