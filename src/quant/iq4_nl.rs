@@ -5,7 +5,7 @@
 
 use super::bits::{idot, pack, unpack};
 use super::lanes::Lanes;
-use super::search::{self, Groups, Search, groups};
+use super::search::{self, Groups, Search, WIDE, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -76,24 +76,32 @@ impl IntBlock for Iq4Nl {
 
 impl Encode for Iq4Nl {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        // Eight blocks at a time, a lane each.
-        for ((x, importance), out) in search::eights(x, importance).zip(out.chunks_mut(8)) {
-            let xs = groups::<32, 8>(x);
-            let squares = search::squares(&xs);
-            let w = match importance {
-                None => squares,
-                Some(columns) => {
-                    let s = search::sums(&squares) * Lanes::all(2.0 / 32.0);
-                    search::weigh(&xs, &groups(columns), s)
-                }
-            };
-            let d = S::values(&xs, &w);
+        let runs = search::runs(x, importance, 32 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE)) {
+            let d = scales::<S>(x, importance, 32);
             for ((x, d), out) in x.chunks_exact(32).zip(d.0).zip(out) {
                 out.d = f16::from_f32_const(d);
                 code(x, d, &mut out.qs);
             }
         }
     }
+}
+
+/// The scales of groups of 32, [`WIDE`] at most, in blocks of `block` weights.
+pub(super) fn scales<S: Search>(
+    x: &[f32],
+    importance: Option<&[f32]>,
+    block: usize,
+) -> Lanes<WIDE> {
+    let xs = groups::<32, WIDE>(x);
+    let w = match importance {
+        None => search::squares(&xs),
+        Some(columns) => {
+            let s = search::energy::<32, WIDE>(x, block, 2.0 / block as f32);
+            search::weigh(&xs, &groups(columns), s)
+        }
+    };
+    S::values(&xs, &w)
 }
 
 /// Finds the scale of each group for the 16 values, with importance `w`.

@@ -74,19 +74,6 @@ pub trait Encode: Block {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]);
 }
 
-/// The floats of each block of a row, with the importance of their columns.
-#[inline(always)]
-fn parts<'a>(
-    x: &'a [f32],
-    importance: Option<&'a [f32]>,
-    weights: usize,
-) -> impl Iterator<Item = (&'a [f32], Option<&'a [f32]>)> {
-    let starts = (0..).step_by(weights);
-    x.chunks_exact(weights)
-        .zip(starts)
-        .map(move |(x, at)| (x, importance.map(|w| &w[at..at + weights])))
-}
-
 /// A block whose product with int8 activations is exact in `i32`.
 pub trait IntBlock: Block {
     /// Whether [`Terms::min`] and [`Terms::msum`] take part in the sum.
