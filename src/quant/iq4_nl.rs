@@ -106,14 +106,13 @@ pub(super) fn scales<S: Search>(
 
 /// Finds the scale of each group for the 16 values, with importance `w`.
 ///
-/// Each try aims the value of largest magnitude at a slightly different place near the longer end
-/// of the values.
+/// The first try aims the value of largest magnitude at 127 of its own sign, the others turn it to the
+/// longer, negative end and aim at slightly different places there.
 #[inline(always)]
 pub fn fit<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -> Lanes<G> {
     let (peak, size) = search::peak(x);
     let (mut scale, mut best) = (Lanes::ZERO, Lanes::ZERO);
-    // The plain aim first, then 15 (the middle one aims at the other end): the order decides
-    // between equals.
+    // In this order, which decides between equals.
     for t in std::iter::once(None).chain((-7..=7).map(Some)) {
         let longest = VALUES[0] as f32;
         let inv = match t {
@@ -140,7 +139,8 @@ pub fn fit<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -
 /// The value nearest to each `x`, the larger one if two are.
 ///
 /// The reference compares the distances to both neighbours. Near the middle of two neighbours these
-/// differences are exact, so that comparing with the middle is the same.
+/// differences are exact, so that comparing with the middle is the same. (Compared for every float
+/// of magnitude from 0.25 to 160.)
 #[inline(always)]
 fn nearest_value<const G: usize>(x: Lanes<G>) -> Lanes<G> {
     climb(x, VALUES[0] as f32, |low, high| high - low)

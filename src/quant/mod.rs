@@ -17,6 +17,12 @@
 //!
 //! Any way of computing `isum` and `msum` gives the same bits, which is how all CPU tiers agree.
 //! Float formats (F32, F16, BF16) use [`float::dot`]: 16 partial sums and a fixed tree.
+//!
+//! # Encoding
+//!
+//! [`Format::encode`] makes the bytes that llama.cpp's quantizer makes, with and without importance
+//! weights, on every CPU. Nearly all its time goes to searching for scales ([`search`]), which
+//! faster tiers can do too ([`Search`]).
 
 pub mod act;
 pub mod bits;

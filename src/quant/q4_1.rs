@@ -88,8 +88,7 @@ impl Encode for Q4_1 {
 /// Without importance: the smallest value becomes 0, the largest 15, the others are rounded.
 #[inline(always)]
 fn plain(x: &[f32]) -> Q4_1 {
-    let min = x.iter().fold(f32::MAX, |m, &x| if x < m { x } else { m });
-    let max = x.iter().fold(f32::MIN, |m, &x| if x > m { x } else { m });
+    let (min, max) = search::range_of(x);
     let d = (max - min) / 15.0;
     let inv = search::inverse(d);
     let mut q = [0; 32];

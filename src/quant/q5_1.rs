@@ -87,8 +87,7 @@ impl Encode for Q5_1 {
 /// Without importance: the smallest value becomes 0, the largest 31, the others are rounded.
 #[inline(always)]
 fn plain(x: &[f32]) -> Q5_1 {
-    let min = x.iter().fold(f32::MAX, |m, &x| if x < m { x } else { m });
-    let max = x.iter().fold(f32::MIN, |m, &x| if x > m { x } else { m });
+    let (min, max) = search::range_of(x);
     let d = (max - min) / 31.0;
     let inv = search::inverse(d);
     let mut q = [0; 32];
