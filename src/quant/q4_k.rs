@@ -174,7 +174,7 @@ pub(super) fn encode<S: Search>(
         // These numbers' own scales and 6-bit codes.
         let scales = fit.scale.part::<8>(b);
         let mins = fit.min.part::<8>(b).map(|m| -m);
-        let ((d, sc), (dmin, m)) = match w {
+        let ((d, mut sc), (dmin, m)) = match w {
             None => (scale_codes(&scales), scale_codes(&mins)),
             Some(w) => {
                 let w = w.part(b);
@@ -182,6 +182,10 @@ pub(super) fn encode<S: Search>(
                 (positive(&scales), positive(&mins))
             }
         };
+        if top > 15 {
+            // The reference caps what wrapped around in Q5_K, but not in Q4_K.
+            sc = sc.map(|sc| sc.min(63));
+        }
         part.d = f16::from_f32_const(d);
         part.dmin = f16::from_f32_const(dmin);
         part.scales = pack_scale_min(&sc, &m);

@@ -498,6 +498,9 @@ pub fn round_symmetric(x: &[f32], d: f32, half: i32, q: &mut [u8]) {
 
 /// Finds a scale for non-negative values (the scales or minimums of a block's groups, with the
 /// groups' importance) in codes `0..=top`: the scale and the codes.
+///
+/// Where importance is zero, [`affine`] may find a negative scale after all. Its code wraps around and
+/// exceeds `top`, as in the reference.
 pub fn positive<const N: usize>(x: &[f32; N], w: &[f32; N], top: i32) -> (f32, [u8; N]) {
     let max = x.iter().fold(0.0, |m, &x| if m > x { m } else { x });
     if max < TINY {
@@ -510,7 +513,10 @@ pub fn positive<const N: usize>(x: &[f32; N], w: &[f32; N], top: i32) -> (f32, [
         let scale = 1.0 / this_inv;
         let mut error = 0.0;
         for (x, w) in x.iter().zip(w) {
-            let e = x - scale * nearest(this_inv * x).min(top) as f32;
+            let q = nearest(this_inv * x);
+            // As the reference has it: a byte in the first try, capped in the others.
+            let q = if t == 0 { q as u8 as i32 } else { q.min(top) };
+            let e = x - scale * q as f32;
             error += w * e * e;
         }
         if t == 0 || error < best {
