@@ -1,4 +1,33 @@
-//! `octet`: a quantized, CPU-first local runner for Mixtral.
+//! `octet`: a quantized, CPU-first local runner for Mixtral, from GGUF files.
+//!
+//! # The layers
+//!
+//! Imports point only downward; `tests/layers.rs` holds this.
+//!
+//! | room | what it is for | may use |
+//! |---|---|---|
+//! | [`error`] | one error type: what, where, expected, found | |
+//! | [`pool`] | how threads are made and woken | `error` |
+//! | [`quant`] | what the bytes of a weight mean: layout, decode, encode, exact dot products | |
+//! | [`simd`] | faster ways to say what `quant` says, one file per CPU tier | `quant`, `pool` |
+//! | [`gguf`] | the container of weights: read in place, written as a stream | `quant`, `error` |
+//! | [`moe`] | the Mixtral model: config, weights, attention, router, experts | all of these |
+//! | [`chat`] | from people to tokens and back: tokenizer, prompts, sampler, sessions, REPL | `moe`, `gguf`, `error` |
+//! | [`cli`] | one file per command: its arguments and how it talks to the terminal | everything |
+//!
+//! # Follow one token
+//!
+//! [`chat::repl`] reads a line; [`chat::template`] makes the turn; [`chat::tokenizer`] makes ids;
+//! [`moe::forward`] runs them: embed; per layer norm, [`moe::attention`] over the cache in [`moe::kv`], norm,
+//! [`moe::router`] picks 2 of 8, [`moe::experts`] gathers tokens per expert, [`moe::linear`] hands rows of
+//! the mapped weights to [`simd`] on the [`pool`]; norm, head; [`chat::sampler`] picks an id;
+//! [`chat::tokenizer`] streams text.
+//!
+//! # One answer
+//!
+//! The logits of a file and a sequence of tokens are the same bits on every CPU tier, for every number
+//! of threads and every split into batches. [`quant`] says how; `simd/check.rs` and `tests/model.rs`
+//! test it by equality.
 
 pub mod chat;
 pub mod cli;

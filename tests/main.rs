@@ -3,6 +3,7 @@
 mod alloc;
 mod chat;
 mod gguf;
+mod layers;
 mod model;
 
 use std::path::PathBuf;

@@ -5,7 +5,7 @@
 
 use super::bits::{idot, pack, unpack};
 use super::lanes::Lanes;
-use super::search::{self, Groups, Search, groups};
+use super::search::{self, Groups, Search, WIDE, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -78,18 +78,9 @@ impl IntBlock for Iq4Nl {
 
 impl Encode for Iq4Nl {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        // Eight blocks at a time, a lane each.
-        for ((x, importance), out) in search::eights(x, importance).zip(out.chunks_mut(8)) {
-            let xs = groups::<32, 8>(x);
-            let squares = search::squares(&xs);
-            let w = match importance {
-                None => squares,
-                Some(columns) => {
-                    let s = search::sums(&squares) * Lanes::all(2.0 / 32.0);
-                    search::weigh(&xs, &groups(columns), s)
-                }
-            };
-            let d = S::values(&xs, &w);
+        let runs = search::runs(x, importance, 32 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE)) {
+            let d = scales::<S>(x, importance, 32);
             for ((x, d), out) in x.chunks_exact(32).zip(d.0).zip(out) {
                 out.d = f16::from_f32_const(d);
                 code(x, d, &mut out.qs);
@@ -98,16 +89,32 @@ impl Encode for Iq4Nl {
     }
 }
 
+/// The scales of groups of 32, [`WIDE`] at most, in blocks of `block` weights.
+pub(super) fn scales<S: Search>(
+    x: &[f32],
+    importance: Option<&[f32]>,
+    block: usize,
+) -> Lanes<WIDE> {
+    let xs = groups::<32, WIDE>(x);
+    let w = match importance {
+        None => search::squares(&xs),
+        Some(columns) => {
+            let s = search::energy::<32, WIDE>(x, block, 2.0 / block as f32);
+            search::weigh(&xs, &groups(columns), s)
+        }
+    };
+    S::values(&xs, &w)
+}
+
 /// Finds the scale of each group for the 16 values, with importance `w`.
 ///
-/// Each try aims the value of largest magnitude at a slightly different place near the longer end
-/// of the values.
+/// The first try aims the value of largest magnitude at 127 of its own sign, the others turn it to the
+/// longer, negative end and aim at slightly different places there.
 #[inline(always)]
 pub fn fit<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -> Lanes<G> {
     let (peak, size) = search::peak(x);
     let (mut scale, mut best) = (Lanes::ZERO, Lanes::ZERO);
-    // The plain aim first, then 15 (the middle one aims at the other end): the order decides
-    // between equals.
+    // In this order, which decides between equals.
     for t in std::iter::once(None).chain((-7..=7).map(Some)) {
         let longest = VALUES[0] as f32;
         let inv = match t {
@@ -134,7 +141,8 @@ pub fn fit<const N: usize, const G: usize>(x: &Groups<N, G>, w: &Groups<N, G>) -
 /// The value nearest to each `x`, the larger one if two are.
 ///
 /// The reference compares the distances to both neighbours. Near the middle of two neighbours these
-/// differences are exact, so that comparing with the middle is the same.
+/// differences are exact, so that comparing with the middle is the same. (Compared for every float
+/// of magnitude from 0.25 to 160.)
 #[inline(always)]
 fn nearest_value<const G: usize>(x: Lanes<G>) -> Lanes<G> {
     climb(x, VALUES[0] as f32, |low, high| high - low)

@@ -6,9 +6,8 @@
 //! (llama.cpp, `block_iq4_xs`).
 
 use super::bits::{idot, nearest};
-use super::lanes::Lanes;
-use super::search::{self, Search, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, iq4_nl, parts};
+use super::search::{self, Search, WIDE};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, iq4_nl};
 use half::f16;
 
 /// The block.
@@ -88,38 +87,30 @@ impl IntBlock for Iq4Xs {
 
 impl Encode for Iq4Xs {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode::<S>(x, importance);
+        let runs = search::runs(x, importance, 32 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 8)) {
+            encode::<S>(x, importance, out);
         }
     }
 }
 
-fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Iq4Xs {
-    let xs = groups::<32, 8>(x);
-    let w = match importance {
-        None => search::squares(&xs),
-        Some(columns) => {
-            let s = Lanes::all(search::sum_of_squares(x) * (2.0 / 256.0));
-            search::weigh(&xs, &groups(columns), s)
+/// Encodes blocks of [`WIDE`] sub-blocks in all, or less.
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Iq4Xs]) {
+    let scales = iq4_nl::scales::<S>(x, importance, 256);
+    for (b, (x, out)) in x.chunks_exact(256).zip(out).enumerate() {
+        let scales = scales.part::<8>(b);
+        let d = -search::peak_of(&scales) / 32.0;
+        let inv = search::inverse(d);
+        out.d = f16::from_f32_const(d);
+        (out.scales_h, out.scales_l) = (0, [0; 4]);
+        let subs = x.chunks_exact(32).zip(out.qs.chunks_exact_mut(16));
+        for (s, (x, qs)) in subs.enumerate() {
+            let sc = nearest(inv * scales[s]).clamp(-32, 31);
+            // Under the float scale, not under its f16 as in the K formats: the reference does so.
+            iq4_nl::code(x, d * sc as f32, qs);
+            let sc = (sc + 32) as u8;
+            out.scales_l[s / 2] |= (sc & 15) << (4 * (s % 2));
+            out.scales_h |= (sc as u16 >> 4) << (2 * s);
         }
-    };
-    let scales = S::values(&xs, &w).0;
-    let d = -search::peak_of(&scales) / 32.0;
-    let inv = search::inverse(d);
-    let mut block = Iq4Xs {
-        d: f16::from_f32_const(d),
-        scales_h: 0,
-        scales_l: [0; 4],
-        qs: [0; 128],
-    };
-    let subs = x.chunks_exact(32).zip(block.qs.chunks_exact_mut(16));
-    for (s, (x, qs)) in subs.enumerate() {
-        let sc = nearest(inv * scales[s]).clamp(-32, 31);
-        // Under the float scale, not under its f16 as in the K formats: the reference does so.
-        iq4_nl::code(x, d * sc as f32, qs);
-        let sc = (sc + 32) as u8;
-        block.scales_l[s / 2] |= (sc & 15) << (4 * (s % 2));
-        block.scales_h |= (sc as u16 >> 4) << (2 * s);
     }
-    block
 }

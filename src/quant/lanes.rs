@@ -26,6 +26,15 @@ impl<const G: usize> Lanes<G> {
         Lanes([x; G])
     }
 
+    /// Lanes `P · b` to `P · (b + 1)`.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    #[inline(always)]
+    pub fn part<const P: usize>(self, b: usize) -> [f32; P] {
+        self.0.as_chunks().0[b]
+    }
+
     #[inline(always)]
     fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         let mut out = [0.0; G];

@@ -17,6 +17,12 @@
 //!
 //! Any way of computing `isum` and `msum` gives the same bits, which is how all CPU tiers agree.
 //! Float formats (F32, F16, BF16) use [`float::dot`]: 16 partial sums and a fixed tree.
+//!
+//! # Encoding
+//!
+//! [`Format::encode`] makes the bytes that llama.cpp's quantizer makes, with and without importance
+//! weights, on every CPU. Nearly all its time goes to searching for scales ([`search`]), which
+//! faster tiers can do too ([`Search`]).
 
 pub mod act;
 pub mod bits;
@@ -72,19 +78,6 @@ pub trait Encode: Block {
     ///
     /// `S` is who does the searching: any gives the same bytes.
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]);
-}
-
-/// The floats of each block of a row, with the importance of their columns.
-#[inline(always)]
-fn parts<'a>(
-    x: &'a [f32],
-    importance: Option<&'a [f32]>,
-    weights: usize,
-) -> impl Iterator<Item = (&'a [f32], Option<&'a [f32]>)> {
-    let starts = (0..).step_by(weights);
-    x.chunks_exact(weights)
-        .zip(starts)
-        .map(move |(x, at)| (x, importance.map(|w| &w[at..at + weights])))
 }
 
 /// A block whose product with int8 activations is exact in `i32`.

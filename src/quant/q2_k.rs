@@ -7,8 +7,8 @@
 
 use super::bits::{idot, nearest, pack, unpack};
 use super::lanes::Lanes;
-use super::search::{self, Search, Tries, WEIGHTED, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
+use super::search::{self, Search, Tries, WEIGHTED, WIDE, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -97,51 +97,55 @@ const PLAIN: Tries = Tries {
 
 impl Encode for Q2_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode::<S>(x, importance);
+        let runs = search::runs(x, importance, 16 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 16)) {
+            encode::<S>(x, importance, out);
         }
     }
 }
 
-fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Q2_K {
-    let xs = groups::<16, 16>(x);
-    // Each sub-block's scale and minimum, then these numbers' own scales and 4-bit codes.
-    let (d, dmin, sc, m, fit);
-    match importance {
-        None => {
-            let w = xs.map(Lanes::abs);
-            fit = S::affine(&xs, &w, 3, PLAIN);
-            (d, sc) = scale_codes(&fit.scale.0);
-            (dmin, m) = scale_codes(&fit.min.0.map(|m| -m));
-        }
+/// Encodes blocks of [`WIDE`] sub-blocks in all, or less.
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Q2_K]) {
+    // Each sub-block's scale and minimum.
+    let xs = groups::<16, WIDE>(x);
+    let (fit, w) = match importance {
+        None => (S::affine(&xs, &xs.map(Lanes::abs), 3, PLAIN), None),
         Some(columns) => {
-            let s = Lanes::all(search::sum_of_squares(x) / 256.0);
+            let s = search::energy::<16, WIDE>(x, 256, 1.0 / 256.0);
             let w = search::weigh(&xs, &groups(columns), s);
-            fit = S::affine(&xs, &w, 3, WEIGHTED);
-            let w = search::sums(&w).0;
-            (d, sc) = search::positive(&fit.scale.0, &w, 15);
-            (dmin, m) = search::positive(&fit.min.0.map(|m| -m), &w, 15);
+            (S::affine(&xs, &w, 3, WEIGHTED), Some(search::sums(&w)))
+        }
+    };
+    let mut q = [0; 16 * WIDE];
+    search::ungroup(&fit.q, &mut q);
+
+    for (b, (x, out)) in x.chunks_exact(256).zip(out).enumerate() {
+        // These numbers' own scales and 4-bit codes.
+        let scales = fit.scale.part::<16>(b);
+        let mins = fit.min.part::<16>(b).map(|m| -m);
+        let ((d, sc), (dmin, m)) = match w {
+            None => (scale_codes(&scales), scale_codes(&mins)),
+            Some(w) => {
+                let w = w.part(b);
+                let positive = |x| search::positive(x, &w, 15);
+                (positive(&scales), positive(&mins))
+            }
+        };
+        out.scales = std::array::from_fn(|s| sc[s] | m[s] << 4);
+        out.d = f16::from_f32_const(d);
+        out.dmin = f16::from_f32_const(dmin);
+
+        // The scales were rounded: round the weights again, to what will be decoded.
+        let q = &mut q[256 * b..][..256];
+        let (d, dmin) = (out.d.to_f32_const(), out.dmin.to_f32_const());
+        for (s, (q, x)) in q.chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
+            let (sc, m) = out.scale_min(s);
+            search::round_affine(x, d * sc as f32, dmin * m as f32, 3, q);
+        }
+        for (q, bytes) in q.chunks_exact(128).zip(out.qs.chunks_exact_mut(32)) {
+            pack::<2>(q, 0, bytes);
         }
     }
-    let mut block = Q2_K {
-        scales: std::array::from_fn(|s| sc[s] | m[s] << 4),
-        qs: [0; 64],
-        d: f16::from_f32_const(d),
-        dmin: f16::from_f32_const(dmin),
-    };
-
-    // The scales were rounded: round the weights again, to what will be decoded.
-    let mut q = [0; 256];
-    search::ungroup(&fit.q, &mut q);
-    let (d, dmin) = (block.d.to_f32_const(), block.dmin.to_f32_const());
-    for (s, (q, x)) in q.chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
-        let (sc, m) = block.scale_min(s);
-        search::round_affine(x, d * sc as f32, dmin * m as f32, 3, q);
-    }
-    for (q, bytes) in q.chunks_exact(128).zip(block.qs.chunks_exact_mut(32)) {
-        pack::<2>(q, 0, bytes);
-    }
-    block
 }
 
 /// The scale that maps the largest value to 15, and the codes.

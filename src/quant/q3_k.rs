@@ -7,9 +7,8 @@
 //! (llama.cpp, `block_q3_K`).
 
 use super::bits::{idot, nearest, pack, unpack};
-use super::lanes::Lanes;
-use super::search::{self, Search, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
+use super::search::{self, Search, WIDE, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -91,62 +90,64 @@ impl IntBlock for Q3_K {
 
 impl Encode for Q3_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode::<S>(x, importance);
+        let runs = search::runs(x, importance, 16 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 16)) {
+            encode::<S>(x, importance, out);
         }
     }
 }
 
-fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Q3_K {
-    let xs = groups::<16, 16>(x);
-    // Each sub-block's scale, then the scales' own scale and 6-bit codes (plus 32).
-    let (d, sc, codes);
-    match importance {
-        None => {
-            let scales;
-            (scales, codes) = S::descend(&xs, 4);
-            let peak = search::peak_of(&scales.0);
-            if peak != 0.0 {
-                let inv = -32.0 / peak;
-                d = 1.0 / inv;
-                sc = scales
-                    .0
-                    .map(|s| ((nearest(inv * s) as i8).clamp(-32, 31) + 32) as u8);
-            } else {
-                (d, sc) = (0.0, [0; 16]);
-            }
-        }
+/// Encodes blocks of [`WIDE`] sub-blocks in all, or less.
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Q3_K]) {
+    // Each sub-block's scale.
+    let xs = groups::<16, WIDE>(x);
+    let ((scales, codes), w) = match importance {
+        None => (S::descend(&xs, 4), None),
         Some(columns) => {
-            let s = Lanes::all(2.0 * search::sum_of_squares(x) / 256.0);
+            let s = search::energy::<16, WIDE>(x, 256, 2.0 / 256.0);
             let w = search::weigh(&xs, &groups(columns), s);
-            let scales;
-            (scales, codes) = S::symmetric(&xs, &w, 4);
-            let w = groups::<16, 1>(&search::sums(&w).0);
-            let (scale, code) = S::symmetric(&groups::<16, 1>(&scales.0), &w, 32);
-            d = scale.0[0];
-            sc = code.map(|code| code.0[0] as u8);
+            (S::symmetric(&xs, &w, 4), Some(search::sums(&w)))
         }
-    }
-    let mut block = Q3_K {
-        hmask: [0; 32],
-        qs: [0; 64],
-        scales: [0; 12],
-        d: f16::from_f32_const(d),
     };
-    pack::<4>(&sc.map(|s| s & 15), 0, &mut block.scales[..8]);
-    pack::<2>(&sc, 4, &mut block.scales[8..]);
-
-    // The scales were rounded: round the weights again, to what will be decoded.
-    let mut q = [0; 256];
+    let mut q = [0; 16 * WIDE];
     search::ungroup(&codes, &mut q);
-    let d = block.d.to_f32_const();
-    let subs = q.chunks_exact_mut(16).zip(x.chunks_exact(16));
-    for ((q, x), sc) in subs.zip(block.sub_scales()) {
-        search::round_symmetric(x, d * sc as f32, 4, q);
+
+    for (b, (x, out)) in x.chunks_exact(256).zip(out).enumerate() {
+        // The scales' own scale and 6-bit codes, plus 32.
+        let scales = scales.part::<16>(b);
+        let (d, sc) = match w {
+            None => scale_codes(&scales),
+            Some(w) => {
+                let w = groups::<16, 1>(&w.part::<16>(b));
+                let (d, codes) = search::symmetric(&groups::<16, 1>(&scales), &w, 32);
+                (d.0[0], codes.map(|code| code.0[0] as u8))
+            }
+        };
+        out.d = f16::from_f32_const(d);
+        pack::<4>(&sc.map(|s| s & 15), 0, &mut out.scales[..8]);
+        pack::<2>(&sc, 4, &mut out.scales[8..]);
+
+        // The scales were rounded: round the weights again, to what will be decoded.
+        let q = &mut q[256 * b..][..256];
+        let d = out.d.to_f32_const();
+        let subs = q.chunks_exact_mut(16).zip(x.chunks_exact(16));
+        for ((q, x), sc) in subs.zip(out.sub_scales()) {
+            search::round_symmetric(x, d * sc as f32, 4, q);
+        }
+        for (q, bytes) in q.chunks_exact(128).zip(out.qs.chunks_exact_mut(32)) {
+            pack::<2>(q, 0, bytes);
+        }
+        pack::<1>(q, 2, &mut out.hmask);
     }
-    for (q, bytes) in q.chunks_exact(128).zip(block.qs.chunks_exact_mut(32)) {
-        pack::<2>(q, 0, bytes);
+}
+
+/// The scale that maps the scale of largest magnitude to -32, and the codes plus 32.
+fn scale_codes(scales: &[f32; 16]) -> (f32, [u8; 16]) {
+    let peak = search::peak_of(scales);
+    if peak == 0.0 {
+        return (0.0, [0; 16]);
     }
-    pack::<1>(&q, 2, &mut block.hmask);
-    block
+    let inv = -32.0 / peak;
+    let code = |s| ((nearest(inv * s) as i8).clamp(-32, 31) + 32) as u8;
+    (1.0 / inv, scales.map(code))
 }

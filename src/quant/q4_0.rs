@@ -3,9 +3,9 @@
 //! Byte `j` of `qs` holds weight `j` in its low and weight `j + 16` in its high nibble
 //! (llama.cpp, `block_q4_0`).
 
-use super::bits::{pack, truncate};
+use super::bits::{idot, pack, truncate, unpack};
 use super::lanes::Lanes;
-use super::search::{self, Search, groups};
+use super::search::{self, Search, WIDE, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -20,14 +20,23 @@ pub struct Q4_0 {
 }
 const _: () = assert!(size_of::<Q4_0>() == 18);
 
+impl Q4_0 {
+    /// The weights' integers, less the offset: -8..=7.
+    #[inline(always)]
+    pub fn quants(&self) -> [i8; 32] {
+        let mut q = [0; 32];
+        unpack::<4>(&self.qs, 0, &mut q);
+        q.map(|q| q - 8)
+    }
+}
+
 impl Block for Q4_0 {
     const WEIGHTS: usize = 32;
 
     fn decode(&self, out: &mut [f32]) {
         let d = self.d.to_f32_const();
-        for (j, q) in self.qs.iter().enumerate() {
-            out[j] = ((q & 15) as i32 - 8) as f32 * d;
-            out[j + 16] = ((q >> 4) as i32 - 8) as f32 * d;
+        for (out, q) in out.iter_mut().zip(self.quants()) {
+            *out = q as f32 * d;
         }
     }
 
@@ -40,16 +49,12 @@ impl Block for Q4_0 {
 impl IntBlock for Q4_0 {
     const HAS_MIN: bool = false;
 
+    /// `|isum| ≤ 32 · 8 · 127`.
     #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        let mut isum = 0;
-        for (j, q) in self.qs.iter().enumerate() {
-            isum += ((q & 15) as i32 - 8) * x[j] as i32;
-            isum += ((q >> 4) as i32 - 8) * x[j + 16] as i32;
-        }
         Terms {
             scale: self.d.to_f32_const(),
-            isum,
+            isum: idot(&self.quants(), x),
             min: 0.0,
             msum: 0,
         }
@@ -65,12 +70,12 @@ impl Encode for Q4_0 {
             return;
         };
         let mean_square = Lanes::all(search::sum_of_squares(x) / x.len() as f32);
-        let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
-        for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
-            let x = groups::<32, 8>(x);
+        let parts = x.chunks(32 * WIDE).zip(columns.chunks(32 * WIDE));
+        for ((x, columns), out) in parts.zip(out.chunks_mut(WIDE)) {
+            let x = groups::<32, WIDE>(x);
             let w = search::weigh(&x, &groups(columns), mean_square);
             let (d, codes) = S::symmetric(&x, &w, 8);
-            let mut q = [0; 8 * 32];
+            let mut q = [0; 32 * WIDE];
             search::ungroup(&codes, &mut q);
             for ((q, d), out) in q.as_chunks().0.iter().zip(d.0).zip(out) {
                 *out = block(d, q);

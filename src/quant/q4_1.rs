@@ -5,7 +5,7 @@
 
 use super::bits::{idot, pack, truncate, unpack};
 use super::lanes::Lanes;
-use super::search::{self, Search, WEIGHTED, groups};
+use super::search::{self, Search, WEIGHTED, WIDE, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -72,12 +72,12 @@ impl Encode for Q4_1 {
             return;
         };
         let mean_square = Lanes::all(search::sum_of_squares(x) / x.len() as f32);
-        let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
-        for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
-            let x = groups::<32, 8>(x);
+        let parts = x.chunks(32 * WIDE).zip(columns.chunks(32 * WIDE));
+        for ((x, columns), out) in parts.zip(out.chunks_mut(WIDE)) {
+            let x = groups::<32, WIDE>(x);
             let w = search::weigh(&x, &groups(columns), mean_square);
             let fit = S::affine(&x, &w, 15, WEIGHTED);
-            let mut q = [0; 8 * 32];
+            let mut q = [0; 32 * WIDE];
             search::ungroup(&fit.q, &mut q);
             let q = q.as_chunks().0.iter();
             for (((q, d), m), out) in q.zip(fit.scale.0).zip(fit.min.0).zip(out) {
@@ -90,8 +90,7 @@ impl Encode for Q4_1 {
 /// Without importance: the smallest value becomes 0, the largest 15, the others are rounded.
 #[inline(always)]
 fn plain(x: &[f32]) -> Q4_1 {
-    let min = x.iter().fold(f32::MAX, |m, &x| if x < m { x } else { m });
-    let max = x.iter().fold(f32::MIN, |m, &x| if x > m { x } else { m });
+    let (min, max) = search::range_of(x);
     let d = (max - min) / 15.0;
     let inv = search::inverse(d);
     let mut q = [0; 32];

@@ -6,8 +6,8 @@
 
 use super::bits::{idot, nearest, pack, unpack};
 use super::lanes::Lanes;
-use super::search::{self, Search, Tries, WEIGHTED, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
+use super::search::{self, Search, Tries, WEIGHTED, WIDE, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -119,66 +119,92 @@ const PLAIN: Tries = Tries {
 
 impl Encode for Q4_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            let (d, dmin, scales, q) = encode::<S>(x, importance, 15, PLAIN);
-            let mut qs = [0; 128];
-            for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
-                pack::<4>(q, 0, bytes);
+        let runs = search::runs(x, importance, 32 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 8)) {
+            for (part, out) in encode::<S>(x, importance, 15, PLAIN).iter().zip(out) {
+                out.d = part.d;
+                out.dmin = part.dmin;
+                out.scales = part.scales;
+                for (q, bytes) in part.q.chunks_exact(64).zip(out.qs.chunks_exact_mut(32)) {
+                    pack::<4>(q, 0, bytes);
+                }
             }
-            *out = Q4_K {
-                d,
-                dmin,
-                scales,
-                qs,
-            };
         }
     }
 }
 
-/// Encodes Q4_K and Q5_K, whose weights go to `top`: both scales, the packed scales and minimums, and
-/// the weights.
+/// What Q4_K and Q5_K have in common, before the weights are packed.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    pub(super) d: f16,
+    pub(super) dmin: f16,
+    pub(super) scales: [u8; 12],
+    pub(super) q: [u8; 256],
+}
+
+/// Encodes Q4_K and Q5_K, whose weights go to `top`: blocks of [`WIDE`] sub-blocks in all, or less.
 pub(super) fn encode<S: Search>(
     x: &[f32],
     importance: Option<&[f32]>,
     top: i32,
     plain: Tries,
-) -> (f16, f16, [u8; 12], [u8; 256]) {
-    let xs = groups::<32, 8>(x);
-    // Each sub-block's scale and minimum, then these numbers' own scales and 6-bit codes.
-    let (d, dmin, sc, m, fit);
-    match importance {
+) -> [Parts; WIDE / 8] {
+    // Each sub-block's scale and minimum.
+    let xs = groups::<32, WIDE>(x);
+    let (fit, w) = match importance {
         None => {
             let mean = (search::sums(&search::squares(&xs)) / Lanes::all(32.0)).sqrt();
             let w = xs.map(|x| mean + x.abs());
-            fit = S::affine(&xs, &w, top, plain);
-            (d, sc) = scale_codes(&fit.scale.0);
-            (dmin, m) = scale_codes(&fit.min.0.map(|m| -m));
+            (S::affine(&xs, &w, top, plain), None)
         }
         Some(columns) => {
-            let s = Lanes::all(2.0 * search::sum_of_squares(x) / 256.0);
+            let s = search::energy::<32, WIDE>(x, 256, 2.0 / 256.0);
             let w = search::weigh(&xs, &groups(columns), s);
-            fit = S::affine(&xs, &w, top, WEIGHTED);
-            let w = search::sums(&w).0;
-            (d, sc) = search::positive(&fit.scale.0, &w, 63);
-            (dmin, m) = search::positive(&fit.min.0.map(|m| -m), &w, 63);
+            (S::affine(&xs, &w, top, WEIGHTED), Some(search::sums(&w)))
+        }
+    };
+    let mut q = [0; 32 * WIDE];
+    search::ungroup(&fit.q, &mut q);
+
+    let mut parts = [Parts {
+        d: f16::ZERO,
+        dmin: f16::ZERO,
+        scales: [0; 12],
+        q: [0; 256],
+    }; WIDE / 8];
+    for (b, (x, part)) in x.chunks_exact(256).zip(&mut parts).enumerate() {
+        // These numbers' own scales and 6-bit codes.
+        let scales = fit.scale.part::<8>(b);
+        let mins = fit.min.part::<8>(b).map(|m| -m);
+        let ((d, mut sc), (dmin, m)) = match w {
+            None => (scale_codes(&scales), scale_codes(&mins)),
+            Some(w) => {
+                let w = w.part(b);
+                let positive = |x| search::positive(x, &w, 63);
+                (positive(&scales), positive(&mins))
+            }
+        };
+        if top > 15 {
+            // The reference caps what wrapped around in Q5_K, but not in Q4_K.
+            sc = sc.map(|sc| sc.min(63));
+        }
+        part.d = f16::from_f32_const(d);
+        part.dmin = f16::from_f32_const(dmin);
+        part.scales = pack_scale_min(&sc, &m);
+
+        // The scales were rounded: round the weights again, to what will be decoded.
+        part.q.copy_from_slice(&q[256 * b..][..256]);
+        let (d, dmin) = (part.d.to_f32_const(), part.dmin.to_f32_const());
+        let subs = part.q.chunks_exact_mut(32).zip(x.chunks_exact(32));
+        for (s, (q, x)) in subs.enumerate() {
+            let (sc, m) = scale_min(&part.scales, s);
+            search::round_affine(x, d * sc as f32, dmin * m as f32, top, q);
         }
     }
-    let (d, dmin) = (f16::from_f32_const(d), f16::from_f32_const(dmin));
-    let scales = pack_scale_min(&sc, &m);
-
-    // The scales were rounded: round the weights again, to what will be decoded.
-    let mut q = [0; 256];
-    search::ungroup(&fit.q, &mut q);
-    let (dw, mw) = (d.to_f32_const(), dmin.to_f32_const());
-    for (s, (q, x)) in q.chunks_exact_mut(32).zip(x.chunks_exact(32)).enumerate() {
-        let (sc, m) = scale_min(&scales, s);
-        search::round_affine(x, dw * sc as f32, mw * m as f32, top, q);
-    }
-    (d, dmin, scales, q)
+    parts
 }
 
 /// The scale that maps the largest value to 63, and the codes.
-#[inline(always)]
 fn scale_codes(x: &[f32; 8]) -> (f32, [u8; 8]) {
     let max = x.iter().fold(0.0, |m, &x| if x > m { x } else { m });
     let inv = if max > 0.0 { 63.0 / max } else { 0.0 };
@@ -186,7 +212,6 @@ fn scale_codes(x: &[f32; 8]) -> (f32, [u8; 8]) {
 }
 
 /// The inverse of [`scale_min`].
-#[inline(always)]
 fn pack_scale_min(sc: &[u8; 8], m: &[u8; 8]) -> [u8; 12] {
     let mut out = [0; 12];
     for s in 0..4 {

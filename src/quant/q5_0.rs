@@ -6,7 +6,7 @@
 
 use super::bits::{idot, pack, truncate, unpack};
 use super::lanes::Lanes;
-use super::search::{self, Search, groups};
+use super::search::{self, Search, WIDE, groups};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -83,12 +83,12 @@ impl Encode for Q5_0 {
             return;
         };
         let mean_square = Lanes::all(search::sum_of_squares(x) / x.len() as f32);
-        let parts = x.chunks(8 * 32).zip(columns.chunks(8 * 32));
-        for ((x, columns), out) in parts.zip(out.chunks_mut(8)) {
-            let x = groups::<32, 8>(x);
+        let parts = x.chunks(32 * WIDE).zip(columns.chunks(32 * WIDE));
+        for ((x, columns), out) in parts.zip(out.chunks_mut(WIDE)) {
+            let x = groups::<32, WIDE>(x);
             let w = search::weigh(&x, &groups(columns), mean_square);
             let (d, codes) = S::symmetric(&x, &w, 16);
-            let mut q = [0; 8 * 32];
+            let mut q = [0; 32 * WIDE];
             search::ungroup(&codes, &mut q);
             for ((q, d), out) in q.as_chunks().0.iter().zip(d.0).zip(out) {
                 *out = block(d, q);

@@ -5,8 +5,8 @@
 //! (llama.cpp, `block_q5_K`).
 
 use super::bits::{pack, unpack};
-use super::search::{Search, Tries};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts, q4_k};
+use super::search::{self, Search, Tries, WIDE};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot, q4_k};
 use half::f16;
 
 /// The block.
@@ -77,20 +77,18 @@ const PLAIN: Tries = Tries {
 
 impl Encode for Q5_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            let (d, dmin, scales, q) = q4_k::encode::<S>(x, importance, 31, PLAIN);
-            let (mut qh, mut qs) = ([0; 32], [0; 128]);
-            for (q, bytes) in q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
-                pack::<4>(q, 0, bytes);
+        let runs = search::runs(x, importance, 32 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 8)) {
+            let parts = q4_k::encode::<S>(x, importance, 31, PLAIN);
+            for (part, out) in parts.iter().zip(out) {
+                out.d = part.d;
+                out.dmin = part.dmin;
+                out.scales = part.scales;
+                for (q, bytes) in part.q.chunks_exact(64).zip(out.qs.chunks_exact_mut(32)) {
+                    pack::<4>(q, 0, bytes);
+                }
+                pack::<1>(&part.q, 4, &mut out.qh);
             }
-            pack::<1>(&q, 4, &mut qh);
-            *out = Q5_K {
-                d,
-                dmin,
-                scales,
-                qh,
-                qs,
-            };
         }
     }
 }

@@ -5,8 +5,8 @@
 //! high), 32 bytes of `qh` the upper 2 bits, laid out as in [`super::q2_k`] (llama.cpp, `block_q6_K`).
 
 use super::bits::{idot, nearest, pack, unpack};
-use super::search::{self, Search, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, parts};
+use super::search::{self, Search, WIDE, groups};
+use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
 /// The block.
@@ -83,40 +83,48 @@ impl IntBlock for Q6_K {
 
 impl Encode for Q6_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        for ((x, importance), out) in parts(x, importance, Self::WEIGHTS).zip(out) {
-            *out = encode::<S>(x, importance);
+        let runs = search::runs(x, importance, 16 * WIDE);
+        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 16)) {
+            encode::<S>(x, importance, out);
         }
     }
 }
 
-fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>) -> Q6_K {
-    let xs = groups::<16, 16>(x);
-    // Importance is taken as it is: with 6 bits, how large a weight is matters little.
+/// Encodes blocks of [`WIDE`] sub-blocks in all, or less.
+fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Q6_K]) {
+    // Each sub-block's scale. Importance is taken as it is: with 6 bits, how large a weight is
+    // matters little.
+    let xs = groups::<16, WIDE>(x);
     let w = match importance {
         None => search::squares(&xs),
         Some(columns) => groups(columns),
     };
     let (scales, codes) = S::symmetric(&xs, &w, 32);
-    let peak = search::peak_of(&scales.0);
-    let mut block: Q6_K = bytemuck::Zeroable::zeroed();
-    if peak.abs() < search::TINY {
-        return block;
-    }
-    let inv = -128.0 / peak;
-    block.d = f16::from_f32_const(1.0 / inv);
-    block.scales = scales.0.map(|s| nearest(inv * s).min(127) as i8);
-
-    // The scales were rounded: round the weights again, to what will be decoded.
-    let mut q = [0; 256];
+    let mut q = [0; 16 * WIDE];
     search::ungroup(&codes, &mut q);
-    let d = block.d.to_f32_const();
-    let subs = q.chunks_exact_mut(16).zip(x.chunks_exact(16));
-    for ((q, x), sc) in subs.zip(block.scales) {
-        search::round_symmetric(x, d * sc as f32, 32, q);
+
+    for (b, (x, out)) in x.chunks_exact(256).zip(out).enumerate() {
+        // The scales' own scale and 8-bit codes.
+        let scales = scales.part::<16>(b);
+        let peak = search::peak_of(&scales);
+        if peak.abs() < search::TINY {
+            *out = bytemuck::Zeroable::zeroed();
+            continue;
+        }
+        let inv = -128.0 / peak;
+        out.d = f16::from_f32_const(1.0 / inv);
+        out.scales = scales.map(|s| nearest(inv * s).min(127) as i8);
+
+        // The scales were rounded: round the weights again, to what will be decoded.
+        let q = &mut q[256 * b..][..256];
+        let d = out.d.to_f32_const();
+        let subs = q.chunks_exact_mut(16).zip(x.chunks_exact(16));
+        for ((q, x), sc) in subs.zip(out.scales) {
+            search::round_symmetric(x, d * sc as f32, 32, q);
+        }
+        for (half, q) in q.chunks_exact(128).enumerate() {
+            pack::<4>(q, 0, &mut out.ql[64 * half..][..64]);
+            pack::<2>(q, 4, &mut out.qh[32 * half..][..32]);
+        }
     }
-    for (half, q) in q.chunks_exact(128).enumerate() {
-        pack::<4>(q, 0, &mut block.ql[64 * half..][..64]);
-        pack::<2>(q, 4, &mut block.qh[32 * half..][..32]);
-    }
-    block
 }

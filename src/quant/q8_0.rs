@@ -1,7 +1,7 @@
 //! Q8_0: 32 weights of 8 bits, one f16 scale. `w = d · q` (llama.cpp, `block_q8_0`).
 
-use super::bits::truncate;
-use super::search::{Search, inverse};
+use super::bits::{idot, truncate};
+use super::search::{self, Search};
 use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
 use half::f16;
 
@@ -35,17 +35,12 @@ impl Block for Q8_0 {
 impl IntBlock for Q8_0 {
     const HAS_MIN: bool = false;
 
+    /// `|isum| ≤ 32 · 128 · 127`.
     #[inline(always)]
     fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        let isum = self
-            .qs
-            .iter()
-            .zip(x)
-            .map(|(&q, &x)| q as i32 * x as i32)
-            .sum();
         Terms {
             scale: self.d.to_f32_const(),
-            isum,
+            isum: idot(&self.qs, x),
             min: 0.0,
             msum: 0,
         }
@@ -55,11 +50,8 @@ impl IntBlock for Q8_0 {
 impl Encode for Q8_0 {
     fn encode_row<S: Search>(x: &[f32], _importance: Option<&[f32]>, out: &mut [Self]) {
         for (x, out) in x.chunks_exact(32).zip(out) {
-            let max = x
-                .iter()
-                .fold(0.0, |m, x| if m > x.abs() { m } else { x.abs() });
-            let d = max / 127.0;
-            let inv = inverse(d);
+            let d = search::size_of(x) / 127.0;
+            let inv = search::inverse(d);
             let mut qs = [0; 32];
             for (q, x) in qs.iter_mut().zip(x) {
                 *q = truncate(round(x * inv)) as i8;
@@ -74,7 +66,8 @@ impl Encode for Q8_0 {
 
 /// `x.round()`, halves away from zero, up to the fraction that [`truncate`] drops, for `|x| < 2²²`. A
 /// call of `round` would keep the loop from being vectorized; the largest float below a half
-/// carries a half over the next integer but nothing less than a half.
+/// carries a half over the next integer but nothing less than a half. (Compared with `round` for every
+/// float of magnitude up to 128.)
 #[inline(always)]
 fn round(x: f32) -> f32 {
     x + 0.499_999_97_f32.copysign(x)
