@@ -29,6 +29,9 @@ pub struct Args {
     pub sampling: SamplingOptions,
 }
 
+/// Most tokens of an answer of the demo model, which otherwise rambles on: its tales were short.
+const DEMO_ANSWER: usize = 160;
+
 /// Set by Ctrl-C: whatever generates tokens looks at it after each one.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -74,7 +77,10 @@ pub fn run(args: &Args) -> Result<()> {
         template: &loaded.template,
         sampling: args.sampling.sampler(),
         system: args.system.clone(),
-        max_tokens: args.predict.map(|n| n as usize),
+        max_tokens: args
+            .predict
+            .map(|n| n as usize)
+            .or(loaded.demo.then_some(DEMO_ANSWER)),
         history: state_folder().map(|dir| dir.join("history")),
         lines: if terminal {
             None
