@@ -62,12 +62,12 @@ pub fn run(args: &Args) -> Result<()> {
     for _ in 0..args.repetitions {
         rounds.push(round(&model, args, &mut scratch)?);
     }
-    let limit = bandwidth(&model.machine().pool) / 1e9;
     let (prefill, decode, gb_s) = (
         spread(&rounds, |r| r.prefill_tok_s),
         spread(&rounds, |r| r.decode_tok_s),
         spread(&rounds, |r| r.gb_s),
     );
+    let limit = bandwidth(&model.machine().pool, gb_s[2] * 1e9) / 1e9;
     let (tier, threads) = (
         model.machine().kernels.tier().name(),
         model.machine().pool.threads(),

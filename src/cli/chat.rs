@@ -120,7 +120,7 @@ fn greet(loaded: &Loaded) {
     );
     if loaded.demo {
         println!(
-            "This is the small demo model: it tells tales that make little sense. Try: Tell me a story about a fox."
+            "A small demo model: its tales make little sense. Try: Tell me a story about a fox."
         );
         println!("For a real Mixtral: octet chat --model FILE.gguf");
     }

@@ -79,7 +79,7 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
         )),
     }
     let used = stats.bandwidth() / 1e9;
-    let limit = bandwidth(&machine.pool) / 1e9;
+    let limit = bandwidth(&machine.pool, stats.bandwidth()) / 1e9;
     parts.push(format!(
         "{used:.1} GB/s of weights ({:.0}% of {limit:.1})",
         100.0 * used / limit
@@ -102,23 +102,30 @@ fn tokens(n: usize) -> String {
 }
 
 /// Bytes per second that the pool's threads read from memory: measured once per machine and thread
-/// count (about 0.2 s), then remembered in the user's cache folder.
-pub fn bandwidth(pool: &Pool) -> f64 {
+/// count (about 0.2 s), then remembered in the user's cache folder. `seen`: what was just reached; more
+/// than is remembered means that the machine was busy when it was measured, so it is measured again.
+pub fn bandwidth(pool: &Pool, seen: f64) -> f64 {
     let file = cache_folder().map(|dir| dir.join(format!("bandwidth-{}", pool.threads())));
     let known = file
         .as_ref()
         .and_then(|f| std::fs::read_to_string(f).ok())
-        .and_then(|text| text.trim().parse().ok());
-    if let Some(known) = known.filter(|b: &f64| b.is_finite() && *b > 0.0) {
-        return known;
+        .and_then(|text| text.trim().parse().ok())
+        .filter(|b: &f64| b.is_finite() && *b > 0.0);
+    match known {
+        Some(known) if known >= seen => known,
+        _ => remember(pool, file, known.unwrap_or(0.0)),
     }
-    let measured = crate::pool::read_bandwidth(pool);
+}
+
+/// Measures, and remembers the best of what was known and measured.
+fn remember(pool: &Pool, file: Option<PathBuf>, known: f64) -> f64 {
+    let best = crate::pool::read_bandwidth(pool).max(known);
     if let Some(file) = file {
         // Without a cache folder it is measured again next time; no reason to trouble the user.
         let _ = file.parent().map(std::fs::create_dir_all);
-        let _ = std::fs::write(file, format!("{measured}\n"));
+        let _ = std::fs::write(file, format!("{best}\n"));
     }
-    measured
+    best
 }
 
 /// `$XDG_CACHE_HOME/octet` or `~/.cache/octet`.
