@@ -3,10 +3,10 @@
 //! Byte `j` of `qs` holds weight `j` in its low and weight `j + 16` in its high nibble
 //! (llama.cpp, `block_iq4_nl`).
 
-use super::bits::{idot, pack, unpack};
+use super::bits::{pack, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Groups, Search, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// What the 16 codes of IQ4_NL and IQ4_XS stand for: denser around zero, where weights are
@@ -62,17 +62,16 @@ impl Block for Iq4Nl {
 }
 
 impl IntBlock for Iq4Nl {
-    const HAS_MIN: bool = false;
+    const SUB: usize = 32;
 
-    /// `|isum| ≤ 32 · 127 · 127 < 2¹⁹`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum: idot(&self.quants(), x),
-            min: 0.0,
-            msum: 0,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
     }
 }
 

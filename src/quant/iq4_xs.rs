@@ -5,9 +5,9 @@
 //! `scales_l[s / 2]`, low for even `s`; the upper 2 bits are in `scales_h`, at bit `2 · s`
 //! (llama.cpp, `block_iq4_xs`).
 
-use super::bits::{idot, nearest};
+use super::bits::nearest;
 use super::search::{self, Search, WIDE};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, iq4_nl};
+use super::{Act, Block, Encode, IntBlock, int_dot, iq4_nl};
 use half::f16;
 
 /// The block.
@@ -66,22 +66,21 @@ impl Block for Iq4Xs {
 }
 
 impl IntBlock for Iq4Xs {
-    const HAS_MIN: bool = false;
+    const SUB: usize = 32;
 
-    /// `|isum| ≤ 256 · 32 · 127 · 127 < 2²⁷`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        let mut isum = 0;
-        let q = self.quants();
-        for (s, (q, x)) in q.chunks_exact(32).zip(x.chunks_exact(32)).enumerate() {
-            isum += self.sub_scale(s) as i32 * idot(q, x);
-        }
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum,
-            min: 0.0,
-            msum: 0,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn sub(&self, s: usize) -> (i32, i32) {
+        (self.sub_scale(s) as i32, 0)
     }
 }
 

@@ -80,15 +80,60 @@ pub trait Encode: Block {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]);
 }
 
-/// A block whose product with int8 activations is exact in `i32`.
+/// A block of integer weights, whose product with int8 activations is exact in `i32`.
+///
+/// Weight `i` is `scale · sub(i / SUB).0 · ints[i] + min · sub(i / SUB).1`. The scalar dot product below and
+/// the tiles of `simd/` are both made from these parts.
 pub trait IntBlock: Block {
-    /// Whether [`Terms::min`] and [`Terms::msum`] take part in the sum.
-    const HAS_MIN: bool;
+    /// Weights that share a sub-scale, 16 or 32; 32 in blocks of 32, which have none.
+    const SUB: usize;
+    /// Whether there are minimums.
+    const HAS_MIN: bool = false;
+
+    /// The weights' integers: `out (WEIGHTS)`.
+    fn ints(&self, out: &mut [i8]);
+
+    /// `d_w`: the block's scale.
+    fn scale(&self) -> f32;
+
+    /// `m_w`: the scale of the minimums, negated where the format subtracts them.
+    fn min(&self) -> f32 {
+        0.0
+    }
+
+    /// The integer scale and minimum of sub-block `s`.
+    fn sub(&self, _s: usize) -> (i32, i32) {
+        (1, 1)
+    }
 
     /// The exact part of the dot product with one block of activations.
     ///
-    /// `x`: `WEIGHTS` int8 values in -127..=127. `sums`: the sum of every 16 of them.
-    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms;
+    /// `x`: `WEIGHTS` int8 values in -127..=127. `sums`: the sum of every 16 of them. In every format
+    /// `|isum| < 2^27` and `|msum| < 2^21`: the largest is 256 · 128 · 32 · 127 (Q6_K).
+    #[inline(always)]
+    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
+        let mut q = [0; 256];
+        let q = &mut q[..Self::WEIGHTS];
+        self.ints(q);
+        let (mut isum, mut msum) = (0, 0);
+        let parts = q.chunks_exact(Self::SUB).zip(x.chunks_exact(Self::SUB));
+        for (s, ((q, x), sums)) in parts
+            .zip(sums.chunks_exact(Self::SUB / act::SUM))
+            .enumerate()
+        {
+            let (scale, min) = self.sub(s);
+            isum += scale * bits::idot(q, x);
+            if Self::HAS_MIN {
+                msum += min * sums.iter().map(|&s| s as i32).sum::<i32>();
+            }
+        }
+        Terms {
+            scale: self.scale(),
+            isum,
+            min: self.min(),
+            msum,
+        }
+    }
 }
 
 /// What a block contributes to a dot product; see the module's canonical arithmetic.

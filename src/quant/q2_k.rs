@@ -5,10 +5,10 @@
 //! of `scales` is the scale of sub-block `s` in its low and the minimum in its high nibble
 //! (llama.cpp, `block_q2_K`).
 
-use super::bits::{idot, nearest, pack, unpack};
+use super::bits::{nearest, pack, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Search, Tries, WEIGHTED, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// The block.
@@ -66,24 +66,28 @@ impl Block for Q2_K {
 }
 
 impl IntBlock for Q2_K {
+    const SUB: usize = 16;
     const HAS_MIN: bool = true;
 
-    /// `|isum| ≤ 256 · 15 · 3 · 127 < 2²¹`, `|msum| ≤ 256 · 15 · 127 < 2¹⁹`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
-        let (mut isum, mut msum) = (0, 0);
-        let q = self.quants();
-        for (s, (q, x)) in q.chunks_exact(16).zip(x.chunks_exact(16)).enumerate() {
-            let (sc, m) = self.scale_min(s);
-            isum += sc as i32 * idot(q, x);
-            msum += m as i32 * sums[s] as i32;
-        }
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum,
-            min: -self.dmin.to_f32_const(),
-            msum,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn min(&self) -> f32 {
+        -self.dmin.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn sub(&self, s: usize) -> (i32, i32) {
+        let (scale, min) = self.scale_min(s);
+        (scale as i32, min as i32)
     }
 }
 

@@ -6,9 +6,9 @@
 //! `s < 8`; the high 2 bits are in `scales[8 + s % 4]`, at bit `2 · (s / 4)`
 //! (llama.cpp, `block_q3_K`).
 
-use super::bits::{idot, nearest, pack, unpack};
+use super::bits::{nearest, pack, unpack};
 use super::search::{self, Search, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// The block.
@@ -69,22 +69,21 @@ impl Block for Q3_K {
 }
 
 impl IntBlock for Q3_K {
-    const HAS_MIN: bool = false;
+    const SUB: usize = 16;
 
-    /// `|isum| ≤ 256 · 32 · 4 · 127 < 2²²`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        let mut isum = 0;
-        let (q, sc) = (self.quants(), self.sub_scales());
-        for ((q, x), sc) in q.chunks_exact(16).zip(x.chunks_exact(16)).zip(sc) {
-            isum += sc as i32 * idot(q, x);
-        }
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum,
-            min: 0.0,
-            msum: 0,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn sub(&self, s: usize) -> (i32, i32) {
+        (self.sub_scales()[s] as i32, 0)
     }
 }
 

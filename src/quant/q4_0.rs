@@ -3,10 +3,10 @@
 //! Byte `j` of `qs` holds weight `j` in its low and weight `j + 16` in its high nibble
 //! (llama.cpp, `block_q4_0`).
 
-use super::bits::{idot, pack, truncate, unpack};
+use super::bits::{pack, truncate, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Search, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// The block.
@@ -47,17 +47,16 @@ impl Block for Q4_0 {
 }
 
 impl IntBlock for Q4_0 {
-    const HAS_MIN: bool = false;
+    const SUB: usize = 32;
 
-    /// `|isum| ≤ 32 · 8 · 127`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum: idot(&self.quants(), x),
-            min: 0.0,
-            msum: 0,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
     }
 }
 

@@ -3,10 +3,10 @@
 //! Byte `j` of `qs` holds weight `j` in its low and weight `j + 16` in its high nibble
 //! (llama.cpp, `block_q4_1`).
 
-use super::bits::{idot, pack, truncate, unpack};
+use super::bits::{pack, truncate, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Search, WEIGHTED, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// The block.
@@ -49,17 +49,22 @@ impl Block for Q4_1 {
 }
 
 impl IntBlock for Q4_1 {
+    const SUB: usize = 32;
     const HAS_MIN: bool = true;
 
-    /// `|isum| ≤ 32 · 15 · 127`, `|msum| ≤ 32 · 127`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum: idot(&self.quants(), x),
-            min: self.m.to_f32_const(),
-            msum: sums.iter().map(|&s| s as i32).sum(),
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn min(&self) -> f32 {
+        self.m.to_f32_const()
     }
 }
 

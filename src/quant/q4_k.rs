@@ -4,10 +4,10 @@
 //! Each 32 bytes of `qs` hold two sub-blocks, the first in the low and the second in the high nibbles.
 //! The 6-bit numbers are packed as [`scale_min`] reads them (llama.cpp, `block_q4_K`).
 
-use super::bits::{idot, nearest, pack, unpack};
+use super::bits::{nearest, pack, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Search, Tries, WEIGHTED, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// The block.
@@ -55,20 +55,6 @@ pub(super) fn decode(d: f16, dmin: f16, scales: &[u8; 12], q: &[i8; 256], out: &
     }
 }
 
-/// `isum` and `msum` of Q4_K and Q5_K.
-///
-/// Weights up to 31: `|isum| ≤ 256 · 63 · 31 · 127 < 2²⁶`, `|msum| ≤ 256 · 63 · 127 < 2²¹`.
-#[inline(always)]
-pub(super) fn sums(scales: &[u8; 12], q: &[i8; 256], x: &[i8], sums: &[i16]) -> (i32, i32) {
-    let (mut isum, mut msum) = (0, 0);
-    for (s, (q, x)) in q.chunks_exact(32).zip(x.chunks_exact(32)).enumerate() {
-        let (sc, m) = scale_min(scales, s);
-        isum += sc as i32 * idot(q, x);
-        msum += m as i32 * (sums[2 * s] as i32 + sums[2 * s + 1] as i32);
-    }
-    (isum, msum)
-}
-
 impl Q4_K {
     /// The weights' integers, 0..=15.
     #[inline(always)]
@@ -95,17 +81,28 @@ impl Block for Q4_K {
 }
 
 impl IntBlock for Q4_K {
+    const SUB: usize = 32;
     const HAS_MIN: bool = true;
 
     #[inline(always)]
-    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
-        let (isum, msum) = self::sums(&self.scales, &self.quants(), x, sums);
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum,
-            min: -self.dmin.to_f32_const(),
-            msum,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn min(&self) -> f32 {
+        -self.dmin.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn sub(&self, s: usize) -> (i32, i32) {
+        let (scale, min) = scale_min(&self.scales, s);
+        (scale as i32, min as i32)
     }
 }
 

@@ -2,10 +2,10 @@
 //!
 //! The bits lie as in [`super::q5_0`] (llama.cpp, `block_q5_1`).
 
-use super::bits::{idot, truncate};
+use super::bits::truncate;
 use super::lanes::Lanes;
 use super::search::{self, Search, WEIGHTED, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, q5_0};
+use super::{Act, Block, Encode, IntBlock, int_dot, q5_0};
 use half::f16;
 
 /// The block.
@@ -48,17 +48,22 @@ impl Block for Q5_1 {
 }
 
 impl IntBlock for Q5_1 {
+    const SUB: usize = 32;
     const HAS_MIN: bool = true;
 
-    /// `|isum| ≤ 32 · 31 · 127`, `|msum| ≤ 32 · 127`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum: idot(&self.quants(), x),
-            min: self.m.to_f32_const(),
-            msum: sums.iter().map(|&s| s as i32).sum(),
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn min(&self) -> f32 {
+        self.m.to_f32_const()
     }
 }
 

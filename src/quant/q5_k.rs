@@ -6,7 +6,7 @@
 
 use super::bits::{pack, unpack};
 use super::search::{self, Search, Tries, WIDE};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot, q4_k};
+use super::{Act, Block, Encode, IntBlock, int_dot, q4_k};
 use half::f16;
 
 /// The block.
@@ -53,17 +53,28 @@ impl Block for Q5_K {
 }
 
 impl IntBlock for Q5_K {
+    const SUB: usize = 32;
     const HAS_MIN: bool = true;
 
     #[inline(always)]
-    fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
-        let (isum, msum) = q4_k::sums(&self.scales, &self.quants(), x, sums);
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum,
-            min: -self.dmin.to_f32_const(),
-            msum,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn min(&self) -> f32 {
+        -self.dmin.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn sub(&self, s: usize) -> (i32, i32) {
+        let (scale, min) = q4_k::scale_min(&self.scales, s);
+        (scale as i32, min as i32)
     }
 }
 

@@ -4,9 +4,9 @@
 //! In two halves of 128 weights: 64 bytes of `ql` hold the low nibbles (weights 0..64 low, 64..128
 //! high), 32 bytes of `qh` the upper 2 bits, laid out as in [`super::q2_k`] (llama.cpp, `block_q6_K`).
 
-use super::bits::{idot, nearest, pack, unpack};
+use super::bits::{nearest, pack, unpack};
 use super::search::{self, Search, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// The block.
@@ -62,22 +62,21 @@ impl Block for Q6_K {
 }
 
 impl IntBlock for Q6_K {
-    const HAS_MIN: bool = false;
+    const SUB: usize = 16;
 
-    /// `|isum| ≤ 256 · 128 · 32 · 127 < 2²⁷`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        let mut isum = 0;
-        let q = self.quants();
-        for ((q, x), sc) in q.chunks_exact(16).zip(x.chunks_exact(16)).zip(self.scales) {
-            isum += sc as i32 * idot(q, x);
-        }
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum,
-            min: 0.0,
-            msum: 0,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.quants());
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
+    }
+
+    #[inline(always)]
+    fn sub(&self, s: usize) -> (i32, i32) {
+        (self.scales[s] as i32, 0)
     }
 }
 

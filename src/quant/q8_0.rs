@@ -1,8 +1,8 @@
 //! Q8_0: 32 weights of 8 bits, one f16 scale. `w = d · q` (llama.cpp, `block_q8_0`).
 
-use super::bits::{idot, truncate};
+use super::bits::truncate;
 use super::search::{self, Search};
-use super::{Act, Block, Encode, IntBlock, Terms, int_dot};
+use super::{Act, Block, Encode, IntBlock, int_dot};
 use half::f16;
 
 /// The block.
@@ -33,17 +33,16 @@ impl Block for Q8_0 {
 }
 
 impl IntBlock for Q8_0 {
-    const HAS_MIN: bool = false;
+    const SUB: usize = 32;
 
-    /// `|isum| ≤ 32 · 128 · 127`.
     #[inline(always)]
-    fn terms(&self, x: &[i8], _sums: &[i16]) -> Terms {
-        Terms {
-            scale: self.d.to_f32_const(),
-            isum: idot(&self.qs, x),
-            min: 0.0,
-            msum: 0,
-        }
+    fn ints(&self, out: &mut [i8]) {
+        out.copy_from_slice(&self.qs);
+    }
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32_const()
     }
 }
 
