@@ -63,6 +63,7 @@ impl Block for Iq4Nl {
 
 impl IntBlock for Iq4Nl {
     const SUB: usize = 32;
+    const OFFSET: i32 = 128;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -89,6 +89,8 @@ pub trait IntBlock: Block {
     const SUB: usize;
     /// Whether there are minimums.
     const HAS_MIN: bool = false;
+    /// Added to the integers, makes all of them 0 or more, for instructions that want unsigned weights.
+    const OFFSET: i32 = 0;
 
     /// The weights' integers: `out (WEIGHTS)`.
     fn ints(&self, out: &mut [i8]);

@@ -61,6 +61,7 @@ impl Block for Q5_0 {
 
 impl IntBlock for Q5_0 {
     const SUB: usize = 32;
+    const OFFSET: i32 = 16;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

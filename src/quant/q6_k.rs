@@ -63,6 +63,7 @@ impl Block for Q6_K {
 
 impl IntBlock for Q6_K {
     const SUB: usize = 16;
+    const OFFSET: i32 = 32;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -34,6 +34,7 @@ impl Block for Q8_0 {
 
 impl IntBlock for Q8_0 {
     const SUB: usize = 32;
+    const OFFSET: i32 = 128;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

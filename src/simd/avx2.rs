@@ -8,9 +8,11 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::float::float_doors;
+use super::tile::{Tile, tile_doors};
 use crate::quant::Format;
 use crate::quant::act::IntAct;
 use crate::quant::float::Lanes;
+use crate::quant::{iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -94,30 +96,102 @@ pub(super) unsafe fn fold_8(s: __m256) -> f32 {
 
 float_doors!(Pair, #[target_feature(enable = "avx2,fma,f16c")]);
 
-/// A function of this tier for one format.
-macro_rules! door {
-    ($name:ident, $body:ident::<$format:ty>) => {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn $name(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-            // SAFETY: the features that the body needs are enabled here; its pointers stay inside
-            // `w.bytes`, whole blocks of the format (`Kernels::matmul` asserts the shapes).
-            unsafe { $body::<$format>(w, x, y) }
-        }
-    };
+/// [`Tile`] with `vpmaddubsw`.
+#[derive(Clone, Copy)]
+struct Maddubs;
+
+impl Tile for Maddubs {
+    const ROWS: usize = 8;
+    const TOKENS: usize = 4;
+    type W = __m256i;
+    type I = __m256i;
+    type F = __m256;
+
+    /// 8-bit weights stay signed: as unsigned ones they would saturate.
+    #[inline(always)]
+    fn bias(offset: i32) -> i32 {
+        if offset == 128 { 0 } else { offset }
+    }
+    #[inline(always)]
+    unsafe fn weights(q: *const u8) -> __m256i {
+        _mm256_loadu_si256(q.cast())
+    }
+    #[inline(always)]
+    unsafe fn splat(x: i32) -> __m256i {
+        _mm256_set1_epi32(x)
+    }
+    #[inline(always)]
+    unsafe fn dot4<const BYTE: bool>(acc: __m256i, w: __m256i, x: *const i8) -> __m256i {
+        let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+        // 63 · 127 · 2 fits i16, and so does 128 · 127 · 2.
+        let p = match BYTE {
+            true => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
+            false => _mm256_maddubs_epi16(w, x),
+        };
+        _mm256_add_epi32(acc, widen_pairs(p))
+    }
+    #[inline(always)]
+    unsafe fn mul_add(acc: __m256i, a: __m256i, b: *const i32) -> __m256i {
+        _mm256_add_epi32(acc, _mm256_mullo_epi32(a, _mm256_loadu_si256(b.cast())))
+    }
+    #[inline(always)]
+    unsafe fn pair(acc: __m256i, m: *const i16, x: *const i16) -> __m256i {
+        let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+        _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_loadu_si256(m.cast()), x))
+    }
+    #[inline(always)]
+    unsafe fn mul_sub(a: __m256i, b: __m256i, c: i32) -> __m256i {
+        _mm256_sub_epi32(a, _mm256_mullo_epi32(b, _mm256_set1_epi32(c)))
+    }
+    #[inline(always)]
+    unsafe fn load(y: *const f32) -> __m256 {
+        _mm256_loadu_ps(y)
+    }
+    #[inline(always)]
+    unsafe fn store(y: *mut f32, acc: __m256) {
+        _mm256_storeu_ps(y, acc)
+    }
+    #[inline(always)]
+    unsafe fn step(acc: __m256, d: *const f32, dx: f32, sum: __m256i) -> __m256 {
+        let d = _mm256_mul_ps(_mm256_loadu_ps(d), _mm256_set1_ps(dx));
+        _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(sum), acc)
+    }
+    #[inline(always)]
+    unsafe fn interleave(rows: *const i8, out: *mut u8) {
+        // Half `h` of `z(i)` is row `4h + i`, as in the AVX-512 tier.
+        let row = |r: usize| _mm_loadu_si128(rows.add(256 * r).cast());
+        let z = |i: usize| _mm256_set_m128i(row(i + 4), row(i));
+        let (a, b, c, d) = (z(0), z(1), z(2), z(3));
+        let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+        let (ef, gh) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+        let out = out.cast::<__m256i>();
+        _mm256_storeu_si256(out, _mm256_unpacklo_epi64(ab, cd));
+        _mm256_storeu_si256(out.add(1), _mm256_unpackhi_epi64(ab, cd));
+        _mm256_storeu_si256(out.add(2), _mm256_unpacklo_epi64(ef, gh));
+        _mm256_storeu_si256(out.add(3), _mm256_unpackhi_epi64(ef, gh));
+    }
 }
 
-door!(matmul_q4_0, rows_of_32::<Nibbles>);
-door!(matmul_q8_0, rows_of_32::<Bytes>);
-door!(matmul_q4_k, rows_of_256::<K4>);
-door!(matmul_q6_k, rows_of_256::<K6>);
+tile_doors! {
+    Maddubs, #[target_feature(enable = "avx2,fma,f16c")];
+    matmul_q4_0 = Q4_0, q4_0::Q4_0, rows_of_32::<Nibbles>, below 4;
+    matmul_q4_1 = Q4_1, q4_1::Q4_1;
+    matmul_q5_0 = Q5_0, q5_0::Q5_0;
+    matmul_q5_1 = Q5_1, q5_1::Q5_1;
+    matmul_q8_0 = Q8_0, q8_0::Q8_0, rows_of_32::<Bytes>, below 4;
+    matmul_q2_k = Q2_K, q2_k::Q2_K;
+    matmul_q3_k = Q3_K, q3_k::Q3_K;
+    matmul_q4_k = Q4_K, q4_k::Q4_K, rows_of_256::<K4>, below 4;
+    matmul_q5_k = Q5_K, q5_k::Q5_K;
+    matmul_q6_k = Q6_K, q6_k::Q6_K, rows_of_256::<K6>, below 4;
+    matmul_iq4_nl = IQ4_NL, iq4_nl::Iq4Nl;
+    matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
+}
 
 /// Overlays what this tier does better.
 pub(super) fn install(k: &mut Kernels) {
     install_common(k);
-    k.matmul[Format::Q4_0.index()] = matmul_q4_0;
-    k.matmul[Format::Q8_0.index()] = matmul_q8_0;
-    k.matmul[Format::Q4_K.index()] = matmul_q4_k;
-    k.matmul[Format::Q6_K.index()] = matmul_q6_k;
+    install_tiles(k);
 }
 
 /// Rows in a group: one lane each.

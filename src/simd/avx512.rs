@@ -12,9 +12,11 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::float::float_doors;
+use super::tile::{Tile, tile_doors};
 use crate::quant::Format;
 use crate::quant::act::IntAct;
 use crate::quant::float::Lanes;
+use crate::quant::{iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -80,30 +82,100 @@ impl Lanes for One {
 
 float_doors!(One, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]);
 
-/// A function of this tier for one format.
-macro_rules! door {
-    ($name:ident, $body:ident::<$format:ty>) => {
-        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-        fn $name(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-            // SAFETY: the features that the body needs are enabled here; its pointers stay inside
-            // `w.bytes`, whole blocks of the format (`Kernels::matmul` asserts the shapes).
-            unsafe { $body::<$format>(w, x, y) }
-        }
-    };
+/// [`Tile`] with `vpdpbusd`.
+#[derive(Clone, Copy)]
+struct Vnni;
+
+impl Tile for Vnni {
+    const ROWS: usize = 16;
+    const TOKENS: usize = 8;
+    type W = __m512i;
+    type I = __m512i;
+    type F = __m512;
+
+    #[inline(always)]
+    fn bias(offset: i32) -> i32 {
+        offset
+    }
+    #[inline(always)]
+    unsafe fn weights(q: *const u8) -> __m512i {
+        _mm512_loadu_si512(q.cast())
+    }
+    #[inline(always)]
+    unsafe fn splat(x: i32) -> __m512i {
+        _mm512_set1_epi32(x)
+    }
+    #[inline(always)]
+    unsafe fn dot4<const BYTE: bool>(acc: __m512i, w: __m512i, x: *const i8) -> __m512i {
+        _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x.cast::<i32>().read_unaligned()))
+    }
+    #[inline(always)]
+    unsafe fn mul_add(acc: __m512i, a: __m512i, b: *const i32) -> __m512i {
+        _mm512_add_epi32(acc, _mm512_mullo_epi32(a, _mm512_loadu_si512(b.cast())))
+    }
+    #[inline(always)]
+    unsafe fn pair(acc: __m512i, m: *const i16, x: *const i16) -> __m512i {
+        let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+        _mm512_dpwssd_epi32(acc, _mm512_loadu_si512(m.cast()), x)
+    }
+    #[inline(always)]
+    unsafe fn mul_sub(a: __m512i, b: __m512i, c: i32) -> __m512i {
+        _mm512_sub_epi32(a, _mm512_mullo_epi32(b, _mm512_set1_epi32(c)))
+    }
+    #[inline(always)]
+    unsafe fn load(y: *const f32) -> __m512 {
+        _mm512_loadu_ps(y)
+    }
+    #[inline(always)]
+    unsafe fn store(y: *mut f32, acc: __m512) {
+        _mm512_storeu_ps(y, acc)
+    }
+    #[inline(always)]
+    unsafe fn step(acc: __m512, d: *const f32, dx: f32, sum: __m512i) -> __m512 {
+        let d = _mm512_mul_ps(_mm512_loadu_ps(d), _mm512_set1_ps(dx));
+        _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(sum), acc)
+    }
+    #[inline(always)]
+    unsafe fn interleave(rows: *const i8, out: *mut u8) {
+        // Quarter `q` of `z(i)` is row `4q + i`; a 4 × 4 transposition of dwords within quarters
+        // brings four rows' dwords together.
+        let row = |r: usize| _mm_loadu_si128(rows.add(256 * r).cast());
+        let z = |i: usize| {
+            let low = _mm256_set_m128i(row(i + 4), row(i));
+            let high = _mm256_set_m128i(row(i + 12), row(i + 8));
+            _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)
+        };
+        let (a, b, c, d) = (z(0), z(1), z(2), z(3));
+        let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+        let (ef, gh) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+        let out = out.cast::<__m512i>();
+        _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab, cd));
+        _mm512_storeu_si512(out.add(1), _mm512_unpackhi_epi64(ab, cd));
+        _mm512_storeu_si512(out.add(2), _mm512_unpacklo_epi64(ef, gh));
+        _mm512_storeu_si512(out.add(3), _mm512_unpackhi_epi64(ef, gh));
+    }
 }
 
-door!(matmul_q4_0, rows_of_32::<Nibbles>);
-door!(matmul_q8_0, rows_of_32::<Bytes>);
-door!(matmul_q4_k, rows_of_256::<K4>);
-door!(matmul_q6_k, rows_of_256::<K6>);
+tile_doors! {
+    Vnni, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")];
+    matmul_q4_0 = Q4_0, q4_0::Q4_0, rows_of_32::<Nibbles>, below 4;
+    matmul_q4_1 = Q4_1, q4_1::Q4_1;
+    matmul_q5_0 = Q5_0, q5_0::Q5_0;
+    matmul_q5_1 = Q5_1, q5_1::Q5_1;
+    matmul_q8_0 = Q8_0, q8_0::Q8_0, rows_of_32::<Bytes>, below 4;
+    matmul_q2_k = Q2_K, q2_k::Q2_K;
+    matmul_q3_k = Q3_K, q3_k::Q3_K;
+    matmul_q4_k = Q4_K, q4_k::Q4_K, rows_of_256::<K4>, below 4;
+    matmul_q5_k = Q5_K, q5_k::Q5_K;
+    matmul_q6_k = Q6_K, q6_k::Q6_K, rows_of_256::<K6>, below 4;
+    matmul_iq4_nl = IQ4_NL, iq4_nl::Iq4Nl;
+    matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
+}
 
 /// Overlays what this tier does better.
 pub(super) fn install(k: &mut Kernels) {
     install_common(k);
-    k.matmul[Format::Q4_0.index()] = matmul_q4_0;
-    k.matmul[Format::Q8_0.index()] = matmul_q8_0;
-    k.matmul[Format::Q4_K.index()] = matmul_q4_k;
-    k.matmul[Format::Q6_K.index()] = matmul_q6_k;
+    install_tiles(k);
 }
 
 /// Rows in a group: one lane each.

@@ -14,6 +14,8 @@ pub mod float;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod tile;
 
 use crate::pool::Stripe;
 use crate::quant::Format;

@@ -8,9 +8,11 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::float::float_doors;
+use super::tile::{Tile, tile_doors};
+use crate::quant::Format;
 use crate::quant::act::IntAct;
 use crate::quant::float::{Element, Lanes};
-use crate::quant::{Format, q4_k};
+use crate::quant::{iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 use half::{bf16, f16};
 use std::arch::aarch64::*;
 
@@ -71,30 +73,104 @@ impl Lanes for Quads {
 
 float_doors!(Quads, #[target_feature(enable = "neon")]);
 
-/// A function of this tier for one format.
-macro_rules! door {
-    ($name:ident, $format:ty) => {
-        #[target_feature(enable = "neon")]
-        fn $name(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-            // SAFETY: NEON is enabled here; pointers stay inside `w.bytes`, whole blocks of the
-            // format (`Kernels::matmul` asserts the shapes).
-            unsafe { rows::<$format>(w, x, y) }
+/// [`Tile`] with widening multiplications.
+#[derive(Clone, Copy)]
+struct Widening;
+
+impl Tile for Widening {
+    const ROWS: usize = 4;
+    const TOKENS: usize = 4;
+    type W = int8x16_t;
+    type I = int32x4_t;
+    type F = float32x4_t;
+
+    #[inline(always)]
+    fn bias(_offset: i32) -> i32 {
+        0
+    }
+    #[inline(always)]
+    unsafe fn weights(q: *const u8) -> int8x16_t {
+        vld1q_s8(q.cast())
+    }
+    #[inline(always)]
+    unsafe fn splat(x: i32) -> int32x4_t {
+        vdupq_n_s32(x)
+    }
+    #[inline(always)]
+    unsafe fn dot4<const BYTE: bool>(acc: int32x4_t, w: int8x16_t, x: *const i8) -> int32x4_t {
+        let x = vreinterpretq_s8_s32(vdupq_n_s32(x.cast::<i32>().read_unaligned()));
+        let (low, high) = (
+            vmull_s8(vget_low_s8(w), vget_low_s8(x)),
+            vmull_high_s8(w, x),
+        );
+        // Two products of 128 · 127 fit i16.
+        vpadalq_s16(acc, vpaddq_s16(low, high))
+    }
+    #[inline(always)]
+    unsafe fn mul_add(acc: int32x4_t, a: int32x4_t, b: *const i32) -> int32x4_t {
+        vmlaq_s32(acc, a, vld1q_s32(b))
+    }
+    #[inline(always)]
+    unsafe fn pair(acc: int32x4_t, m: *const i16, x: *const i16) -> int32x4_t {
+        let m = vld2_s16(m);
+        vmlal_n_s16(vmlal_n_s16(acc, m.0, *x), m.1, *x.add(1))
+    }
+    #[inline(always)]
+    unsafe fn mul_sub(a: int32x4_t, b: int32x4_t, c: i32) -> int32x4_t {
+        vmlsq_n_s32(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn load(y: *const f32) -> float32x4_t {
+        vld1q_f32(y)
+    }
+    #[inline(always)]
+    unsafe fn store(y: *mut f32, acc: float32x4_t) {
+        vst1q_f32(y, acc)
+    }
+    #[inline(always)]
+    unsafe fn step(acc: float32x4_t, d: *const f32, dx: f32, sum: int32x4_t) -> float32x4_t {
+        vfmaq_f32(acc, vmulq_n_f32(vld1q_f32(d), dx), vcvtq_f32_s32(sum))
+    }
+    #[inline(always)]
+    unsafe fn interleave(rows: *const i8, out: *mut u8) {
+        // A 4 × 4 transposition of dwords.
+        let row = |r: usize| vreinterpretq_s32_s8(vld1q_s8(rows.add(256 * r)));
+        let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+        let wide = vreinterpretq_s64_s32;
+        let (ab, cd) = (wide(vzip1q_s32(a, b)), wide(vzip1q_s32(c, d)));
+        let (ef, gh) = (wide(vzip2q_s32(a, b)), wide(vzip2q_s32(c, d)));
+        let all = [
+            vzip1q_s64(ab, cd),
+            vzip2q_s64(ab, cd),
+            vzip1q_s64(ef, gh),
+            vzip2q_s64(ef, gh),
+        ];
+        for (i, z) in all.into_iter().enumerate() {
+            vst1q_s8(out.cast::<i8>().add(16 * i), vreinterpretq_s8_s64(z));
         }
-    };
+    }
 }
 
-door!(matmul_q4_0, Nibbles);
-door!(matmul_q8_0, Bytes);
-door!(matmul_q4_k, K4);
-door!(matmul_q6_k, K6);
+tile_doors! {
+    Widening, #[target_feature(enable = "neon")];
+    matmul_q4_0 = Q4_0, q4_0::Q4_0, rows::<Nibbles>, below 4;
+    matmul_q4_1 = Q4_1, q4_1::Q4_1;
+    matmul_q5_0 = Q5_0, q5_0::Q5_0;
+    matmul_q5_1 = Q5_1, q5_1::Q5_1;
+    matmul_q8_0 = Q8_0, q8_0::Q8_0, rows::<Bytes>, below 4;
+    matmul_q2_k = Q2_K, q2_k::Q2_K;
+    matmul_q3_k = Q3_K, q3_k::Q3_K;
+    matmul_q4_k = Q4_K, q4_k::Q4_K, rows::<K4>, below 4;
+    matmul_q5_k = Q5_K, q5_k::Q5_K;
+    matmul_q6_k = Q6_K, q6_k::Q6_K, rows::<K6>, below 4;
+    matmul_iq4_nl = IQ4_NL, iq4_nl::Iq4Nl;
+    matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
+}
 
 /// Overlays what this tier does better.
 pub(super) fn install(k: &mut Kernels) {
     install_common(k);
-    k.matmul[Format::Q4_0.index()] = matmul_q4_0;
-    k.matmul[Format::Q8_0.index()] = matmul_q8_0;
-    k.matmul[Format::Q4_K.index()] = matmul_q4_k;
-    k.matmul[Format::Q6_K.index()] = matmul_q6_k;
+    install_tiles(k);
 }
 
 /// Rows in a group: one lane each.
