@@ -1,5 +1,6 @@
 //! `octet chat`: talk with a model.
 
+use super::input::print;
 use super::load::{Loaded, load};
 use super::options::{MachineOptions, ModelOptions, SamplingOptions};
 use super::report::{Progress, closing_line, state_folder};
@@ -60,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let interrupted = hear_interrupts()?;
     if terminal {
-        greet(&loaded);
+        greet(&loaded)?;
     }
     let mut progress = Progress::new("reading");
     let repl = Repl {
@@ -92,15 +93,15 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// Says who is there and what to do.
-fn greet(loaded: &Loaded) {
+fn greet(loaded: &Loaded) -> Result<()> {
     let c = &loaded.model.config;
     let experts = match c.routed {
         true => format!("{} experts, {} for each token", c.n_expert, c.n_used),
         false => "dense".to_string(),
     };
     let machine = loaded.model.machine();
-    println!(
-        "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads",
+    print(&format!(
+        "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads\n",
         env!("CARGO_PKG_VERSION"),
         loaded
             .path
@@ -111,12 +112,12 @@ fn greet(loaded: &Loaded) {
         loaded.ctx,
         machine.kernels.tier().name(),
         machine.pool.threads(),
-    );
+    ))?;
     if loaded.demo {
-        println!(
-            "This is the small demo model: it tells tales that make little sense. Try: Tell me a story about a fox."
-        );
-        println!("For a real Mixtral: octet chat --model FILE.gguf");
+        print(
+            "This is the small demo model: it tells tales that make little sense. Try: Tell me a story about a fox.\n\
+             For a real Mixtral: octet chat --model FILE.gguf\n",
+        )?;
     }
-    println!("/help lists commands, Ctrl-D leaves.");
+    print("/help lists commands, Ctrl-D leaves.\n")
 }

@@ -1,12 +1,15 @@
 //! From options to a model that is ready to talk.
 
+use super::input::note;
+use super::inspect::bytes;
 use super::options::{MachineOptions, ModelOptions};
 use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::moe::{Machine, Model};
+use crate::moe::{KvType, Machine, Model};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// The demo model's file name, in the repository's `models/`.
 const DEMO: &str = "demo-Q4_K_M.gguf";
@@ -66,12 +69,13 @@ fn demo_model() -> Result<PathBuf> {
 /// See [`Gguf::open`], [`Model::open`], [`Tokenizer::from_gguf`], [`Template::choose`]; [`Error::Usage`] if the
 /// context that is asked for is larger than the model's.
 pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
+    let started = Instant::now();
     let (path, demo) = model_path(model)?;
     let file = Gguf::open(&path)?;
     let (model_opened, tokenizer) = open_parts(&file, machine)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
-        eprintln!("octet: {}: warning: {warning}", path.display());
+        note(format!("{}: warning: {warning}", path.display()));
     }
     let most = model_opened.config.n_ctx;
     let ctx = model.ctx.map_or(most, |n| n as usize);
@@ -79,6 +83,19 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
         return Err(Error::Usage(format!(
             "--ctx {ctx}: the model was trained for {most} positions (expected at most {most}, found {ctx})"
         )));
+    }
+    if machine.verbose {
+        note(format!(
+            "{}: {}, opened in {:.0} ms; prompt format {}; context {ctx}, KV cache {}",
+            path.display(),
+            bytes(file.file_bytes()),
+            started.elapsed().as_secs_f64() * 1e3,
+            template.name(),
+            match model.kv {
+                KvType::F16 => "f16",
+                KvType::F32 => "f32",
+            },
+        ));
     }
     Ok(Loaded {
         path,
