@@ -421,6 +421,17 @@ fn the_system_text_is_in_the_prompt() {
 }
 
 #[test]
+fn a_temperature_of_0_or_less_takes_the_likeliest() {
+    let home = Home::new();
+    let text = |temp: &str| {
+        let out = home.octet(&["run", "-p", "A story", "-n", "12", "--temp", temp]);
+        out.text().to_string()
+    };
+    assert_eq!(text("-1"), text("0"));
+    assert_eq!(text("0"), text("0"));
+}
+
+#[test]
 fn the_same_seed_gives_the_same_text() {
     let home = Home::new();
     let text = |seed: &str| {
@@ -485,6 +496,8 @@ fn an_answer_ends_by_length_or_by_the_model() {
         "{}",
         out.stderr
     );
+    let all = run(&["-l", "2-1000", "-c", "40", "-n", "-1"]);
+    assert_eq!(all.json()["tokens"], doc["tokens"]);
     for n in [1usize, 2, 5] {
         let doc = run(&["-l", "2-1000", "-n", &n.to_string()]).json();
         assert_eq!(
@@ -511,6 +524,21 @@ fn a_bias_and_the_penalties_reach_the_sampler() {
     assert_eq!(
         tokens(&["--logit-bias", "300+1000", "-l", "300-2000"]),
         tokens(&[])
+    );
+    // Negative penalties are settings, too, and -1 tokens are all there are.
+    let prompt = home.octet_with(&["tokenize", "--bos", "--json"], "\"Once\"");
+    let prompt = ids(&prompt.json_lines()[0]["ids"]);
+    let repeated = tokens(&["--presence-penalty", "-1000"]);
+    assert!(
+        repeated.iter().all(|id| prompt.contains(id)),
+        "{repeated:?}"
+    );
+    let all = ["--repeat-last-n", "-1", "--frequency-penalty", "5"];
+    let most = ["--repeat-last-n", "2048", "--frequency-penalty", "5"];
+    assert_eq!(tokens(&all), tokens(&most));
+    assert_ne!(
+        tokens(&all),
+        tokens(&["--repeat-last-n", "0", "--frequency-penalty", "5"])
     );
     let mut unique = tokens(&["--frequency-penalty", "1000"]);
     unique.sort();
@@ -573,7 +601,7 @@ fn verbose_tells_more_on_standard_error_only() {
     assert_eq!(quiet.stderr.lines().count(), 1, "{}", quiet.stderr);
     let out = home.octet(&[&args[..], &["-v"]].concat());
     for words in [
-        DEMO,
+        "demo-Q4_K_M.gguf: ",
         "9.22 MiB",
         "Mistral V1",
         "context 2048",
@@ -1573,7 +1601,8 @@ fn wrong_usage_exits_2() {
         &["run", "-p", "x", "-f", "y"],
         &["run", "-p", "x", "--raw", "-s", "y"],
         &["run", "-p", "x", "--logprobs", "3"],
-        &["run", "-p", "x", "-n", "-1"],
+        &["run", "-p", "x", "-n", "-2"],
+        &["run", "-p", "x", "--repeat-last-n", "1.5"],
         &["run", "-p", "x", "-n", "many"],
         &["run", "-p", "x", "--temp", "nan"],
         &["run", "-p", "x", "--top-p", "inf"],

@@ -2,7 +2,7 @@
 
 use super::input::print;
 use super::load::{Loaded, load};
-use super::options::{MachineOptions, ModelOptions, SamplingOptions};
+use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line, state_folder};
 use crate::chat::repl::Repl;
 use crate::chat::session::Session;
@@ -17,7 +17,7 @@ pub struct Args {
     #[arg(short, long, value_name = "TEXT")]
     pub system: Option<String>,
     /// Most tokens of an answer [default: as many as the context holds]
-    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
     pub predict: Option<u32>,
     /// Which model.
     #[command(flatten)]
@@ -28,6 +28,14 @@ pub struct Args {
     /// How tokens are chosen.
     #[command(flatten)]
     pub sampling: SamplingOptions,
+}
+
+/// A number of tokens, but not 0: a conversation without answers is none.
+fn some(text: &str) -> Result<u32, String> {
+    match count(text)? {
+        0 => Err("expected at least 1".to_string()),
+        n => Ok(n),
+    }
 }
 
 /// Set by Ctrl-C: whatever generates tokens looks at it after each one.

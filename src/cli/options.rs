@@ -43,7 +43,7 @@ pub struct MachineOptions {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingOptions {
     /// Temperature; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = finite)]
+    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = finite, allow_negative_numbers = true)]
     pub temp: f32,
     /// Keep this many of the likeliest tokens; 0 keeps all
     #[arg(long, value_name = "N", default_value_t = 40)]
@@ -57,14 +57,14 @@ pub struct SamplingOptions {
     /// Divide the logits of recent tokens by this
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = finite)]
     pub repeat_penalty: f32,
-    /// Recent tokens that the penalties look at
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub repeat_last_n: usize,
+    /// Recent tokens that the penalties look at; -1: all
+    #[arg(long, value_name = "N", default_value = "64", value_parser = count, allow_negative_numbers = true)]
+    pub repeat_last_n: u32,
     /// Subtract this from the logit of every recent token
-    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
     pub presence_penalty: f32,
     /// Subtract this from a recent token's logit once per occurrence
-    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
     pub frequency_penalty: f32,
     /// Seed of the random numbers; the same seed gives the same text; -1 takes one from the clock
     #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
@@ -83,7 +83,7 @@ impl SamplingOptions {
             top_p: self.top_p,
             min_p: self.min_p,
             repeat_penalty: self.repeat_penalty,
-            repeat_last_n: self.repeat_last_n,
+            repeat_last_n: self.repeat_last_n as usize,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             seed: u64::try_from(self.seed).ok(),
@@ -97,6 +97,19 @@ fn finite(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(x) if x.is_finite() => Ok(x),
         _ => Err("expected a number".to_string()),
+    }
+}
+
+/// A number of tokens; -1 is "all there are" in llama.cpp, and here.
+///
+/// # Errors
+/// If the text is neither.
+pub fn count(text: &str) -> Result<u32, String> {
+    match text {
+        "-1" => Ok(u32::MAX),
+        _ => text
+            .parse()
+            .map_err(|_| "expected a number of tokens, or -1 for all".to_string()),
     }
 }
 

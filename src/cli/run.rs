@@ -3,7 +3,7 @@
 use super::chat::hear_interrupts;
 use super::input::{note, print, read_text};
 use super::load::load;
-use super::options::{MachineOptions, ModelOptions, SamplingOptions};
+use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line};
 use crate::chat::sampler::Sampler;
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
     /// Most tokens of the answer [default: as many as the context holds]
-    #[arg(short = 'n', long, value_name = "TOKENS")]
+    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = count, allow_negative_numbers = true)]
     pub predict: Option<u32>,
     /// Continue the text itself, without the model's chat format
     #[arg(long)]
