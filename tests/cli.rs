@@ -591,6 +591,33 @@ fn the_environment_names_a_model_and_a_tier() {
         "0",
     ]);
     assert_ne!(out.json()["logits_hash"], demo.json()["logits_hash"]);
+
+    // Empty is not set; an option goes before; a command that needs neither does not look.
+    let with = |model: &str, isa: &str, args: &[&str]| {
+        let mut command = home.command(args);
+        command.env("OCTET_MODEL", model).env("OCTET_ISA", isa);
+        finish(command, "x")
+    };
+    let args = ["run", "-n", "1"];
+    let best = octet::simd::best(None).name();
+    assert_eq!(closing(&with("", "", &args).stderr).tier, best);
+    let named = [&args[..], &["-m", DEMO, "--isa", "scalar"]].concat();
+    assert_eq!(
+        closing(&with("nowhere", "mmx", &named).stderr).tier,
+        "scalar"
+    );
+    assert_eq!(
+        with("", "mmx", &args).error(2),
+        "octet: OCTET_ISA=mmx: expected one of scalar, avx2, avx512, neon"
+    );
+    for command in [&args[..], &["tokenize"], &["detokenize"], &[]] {
+        assert!(
+            with("nowhere", "", command)
+                .error(1)
+                .starts_with("octet: nowhere: cannot open")
+        );
+    }
+    assert_eq!(with("nowhere", "mmx", &["inspect", DEMO]).code, Some(0));
 }
 
 #[test]

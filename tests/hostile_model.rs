@@ -4,11 +4,13 @@
 //! The models are made here: random weights, a vocabulary of 300 pieces. What is right is said by
 //! [`Small::logits`], the definition of the model in f64, one token at a time.
 
+use std::cell::Cell;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use octet::chat::sampler::{Sampler, SamplerOptions};
-use octet::chat::session::{Finish, Limits, Session};
+use octet::chat::session::{Answer, Event, Finish, Limits, Session};
 use octet::chat::tokenizer::Tokenizer;
 use octet::error::{Error, Result};
 use octet::gguf::writer::Put;
@@ -1486,4 +1488,82 @@ fn tokens_outside_the_vocabulary_are_refused() {
         );
     }
     assert!(forward(&model, &[299], 1).is_ok());
+}
+
+/// What a session holds from before changes no bit of what comes next.
+#[test]
+fn a_session_goes_on_after_anything() {
+    let folder = Folder::new();
+    let path = folder.write(&Small::default().file());
+    let model = Model::open(&Gguf::open(&path).unwrap(), Machine::new(1, None).unwrap()).unwrap();
+    let greedy = SamplerOptions {
+        temp: 0.0,
+        ..SamplerOptions::default()
+    };
+    let limits = Limits {
+        max_tokens: Some(5),
+        logprobs: 1,
+        ..Limits::default()
+    };
+    let go_on = |_| ControlFlow::Continue(());
+    let fresh = |prompt: &[u32]| {
+        let mut session = Session::new(&model, KvType::F16, 64, 4);
+        let mut sampler = Sampler::new(greedy.clone());
+        session
+            .answer(prompt, &mut sampler, &limits, go_on)
+            .unwrap()
+    };
+    let mut session = Session::new(&model, KvType::F16, 64, 4);
+    let mut sampler = Sampler::new(greedy.clone());
+    let mut answer = |prompt: &[u32], stop: &dyn Fn(Event) -> bool| {
+        session.answer(prompt, &mut sampler, &limits, |e| match stop(e) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })
+    };
+    let never = |_: Event| false;
+    let same = |got: Answer, prompt: &[u32], computed: usize| {
+        let want = fresh(prompt);
+        assert_eq!((got.tokens, got.finish), (want.tokens, want.finish));
+        assert_eq!((got.stats.hash, got.top), (want.stats.hash, want.top));
+        assert_eq!(
+            got.stats.prompt_tokens, computed,
+            "tokens that were not in the cache"
+        );
+    };
+    same(answer(&TOKENS, &never).unwrap(), &TOKENS, 9);
+    // The same again, a longer one, one that leaves the path, a shorter one.
+    same(answer(&TOKENS, &never).unwrap(), &TOKENS, 1);
+    let longer = [&TOKENS[..], &[3, 4, 5]].concat();
+    same(answer(&longer, &never).unwrap(), &longer, 3);
+    let other = [&TOKENS[..5], &[7, 8]].concat();
+    same(answer(&other, &never).unwrap(), &other, 2);
+    same(answer(&TOKENS[..3], &never).unwrap(), &TOKENS[..3], 1);
+    // Stopped after four tokens of the prompt, and after two of the answer.
+    let stopped = answer(&TOKENS, &|e| matches!(e, Event::Prompt { .. })).unwrap();
+    assert_eq!(
+        (stopped.finish, stopped.tokens.len()),
+        (Finish::Interrupted, 0)
+    );
+    same(answer(&TOKENS, &never).unwrap(), &TOKENS, 2);
+    let count = Cell::new(0);
+    let second = |e: Event| matches!(e, Event::Token(_)) && count.replace(count.get() + 1) == 1;
+    let stopped = answer(&TOKENS, &second).unwrap();
+    assert_eq!(
+        (stopped.finish, stopped.tokens.len()),
+        (Finish::Interrupted, 2)
+    );
+    assert_eq!(stopped.tokens, fresh(&TOKENS).tokens[..2]);
+    same(answer(&TOKENS, &never).unwrap(), &TOKENS, 1);
+    // Refused: empty, too long, outside the vocabulary.
+    assert!(matches!(answer(&[], &never), Err(Error::Prompt { .. })));
+    assert!(matches!(
+        answer(&[1; 64], &never),
+        Err(Error::ContextFull { .. })
+    ));
+    assert!(matches!(
+        answer(&[1, 259, 300], &never),
+        Err(Error::Prompt { .. })
+    ));
+    same(answer(&TOKENS, &never).unwrap(), &TOKENS, 7);
 }

@@ -128,6 +128,8 @@ impl Talk<'_> {
         loop {
             match editor.readline("> ") {
                 Ok(line) => {
+                    // A Ctrl-C that came before this line was not meant for its answer.
+                    self.repl.interrupted.store(false, Ordering::Relaxed);
                     let text = unquoted(&line);
                     if text.trim().is_empty() {
                         continue;
@@ -136,8 +138,6 @@ impl Talk<'_> {
                     if let Some(file) = &self.repl.history {
                         save_history(&mut editor, file);
                     }
-                    // A Ctrl-C that came before this line was not meant for its answer.
-                    self.repl.interrupted.store(false, Ordering::Relaxed);
                     if self.line(&text)?.is_break() {
                         return Ok(());
                     }

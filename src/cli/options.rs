@@ -9,8 +9,8 @@ use std::path::PathBuf;
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Model")]
 pub struct ModelOptions {
-    /// A Mixtral, Mistral or Llama GGUF file [default: the demo model]
-    #[arg(short, long, value_name = "FILE", env = "OCTET_MODEL")]
+    /// A Mixtral, Mistral or Llama GGUF file [default: $OCTET_MODEL, else the demo model]
+    #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// Most tokens of the conversation [default: what the model was trained for]
     #[arg(short, long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -27,8 +27,8 @@ pub struct MachineOptions {
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Highest CPU tier to use: scalar, avx2, avx512 or neon [default: the best there is]
-    #[arg(long, value_name = "TIER", env = "OCTET_ISA", value_parser = parse_tier)]
+    /// Highest CPU tier to use: scalar, avx2, avx512 or neon [default: $OCTET_ISA, else the best there is]
+    #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     pub isa: Option<Tier>,
     /// Prompt tokens that go through the layers together
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -121,7 +121,11 @@ fn parse_kv(text: &str) -> Result<KvType, String> {
     }
 }
 
-fn parse_tier(text: &str) -> Result<Tier, String> {
+/// A tier's name.
+///
+/// # Errors
+/// If no tier has this name.
+pub fn parse_tier(text: &str) -> Result<Tier, String> {
     let names: Vec<_> = Tier::NAMES.iter().map(|(name, _)| *name).collect();
     Tier::NAMES
         .iter()
