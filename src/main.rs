@@ -54,7 +54,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            eprintln!("octet: {e}");
+            cli::input::note(&e);
             ExitCode::from(e.exit_code())
         }
     }

@@ -2,7 +2,9 @@
 
 mod alloc;
 mod chat;
+mod cli;
 mod gguf;
+mod hostile_model;
 mod layers;
 mod model;
 

@@ -128,6 +128,8 @@ impl Talk<'_> {
         loop {
             match editor.readline("> ") {
                 Ok(line) => {
+                    // A Ctrl-C that came before this line was not meant for its answer.
+                    self.repl.interrupted.store(false, Ordering::Relaxed);
                     let text = unquoted(&line);
                     if text.trim().is_empty() {
                         continue;
@@ -139,7 +141,6 @@ impl Talk<'_> {
                     if self.line(&text)?.is_break() {
                         return Ok(());
                     }
-                    self.repl.interrupted.store(false, Ordering::Relaxed);
                 }
                 // Ctrl-C at the prompt drops the line; Ctrl-D on an empty line leaves.
                 Err(ReadlineError::Interrupted) => {}
@@ -150,12 +151,16 @@ impl Talk<'_> {
     }
 
     fn talk_over_lines(&mut self, lines: impl Iterator<Item = Result<String>>) -> Result<()> {
+        // While no answer is being written the flag stays set, as after a first Ctrl-C: nobody would
+        // look at it before the next line comes, so one is enough to end the program then.
+        self.repl.interrupted.store(true, Ordering::Relaxed);
         for line in lines {
             let line = line?;
+            self.repl.interrupted.store(false, Ordering::Relaxed);
             if !line.trim().is_empty() && self.line(&line)?.is_break() {
                 break;
             }
-            if self.repl.interrupted.swap(false, Ordering::Relaxed) {
+            if self.repl.interrupted.swap(true, Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
         }
@@ -171,7 +176,7 @@ impl Talk<'_> {
             return match COMMANDS.iter().find(|c| c.name == name) {
                 Some(command) => (command.run)(self, argument.trim()),
                 None => {
-                    eprintln!("octet: {name}: no such command; /help lists them");
+                    note(format!("octet: {name}: no such command; /help lists them"));
                     Ok(ControlFlow::Continue(()))
                 }
             };
@@ -180,9 +185,9 @@ impl Talk<'_> {
             Ok(()) => Ok(ControlFlow::Continue(())),
             Err(e @ Error::Io { .. }) => Err(e),
             Err(e) => {
-                eprintln!("octet: {e}");
+                note(format!("octet: {e}"));
                 if matches!(e, Error::ContextFull { .. }) {
-                    eprintln!("octet: /clear starts a new conversation");
+                    note("octet: /clear starts a new conversation");
                 }
                 Ok(ControlFlow::Continue(()))
             }
@@ -241,14 +246,17 @@ impl Talk<'_> {
         show("\n")?;
         match answer.finish {
             Finish::Stop | Finish::Length => {}
-            Finish::ContextFull => eprintln!(
+            Finish::ContextFull => note(format!(
                 "octet: the context of {} tokens is full; /clear starts a new conversation",
                 self.repl.session.limit()
-            ),
-            Finish::Interrupted => eprintln!("[stopped]"),
+            )),
+            Finish::Interrupted => note("[stopped]"),
         }
-        messages.push(Message::new(Role::Assistant, said));
-        self.messages = messages;
+        // A turn without an answer is not remembered: prompt formats have no place for an empty one.
+        if !said.is_empty() {
+            messages.push(Message::new(Role::Assistant, said));
+            self.messages = messages;
+        }
         Ok(())
     }
 }
@@ -288,6 +296,11 @@ fn show(text: &str) -> Result<()> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(Error::io("<stdout>", "write"))
+}
+
+/// Tells the user something on standard error; nothing is lost where nobody can read it.
+fn note(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
 /// Keeps the history for its owner's eyes. A read-only home is no reason to end a conversation.

@@ -84,7 +84,9 @@ pub struct Stats {
     pub weight_bytes: u64,
     /// Of those, bytes that the steps have read.
     pub step_bytes: u64,
-    /// Over every row of logits that was sampled from.
+    /// Tokens whose probability was looked at instead.
+    pub scored_tokens: usize,
+    /// Over every row of logits that was sampled from or scored.
     pub hash: LogitsHash,
 }
 
@@ -116,6 +118,7 @@ impl Stats {
         self.step_time += other.step_time;
         self.weight_bytes += other.weight_bytes;
         self.step_bytes += other.step_bytes;
+        self.scored_tokens += other.scored_tokens;
         self.hash.0 = (self.hash.0 ^ other.hash.0).wrapping_mul(LogitsHash::PRIME);
     }
 }
@@ -142,7 +145,8 @@ impl Default for LogitsHash {
 impl LogitsHash {
     const PRIME: u64 = 0x100_0000_01b3;
 
-    fn update(&mut self, logits: &[f32]) {
+    /// Takes a row of logits in.
+    pub fn update(&mut self, logits: &[f32]) {
         self.0 = logits.iter().fold(self.0, |h, l| {
             (h ^ l.to_bits() as u64).wrapping_mul(LogitsHash::PRIME)
         });

@@ -1,7 +1,8 @@
 //! `octet chat`: talk with a model.
 
+use super::input::print;
 use super::load::{Loaded, load};
-use super::options::{MachineOptions, ModelOptions, SamplingOptions};
+use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line, state_folder};
 use crate::chat::repl::Repl;
 use crate::chat::session::Session;
@@ -16,7 +17,7 @@ pub struct Args {
     #[arg(short, long, value_name = "TEXT")]
     pub system: Option<String>,
     /// Most tokens of an answer [default: as many as the context holds]
-    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
     pub predict: Option<u32>,
     /// Which model.
     #[command(flatten)]
@@ -31,6 +32,14 @@ pub struct Args {
 
 /// Most tokens of an answer of the demo model, which otherwise rambles on: its tales were short.
 const DEMO_ANSWER: usize = 160;
+
+/// A number of tokens, but not 0: a conversation without answers is none.
+fn some(text: &str) -> Result<u32, String> {
+    match count(text)? {
+        0 => Err("expected at least 1".to_string()),
+        n => Ok(n),
+    }
+}
 
 /// Set by Ctrl-C: whatever generates tokens looks at it after each one.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -63,7 +72,7 @@ pub fn run(args: &Args) -> Result<()> {
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let interrupted = hear_interrupts()?;
     if terminal {
-        greet(&loaded);
+        greet(&loaded)?;
     }
     let mut progress = Progress::new("reading");
     let repl = Repl {
@@ -98,15 +107,15 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// Says who is there and what to do.
-fn greet(loaded: &Loaded) {
+fn greet(loaded: &Loaded) -> Result<()> {
     let c = &loaded.model.config;
     let experts = match c.routed {
         true => format!("{} experts, {} for each token", c.n_expert, c.n_used),
         false => "dense".to_string(),
     };
     let machine = loaded.model.machine();
-    println!(
-        "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads",
+    print(&format!(
+        "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads\n",
         env!("CARGO_PKG_VERSION"),
         loaded
             .path
@@ -117,12 +126,12 @@ fn greet(loaded: &Loaded) {
         loaded.ctx,
         machine.kernels.tier().name(),
         machine.pool.threads(),
-    );
+    ))?;
     if loaded.demo {
-        println!(
-            "A small demo model: its tales make little sense. Try: Tell me a story about a fox."
-        );
-        println!("For a real Mixtral: octet chat --model FILE.gguf");
+        print(
+            "A small demo model: its tales make little sense. Try: Tell me a story about a fox.\n\
+             For a real Mixtral: octet chat --model FILE.gguf\n",
+        )?;
     }
-    println!("/help lists commands, Ctrl-D leaves.");
+    print("/help lists commands, Ctrl-D leaves.\n")
 }

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 /// Turn token ids on standard input back into text.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// A GGUF file, a tokenizer.model, a tokenizer.json or a folder with one [default: the demo model]
-    #[arg(short, long, value_name = "FILE", env = "OCTET_MODEL")]
+    /// A GGUF file, a tokenizer.model, a tokenizer.json or a folder with one [default: $OCTET_MODEL, else the demo model]
+    #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// Show control tokens such as <s> instead of leaving them out
     #[arg(long)]

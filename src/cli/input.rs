@@ -16,7 +16,7 @@ pub fn read_text(file: Option<&Path>) -> Result<String> {
         _ => {
             let name = Path::new("<stdin>");
             if std::io::stdin().is_terminal() {
-                eprintln!("octet: reading from the terminal; Ctrl-D ends the text");
+                note("reading from the terminal; Ctrl-D ends the text");
             }
             let mut bytes = Vec::new();
             std::io::stdin()
@@ -66,4 +66,10 @@ pub fn print(text: &str) -> Result<()> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(Error::io("<stdout>", "write"))
+}
+
+/// Tells the user something on standard error. Where nobody can read it, nothing is lost: `eprintln!`
+/// would panic there.
+pub fn note(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr().lock(), "octet: {text}");
 }

@@ -46,7 +46,11 @@ pub fn run(args: &Args) -> Result<()> {
         bytes(file.file_bytes()),
     );
     for (key, value) in file.metadata() {
-        out.push_str(&format!("  {key} = {}\n", one_line(&value.to_string())));
+        out.push_str(&format!(
+            "  {} = {}\n",
+            one_line(key),
+            one_line(&value.to_string())
+        ));
     }
     out.push_str("\nSize by part\n");
     for (part, n, size, elements) in parts(&file) {
@@ -169,7 +173,7 @@ fn is_old_expert(name: &str) -> bool {
 }
 
 /// A size for people.
-fn bytes(n: u64) -> String {
+pub(super) fn bytes(n: u64) -> String {
     let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     match units.iter().find(|(_, size)| n >= *size) {
         Some((unit, size)) => format!("{:.2} {unit}", n as f64 / *size as f64),

@@ -1,12 +1,16 @@
 //! From options to a model that is ready to talk.
 
-use super::options::{MachineOptions, ModelOptions};
+use super::input::note;
+use super::inspect::bytes;
+use super::options::{MachineOptions, ModelOptions, parse_tier};
 use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::moe::{Machine, Model};
+use crate::moe::{KvType, Machine, Model};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// The demo model's file name, in the repository's `models/`.
 const DEMO: &str = "demo-Q4_K_M.gguf";
@@ -27,13 +31,21 @@ pub struct Loaded {
     pub ctx: usize,
 }
 
-/// The model file to use: the one that was named, or the demo model.
+/// What an environment variable says; nothing, if it is empty.
+///
+/// Not by clap: it would read the variables of `octet chat` for every command, and refuse empty ones.
+fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+/// The model file to use: the one that was named, here or in `OCTET_MODEL`, or the demo model.
 ///
 /// # Errors
 /// If none was named and the demo model is not there.
 pub fn model_path(options: &ModelOptions) -> Result<(PathBuf, bool)> {
-    match &options.model {
-        Some(path) => Ok((path.clone(), false)),
+    let variable = || variable("OCTET_MODEL").map(PathBuf::from);
+    match options.model.clone().or_else(variable) {
+        Some(path) => Ok((path, false)),
         None => Ok((demo_model()?, true)),
     }
 }
@@ -66,12 +78,13 @@ fn demo_model() -> Result<PathBuf> {
 /// See [`Gguf::open`], [`Model::open`], [`Tokenizer::from_gguf`], [`Template::choose`]; [`Error::Usage`] if the
 /// context that is asked for is larger than the model's.
 pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
+    let started = Instant::now();
     let (path, demo) = model_path(model)?;
     let file = Gguf::open(&path)?;
     let (model_opened, tokenizer) = open_parts(&file, machine)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
-        eprintln!("octet: {}: warning: {warning}", path.display());
+        note(format!("{}: warning: {warning}", path.display()));
     }
     let most = model_opened.config.n_ctx;
     let ctx = model.ctx.map_or(most, |n| n as usize);
@@ -79,6 +92,19 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
         return Err(Error::Usage(format!(
             "--ctx {ctx}: the model was trained for {most} positions (expected at most {most}, found {ctx})"
         )));
+    }
+    if machine.verbose {
+        note(format!(
+            "{}: {}, opened in {:.0} ms; prompt format {}; context {ctx}, KV cache {}",
+            path.display(),
+            bytes(file.file_bytes()),
+            started.elapsed().as_secs_f64() * 1e3,
+            template.name(),
+            match model.kv {
+                KvType::F16 => "f16",
+                KvType::F32 => "f32",
+            },
+        ));
     }
     Ok(Loaded {
         path,
@@ -115,10 +141,18 @@ fn open_parts(file: &Gguf, options: &MachineOptions) -> Result<(Model, Tokenizer
     })
 }
 
-/// Threads and kernels as the options say.
+/// Threads and kernels as the options and `OCTET_ISA` say.
 ///
 /// # Errors
-/// See [`Machine::new`].
+/// [`Error::Usage`] if the variable names no tier; see [`Machine::new`].
 pub fn machine(options: &MachineOptions) -> Result<Machine> {
-    Machine::new(options.threads.map_or(0, usize::from), options.isa)
+    let cap = match (options.isa, variable("OCTET_ISA")) {
+        (None, Some(name)) => {
+            let name = name.to_string_lossy();
+            let cap = parse_tier(&name).map_err(|e| Error::Usage(format!("OCTET_ISA={name}: {e}")));
+            Some(cap?)
+        }
+        (cap, _) => cap,
+    };
+    Machine::new(options.threads.map_or(0, usize::from), cap)
 }

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Model")]
 pub struct ModelOptions {
-    /// A Mixtral, Mistral or Llama GGUF file [default: the demo model]
-    #[arg(short, long, value_name = "FILE", env = "OCTET_MODEL")]
+    /// A Mixtral, Mistral or Llama GGUF file [default: $OCTET_MODEL, else the demo model]
+    #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// Most tokens of the conversation [default: what the model was trained for]
     #[arg(short, long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -27,8 +27,8 @@ pub struct MachineOptions {
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Highest CPU tier to use: scalar, avx2, avx512 or neon [default: the best there is]
-    #[arg(long, value_name = "TIER", env = "OCTET_ISA", value_parser = parse_tier)]
+    /// Highest CPU tier to use: scalar, avx2, avx512 or neon [default: $OCTET_ISA, else the best there is]
+    #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     pub isa: Option<Tier>,
     /// Prompt tokens that go through the layers together
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -43,7 +43,7 @@ pub struct MachineOptions {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingOptions {
     /// Temperature; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = finite)]
+    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = finite, allow_negative_numbers = true)]
     pub temp: f32,
     /// Keep this many of the likeliest tokens; 0 keeps all
     #[arg(long, value_name = "N", default_value_t = 40)]
@@ -57,14 +57,14 @@ pub struct SamplingOptions {
     /// Divide the logits of recent tokens by this
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = finite)]
     pub repeat_penalty: f32,
-    /// Recent tokens that the penalties look at
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub repeat_last_n: usize,
+    /// Recent tokens that the penalties look at; -1: all
+    #[arg(long, value_name = "N", default_value = "64", value_parser = count, allow_negative_numbers = true)]
+    pub repeat_last_n: u32,
     /// Subtract this from the logit of every recent token
-    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
     pub presence_penalty: f32,
     /// Subtract this from a recent token's logit once per occurrence
-    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
     pub frequency_penalty: f32,
     /// Seed of the random numbers; the same seed gives the same text; -1 takes one from the clock
     #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
@@ -83,7 +83,7 @@ impl SamplingOptions {
             top_p: self.top_p,
             min_p: self.min_p,
             repeat_penalty: self.repeat_penalty,
-            repeat_last_n: self.repeat_last_n,
+            repeat_last_n: self.repeat_last_n as usize,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             seed: u64::try_from(self.seed).ok(),
@@ -100,6 +100,19 @@ fn finite(text: &str) -> Result<f32, String> {
     }
 }
 
+/// A number of tokens; -1 is "all there are" in llama.cpp, and here.
+///
+/// # Errors
+/// If the text is neither.
+pub fn count(text: &str) -> Result<u32, String> {
+    match text {
+        "-1" => Ok(u32::MAX),
+        _ => text
+            .parse()
+            .map_err(|_| "expected a number of tokens, or -1 for all".to_string()),
+    }
+}
+
 fn parse_kv(text: &str) -> Result<KvType, String> {
     match text {
         "f16" => Ok(KvType::F16),
@@ -108,7 +121,11 @@ fn parse_kv(text: &str) -> Result<KvType, String> {
     }
 }
 
-fn parse_tier(text: &str) -> Result<Tier, String> {
+/// A tier's name.
+///
+/// # Errors
+/// If no tier has this name.
+pub fn parse_tier(text: &str) -> Result<Tier, String> {
     let names: Vec<_> = Tier::NAMES.iter().map(|(name, _)| *name).collect();
     Tier::NAMES
         .iter()

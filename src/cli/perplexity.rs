@@ -4,7 +4,7 @@ use super::input::{print, read_text};
 use super::load::load;
 use super::options::{MachineOptions, ModelOptions};
 use super::report::{Progress, closing_line};
-use crate::chat::session::Stats;
+use crate::chat::session::{LogitsHash, Stats};
 use crate::error::{Error, Result};
 use crate::moe::{Kv, Run, Scratch, Want};
 use serde_json::json;
@@ -63,6 +63,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut scratch = Scratch::default();
     let mut progress = Progress::new("scoring");
     let (mut sum, mut count) = (0.0f64, 0usize);
+    let mut hash = LogitsHash::default();
     let started = Instant::now();
     for (i, tokens) in tokens.chunks_exact(chunk).enumerate() {
         kv.truncate(0);
@@ -74,12 +75,13 @@ pub fn run(args: &Args) -> Result<()> {
         let first = chunk / 2;
         let mut pos = 0;
         while pos < chunk {
-            let end = chunk.min(pos + args.machine.ubatch as usize);
-            let want = if end > first {
-                Want::All
+            // A batch ends where scoring begins, so that no logits are computed in vain.
+            let (limit, want) = if pos < first {
+                (first, Want::Nothing)
             } else {
-                Want::Nothing
+                (chunk, Want::All)
             };
+            let end = limit.min(pos + args.machine.ubatch as usize);
             let run = Run {
                 kv: &mut kv,
                 tokens: &input[pos..end],
@@ -87,7 +89,8 @@ pub fn run(args: &Args) -> Result<()> {
             };
             let logits = model.forward(&mut [run], &mut scratch)?;
             for (row, p) in logits.chunks_exact(model.config.n_vocab).zip(pos..) {
-                if p >= first && p + 1 < chunk {
+                if p + 1 < chunk {
+                    hash.update(row);
                     sum += negative_log_likelihood(row, tokens[p + 1]);
                     count += 1;
                 }
@@ -100,6 +103,8 @@ pub fn run(args: &Args) -> Result<()> {
         prompt_tokens: chunks * chunk,
         prompt_time: started.elapsed(),
         weight_bytes: scratch.weight_bytes,
+        scored_tokens: count,
+        hash,
         ..Stats::default()
     };
     let nll = sum / count as f64;

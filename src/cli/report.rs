@@ -1,5 +1,6 @@
 //! What every run says on stderr: progress while a long prompt is read, and the closing line.
 
+use super::input::note;
 use crate::chat::session::Stats;
 use crate::moe::Machine;
 use crate::pool::Pool;
@@ -60,7 +61,7 @@ impl Progress {
     }
 }
 
-/// The closing line: what the machine did.
+/// The closing line: what the machine did. Nothing, where nothing can be written: the work is done.
 pub fn closing_line(stats: &Stats, machine: &Machine) {
     let mut parts = Vec::new();
     if stats.prompt_tokens > 0 {
@@ -71,6 +72,10 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
         ));
     }
     match stats.steps {
+        // Perplexity reads and answers nothing.
+        0 if stats.scored_tokens > 0 => {
+            parts.push(format!("scored {}", tokens(stats.scored_tokens)))
+        }
         0 => parts.push(format!("answer {}", tokens(stats.answer_tokens))),
         _ => parts.push(format!(
             "answer {} at {:.1} tok/s",
@@ -90,7 +95,7 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
         machine.pool.threads()
     ));
     parts.push(format!("logits {}", stats.hash));
-    eprintln!("octet: {}", parts.join("; "));
+    note(parts.join("; "));
 }
 
 fn tokens(n: usize) -> String {

@@ -1,9 +1,9 @@
 //! `octet run`: one prompt, its answer on standard output.
 
 use super::chat::hear_interrupts;
-use super::input::{print, read_text};
+use super::input::{note, print, read_text};
 use super::load::load;
-use super::options::{MachineOptions, ModelOptions, SamplingOptions};
+use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line};
 use crate::chat::sampler::Sampler;
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
     /// Most tokens of the answer [default: as many as the context holds]
-    #[arg(short = 'n', long, value_name = "TOKENS")]
+    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = count, allow_negative_numbers = true)]
     pub predict: Option<u32>,
     /// Continue the text itself, without the model's chat format
     #[arg(long)]
@@ -109,22 +109,21 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     };
-    let answer = session.answer(
-        &prompt,
-        &mut Sampler::new(args.sampling.sampler()),
-        &limits,
-        |event| {
-            match event {
-                Event::Prompt { done, total } => progress.set(done, total),
-                Event::Token(id) => say(stream.push(id))?,
-            }
-            if interrupted.load(Ordering::Relaxed) {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        },
-    )?;
+    let mut sampler = Sampler::new(args.sampling.sampler());
+    if args.machine.verbose {
+        note(format!("seed {}", sampler.seed()));
+    }
+    let answer = session.answer(&prompt, &mut sampler, &limits, |event| {
+        match event {
+            Event::Prompt { done, total } => progress.set(done, total),
+            Event::Token(id) => say(stream.push(id))?,
+        }
+        if interrupted.load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    })?;
     let _ = say(stream.flush());
     if let Some(e) = failed {
         return Err(e);
@@ -138,10 +137,10 @@ pub fn run(args: &Args) -> Result<()> {
         print("\n")?;
     }
     if answer.finish == Finish::ContextFull {
-        eprintln!(
-            "octet: the context of {} tokens is full; a larger --ctx helps where the model allows it",
+        note(format!(
+            "the context of {} tokens is full; a larger --ctx helps where the model allows it",
             session.limit()
-        );
+        ));
     }
     closing_line(&answer.stats, loaded.model.machine());
     if answer.finish == Finish::Interrupted {

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 /// Turn text on standard input into token ids.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// A GGUF file, a tokenizer.model, a tokenizer.json or a folder with one [default: the demo model]
-    #[arg(short, long, value_name = "FILE", env = "OCTET_MODEL")]
+    /// A GGUF file, a tokenizer.model, a tokenizer.json or a folder with one [default: $OCTET_MODEL, else the demo model]
+    #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// Each line is a JSON string, each answer a line {"ids":[…]}; with --chat each line is
     /// {"messages":[…],"tools":[…]|null} and the answer may be {"error":"…"}

@@ -108,7 +108,18 @@ impl Config {
         let d_model = number("embedding_length")?;
         let n_head = number("attention.head_count")?;
         let n_kv = optional("attention.head_count_kv")?.unwrap_or(n_head);
-        let d_head = optional("attention.key_length")?.unwrap_or(d_model / n_head);
+        let d_head = match optional("attention.key_length")? {
+            Some(d) => d,
+            None if d_model.is_multiple_of(n_head) => d_model / n_head,
+            None => {
+                return Err(Error::invalid(
+                    file.path(),
+                    format!("metadata key {}", key("attention.head_count")),
+                    format!("a divisor of the embedding length {d_model}"),
+                    n_head,
+                ));
+            }
+        };
         let n_expert = optional("expert_count")?.unwrap_or(0);
         let embedding = file
             .tensor("token_embd.weight")
@@ -127,7 +138,8 @@ impl Config {
                 1
             },
             routed: n_expert > 0,
-            n_vocab: embedding.shape.get(1).copied().unwrap_or(0) as usize,
+            // A trailing dimension of 1 may be left out.
+            n_vocab: embedding.shape.get(1).copied().unwrap_or(1) as usize,
             n_ctx: number("context_length")?,
             rms_eps: positive("attention.layer_norm_rms_epsilon", 1e-5)?,
             rope_base: positive("rope.freq_base", arch.rope_base)?,
@@ -155,16 +167,12 @@ impl Config {
             );
         }
         if self.d_head == 0 {
-            return bad(
-                "attention.head_count",
-                format!("at most {}", self.d_model),
-                self.n_head,
-            );
+            return bad("attention.key_length", "at least 1".into(), 0);
         }
-        if self.n_rot > self.d_head || !self.n_rot.is_multiple_of(2) {
+        if self.n_rot == 0 || self.n_rot > self.d_head || !self.n_rot.is_multiple_of(2) {
             return bad(
                 "rope.dimension_count",
-                format!("an even number up to {}", self.d_head),
+                format!("an even number from 2 to {}", self.d_head),
                 self.n_rot,
             );
         }
@@ -194,6 +202,20 @@ impl Config {
                 "none",
                 format!("{scaling:?}"),
             ));
+        }
+        // The reference scales linearly by these where the type is not given; "none" turns them off.
+        let untyped = file.get(&format!("{arch}.rope.scaling.type")).is_none();
+        for suffix in ["rope.scaling.factor", "rope.scale_linear"] {
+            let factor = file.get_f32(&format!("{arch}.{suffix}"))?;
+            // It takes 0 as "not set", too.
+            if let Some(factor) = factor.filter(|f| untyped && *f != 0.0 && *f != 1.0) {
+                return Err(Error::unsupported(
+                    file.path(),
+                    format!("metadata key {arch}.{suffix}"),
+                    "no RoPE scaling, a factor of 1",
+                    factor,
+                ));
+            }
         }
         Ok(())
     }

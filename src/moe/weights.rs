@@ -84,6 +84,19 @@ impl Weights {
             Some(_) => Some(finder.vector("rope_freqs.weight", c.n_rot / 2)?),
             None => None,
         };
+        // Angles are divided by them.
+        let bad = rope_factors
+            .iter()
+            .flatten()
+            .find(|f| !(f.is_finite() && **f > 0.0));
+        if let Some(bad) = bad {
+            return Err(Error::invalid(
+                file.path(),
+                "tensor rope_freqs.weight",
+                "positive numbers",
+                bad,
+            ));
+        }
         let mut layers = Vec::new();
         for i in 0..c.n_layer {
             let name = |part: &str| format!("blk.{i}.{part}.weight");
@@ -196,10 +209,11 @@ impl Finder<'_> {
     /// The experts of layer `i`: fused (`ffn_gate_exps`: all in one tensor, the layout since early
     /// 2024), one tensor each (`ffn_gate.0` …, before that), or the one of a dense model (`ffn_gate`).
     fn experts(&mut self, i: usize, c: &Config) -> Result<Vec<Expert>> {
-        let fused = self
-            .file
-            .tensor(&format!("blk.{i}.ffn_gate_exps.weight"))
-            .is_some();
+        // Any of the three will do, so that a missing one is called by its name.
+        let fused = ["gate", "up", "down"].iter().any(|part| {
+            let name = format!("blk.{i}.ffn_{part}_exps.weight");
+            self.file.tensor(&name).is_some()
+        });
         let parts = [
             ("gate", c.d_model, c.d_ff),
             ("up", c.d_model, c.d_ff),
