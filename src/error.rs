@@ -222,7 +222,7 @@ impl fmt::Display for Error {
             }
             Error::ContextFull { limit, want } => format!(
                 "the context is full (expected at most {limit} tokens, found {want}); \
-                 a larger --ctx or a shorter prompt helps"
+                 a shorter text helps, or a larger --ctx where the model allows it"
             ),
             Error::Usage(what) => what.clone(),
             Error::Interrupted => "interrupted".to_string(),

@@ -5,7 +5,7 @@
 use super::sampler::{Sampler, SamplerOptions};
 use super::session::{Event, Finish, Limits, Session, Stats};
 use super::template::{Message, Role, Template};
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Tokenizer, for_terminal};
 use crate::error::{Error, Result};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
@@ -13,7 +13,7 @@ use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{
     Cmd, Context, Editor, Event as Key, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers,
 };
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -290,9 +290,17 @@ fn exit(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
     Ok(ControlFlow::Break(()))
 }
 
-/// Writes to standard output at once, so that an answer appears as it comes.
-fn show(text: &str) -> Result<()> {
+/// Writes to standard output at once, so that an answer appears as it comes; on a terminal without the
+/// escape sequences that a model may spell.
+///
+/// # Errors
+/// [`Error::Io`]; of kind `BrokenPipe` when the reader has gone.
+pub fn show(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
+    let text = match out.is_terminal() {
+        true => for_terminal(text),
+        false => text.into(),
+    };
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(Error::io("<stdout>", "write"))

@@ -680,6 +680,20 @@ impl Stream<'_> {
     }
 }
 
+/// What a terminal should be given of a model's text: byte tokens can spell escape sequences, which are
+/// shown instead of obeyed. Line breaks and tabs pass.
+pub fn for_terminal(text: &str) -> std::borrow::Cow<'_, str> {
+    let bad = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if !text.contains(bad) {
+        return text.into();
+    }
+    let escaped = text.chars().flat_map(|c| match bad(c) {
+        true => c.escape_default().collect::<Vec<_>>(),
+        false => vec![c],
+    });
+    escaped.collect::<String>().into()
+}
+
 /// SentencePiece's protobuf, as far as BPE models need it. Field numbers are those of `sentencepiece_model.proto`.
 mod spm {
     use super::*;

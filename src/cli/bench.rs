@@ -1,9 +1,9 @@
 //! `octet bench`: how fast this machine runs a model.
 
-use super::input::print;
 use super::load::{machine, model_path};
 use super::options::{MachineOptions, ModelOptions};
 use super::report::bandwidth;
+use crate::chat::repl::show;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::moe::{Kv, Model, Run, Scratch, Want};
@@ -80,12 +80,12 @@ pub fn run(args: &Args) -> Result<()> {
             "decode_min": decode[0], "decode_max": decode[2],
         });
         let machine = json!({ "isa": tier, "threads": threads, "read_gb_s": limit });
-        return print(&format!(
+        return show(&format!(
             "{}\n",
             json!({ "machine": machine, "results": [result] })
         ));
     }
-    print(&format!(
+    show(&format!(
         "prefill {:>5} tokens: {:8.1} tok/s ({:.1} to {:.1})\ndecode  {:>5} tokens: {:8.1} tok/s ({:.1} to {:.1})\n",
         args.prompt,
         prefill[1],
@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> Result<()> {
         decode[0],
         decode[2],
     ))?;
-    print(&format!(
+    show(&format!(
         "weights read in decode: {:.1} GB/s, {:.0}% of the {limit:.1} GB/s that {threads} threads read; {tier}\n",
         gb_s[1],
         100.0 * gb_s[1] / limit,

@@ -1,10 +1,10 @@
 //! `octet chat`: talk with a model.
 
-use super::input::print;
 use super::load::{Loaded, load};
 use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line, state_folder};
 use crate::chat::repl::Repl;
+use crate::chat::repl::show;
 use crate::chat::session::Session;
 use crate::error::{Error, Result};
 use std::io::IsTerminal;
@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
         ),
         tokenizer: &loaded.tokenizer,
         template: &loaded.template,
-        sampling: args.sampling.sampler(),
+        sampling: args.sampling.sampler(loaded.model.config.n_vocab)?,
         system: args.system.clone(),
         max_tokens: args
             .predict
@@ -114,7 +114,7 @@ fn greet(loaded: &Loaded) -> Result<()> {
         false => "dense".to_string(),
     };
     let machine = loaded.model.machine();
-    print(&format!(
+    show(&format!(
         "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads\n",
         env!("CARGO_PKG_VERSION"),
         loaded
@@ -128,10 +128,10 @@ fn greet(loaded: &Loaded) -> Result<()> {
         machine.pool.threads(),
     ))?;
     if loaded.demo {
-        print(
+        show(
             "A small demo model: its tales make little sense. Try: Tell me a story about a fox.\n\
              For a real Mixtral: octet chat --model FILE.gguf\n",
         )?;
     }
-    print("/help lists commands, Ctrl-D leaves.\n")
+    show("/help lists commands, Ctrl-D leaves.\n")
 }

@@ -57,17 +57,6 @@ fn utf8(name: &Path, bytes: Vec<u8>) -> Result<String> {
     })
 }
 
-/// Writes to standard output at once.
-///
-/// # Errors
-/// [`Error::Io`]; of kind `BrokenPipe` when the reader has gone.
-pub fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(Error::io("<stdout>", "write"))
-}
-
 /// Tells the user something on standard error. Where nobody can read it, nothing is lost: `eprintln!`
 /// would panic there.
 pub fn note(text: impl std::fmt::Display) {

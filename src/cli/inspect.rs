@@ -1,6 +1,6 @@
 //! `octet inspect`: what is in a GGUF file.
 
-use super::input::print;
+use crate::chat::repl::show;
 use crate::error::Result;
 use crate::gguf::{Gguf, Tensor};
 use crate::pool::Pool;
@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> Result<()> {
         vec![None; file.tensors().len()]
     };
     if args.json {
-        return print(&format!("{}\n", document(&file, &hashes)));
+        return show(&format!("{}\n", document(&file, &hashes)));
     }
     let mut out = format!(
         "{}: GGUF version {}, {} tensors, {}\n\nMetadata\n",
@@ -74,7 +74,7 @@ pub fn run(args: &Args) -> Result<()> {
             ));
         }
     }
-    print(&out)
+    show(&out)
 }
 
 /// Strings in a file may hold line breaks and terminal escapes.

@@ -1,8 +1,9 @@
 //! Groups of options that several commands share, each defined once.
 
 use crate::chat::sampler::SamplerOptions;
+use crate::error::{Error, Result};
 use crate::moe::KvType;
-use crate::simd::Tier;
+use crate::simd::{TIERS, Tier};
 use std::path::PathBuf;
 
 /// Which model, and how much of its context.
@@ -27,7 +28,7 @@ pub struct MachineOptions {
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Highest CPU tier to use: scalar, avx2, avx512 or neon [default: $OCTET_ISA, else the best there is]
+    /// Highest CPU tier to use: scalar, avx2 or avx512, on aarch64 scalar or neon [default: $OCTET_ISA, else the best there is]
     #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     pub isa: Option<Tier>,
     /// Prompt tokens that go through the layers together
@@ -75,9 +76,21 @@ pub struct SamplingOptions {
 }
 
 impl SamplingOptions {
-    /// As the sampler wants them.
-    pub fn sampler(&self) -> SamplerOptions {
-        SamplerOptions {
+    /// As the sampler wants them, for a vocabulary of `n_vocab` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for the bias of a token that the vocabulary does not have.
+    pub fn sampler(&self, n_vocab: usize) -> Result<SamplerOptions> {
+        if let Some((id, _)) = self
+            .logit_bias
+            .iter()
+            .find(|(id, _)| *id as usize >= n_vocab)
+        {
+            return Err(Error::Usage(format!(
+                "--logit-bias {id}: no such token (expected ids below {n_vocab}, found {id})"
+            )));
+        }
+        Ok(SamplerOptions {
             temp: self.temp,
             top_k: self.top_k,
             top_p: self.top_p,
@@ -88,12 +101,12 @@ impl SamplingOptions {
             frequency_penalty: self.frequency_penalty,
             seed: u64::try_from(self.seed).ok(),
             logit_bias: self.logit_bias.clone(),
-        }
+        })
     }
 }
 
 /// A float that is a number: `nan` and `inf` parse as f32 but make no sense as a setting.
-fn finite(text: &str) -> Result<f32, String> {
+fn finite(text: &str) -> std::result::Result<f32, String> {
     match text.parse::<f32>() {
         Ok(x) if x.is_finite() => Ok(x),
         _ => Err("expected a number".to_string()),
@@ -104,7 +117,7 @@ fn finite(text: &str) -> Result<f32, String> {
 ///
 /// # Errors
 /// If the text is neither.
-pub fn count(text: &str) -> Result<u32, String> {
+pub fn count(text: &str) -> std::result::Result<u32, String> {
     match text {
         "-1" => Ok(u32::MAX),
         _ => text
@@ -113,7 +126,7 @@ pub fn count(text: &str) -> Result<u32, String> {
     }
 }
 
-fn parse_kv(text: &str) -> Result<KvType, String> {
+fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
     match text {
         "f16" => Ok(KvType::F16),
         "f32" => Ok(KvType::F32),
@@ -125,16 +138,16 @@ fn parse_kv(text: &str) -> Result<KvType, String> {
 ///
 /// # Errors
 /// If no tier has this name.
-pub fn parse_tier(text: &str) -> Result<Tier, String> {
-    let names: Vec<_> = Tier::NAMES.iter().map(|(name, _)| *name).collect();
-    Tier::NAMES
+pub fn parse_tier(text: &str) -> std::result::Result<Tier, String> {
+    let names: Vec<_> = TIERS.iter().map(|row| row.name).collect();
+    TIERS
         .iter()
-        .find(|(name, _)| *name == text)
-        .map(|(_, tier)| *tier)
+        .find(|row| row.name == text)
+        .map(|row| row.tier)
         .ok_or_else(|| format!("expected one of {}", names.join(", ")))
 }
 
-fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+fn parse_bias(text: &str) -> std::result::Result<(u32, f32), String> {
     let bad = || "expected ID+BIAS or ID-BIAS, such as 29871-1.5".to_string();
     let at = text.find(['+', '-']).ok_or_else(bad)?;
     let id = text[..at].parse().map_err(|_| bad())?;

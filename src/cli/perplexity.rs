@@ -1,9 +1,10 @@
 //! `octet perplexity`: how well a model predicts a text.
 
-use super::input::{print, read_text};
+use super::input::read_text;
 use super::load::load;
 use super::options::{MachineOptions, ModelOptions};
 use super::report::{Progress, closing_line};
+use crate::chat::repl::show;
 use crate::chat::session::{LogitsHash, Stats};
 use crate::error::{Error, Result};
 use crate::moe::{Kv, Run, Scratch, Want};
@@ -109,12 +110,12 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let nll = sum / count as f64;
     if args.json {
-        print(&format!(
+        show(&format!(
             "{}\n",
             json!({ "ppl": nll.exp(), "nll": nll, "tokens": count })
         ))?;
     } else {
-        print(&format!(
+        show(&format!(
             "perplexity {:.4} over {count} tokens in {chunks} chunks of {chunk}\n",
             nll.exp()
         ))?;

@@ -1,10 +1,11 @@
 //! `octet run`: one prompt, its answer on standard output.
 
 use super::chat::hear_interrupts;
-use super::input::{note, print, read_text};
+use super::input::{note, read_text};
 use super::load::load;
 use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line};
+use crate::chat::repl::show;
 use crate::chat::sampler::Sampler;
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
 use crate::chat::template::{Message, Role};
@@ -99,7 +100,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut progress = Progress::new("reading the prompt");
     let mut failed = None;
     let mut say = |text: String| {
-        let result = if args.json { Ok(()) } else { print(&text) };
+        let result = if args.json { Ok(()) } else { show(&text) };
         answer_text.push_str(&text);
         match result {
             Ok(()) => ControlFlow::Continue(()),
@@ -109,7 +110,7 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     };
-    let mut sampler = Sampler::new(args.sampling.sampler());
+    let mut sampler = Sampler::new(args.sampling.sampler(loaded.model.config.n_vocab)?);
     if args.machine.verbose {
         note(format!("seed {}", sampler.seed()));
     }
@@ -129,12 +130,12 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(e);
     }
     if args.json {
-        print(&format!(
+        show(&format!(
             "{}\n",
             document(&prompt, &answer, &answer_text, args.logprobs > 0)
         ))?;
     } else if std::io::IsTerminal::is_terminal(&std::io::stdout()) {
-        print("\n")?;
+        show("\n")?;
     }
     if answer.finish == Finish::ContextFull {
         note(format!(

@@ -1,8 +1,9 @@
 //! `octet tokenize`: text on standard input, ids on standard output.
 
-use super::input::{lines, print, read_text};
+use super::input::{lines, read_text};
 use super::load::model_path;
 use super::options::ModelOptions;
+use crate::chat::repl::show;
 use crate::chat::template::{Message, Role, Template};
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -79,7 +80,7 @@ pub fn run(args: &Args) -> Result<()> {
             None => with_bos(tokenizer.encode(&text)),
         };
         let ids: Vec<_> = ids.iter().map(u32::to_string).collect();
-        return print(&format!("{}\n", ids.join(" ")));
+        return show(&format!("{}\n", ids.join(" ")));
     }
     let mut bad = None;
     for (i, line) in lines().enumerate() {
@@ -123,7 +124,7 @@ pub fn run(args: &Args) -> Result<()> {
                 answer
             }
         };
-        print(&format!("{answer}\n"))?;
+        show(&format!("{answer}\n"))?;
     }
     bad.map_or(Ok(()), Err)
 }

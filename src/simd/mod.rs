@@ -101,20 +101,12 @@ pub fn best(cap: Option<Tier>) -> Tier {
 }
 
 impl Tier {
-    /// Every name that `--isa` takes, whether this machine has the tier or not.
-    pub const NAMES: &'static [(&'static str, Tier)] = &[
-        ("scalar", Tier::Scalar),
-        ("avx2", Tier::Avx2),
-        ("avx512", Tier::Avx512),
-        ("neon", Tier::Neon),
-    ];
-
     /// The tier's name.
     pub fn name(self) -> &'static str {
-        Tier::NAMES
+        TIERS
             .iter()
-            .find(|(_, t)| *t == self)
-            .map_or("", |(name, _)| name)
+            .find(|row| row.tier == self)
+            .map_or("", |row| row.name)
     }
 }
 
