@@ -548,6 +548,7 @@ fn a_bias_and_the_penalties_reach_the_sampler() {
 
 #[test]
 fn the_environment_names_a_model_and_a_tier() {
+    let tiers: Vec<_> = octet::simd::TIERS.iter().map(|row| row.name).collect();
     let home = Home::new();
     let mut command = home.command(&[
         "run",
@@ -608,7 +609,7 @@ fn the_environment_names_a_model_and_a_tier() {
     );
     assert_eq!(
         with("", "mmx", &args).error(2),
-        "octet: OCTET_ISA=mmx: expected one of scalar, avx2, avx512, neon"
+        format!("octet: OCTET_ISA=mmx: expected one of {}", tiers.join(", "))
     );
     for command in [&args[..], &["tokenize"], &["detokenize"], &[]] {
         assert!(
@@ -2167,4 +2168,13 @@ mod terminal {
         person.type_keys("\x04");
         assert_eq!(person.end().1, 0);
     }
+}
+
+#[test]
+fn a_bias_for_a_token_that_is_not_there_is_refused() {
+    let run = Home::new().octet(&["run", "-p", "x", "-n", "1", "-l", "99999+5"]);
+    assert_eq!(
+        run.error(2),
+        "octet: --logit-bias 99999: no such token (expected ids below 4096, found 99999)"
+    );
 }
