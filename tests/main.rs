@@ -5,6 +5,7 @@ mod chat;
 mod gguf;
 mod layers;
 mod model;
+mod quantize;
 
 use std::path::PathBuf;
 
