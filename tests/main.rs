@@ -7,6 +7,7 @@ mod gguf;
 mod hostile_model;
 mod layers;
 mod model;
+mod quantize;
 
 use std::path::PathBuf;
 

@@ -5,11 +5,15 @@
 //! [`Writer`] makes such a file. The facts of the format are those of the GGUF specification
 //! (`docs/gguf.md` in the ggml repository), versions 1 to 3.
 
+pub mod imatrix;
 pub mod reader;
+pub mod safetensors;
 pub mod value;
 pub mod writer;
 
+pub use imatrix::Imatrix;
 pub use reader::{Bytes, Gguf};
+pub use safetensors::Safetensors;
 pub use value::{Array, Kind, Value};
 pub use writer::Writer;
 

@@ -230,6 +230,31 @@ pub struct Plan {
     header: Vec<u8>,
 }
 
+impl Plan {
+    /// Writes the header with its padding: everything before the first tensor.
+    ///
+    /// # Errors
+    /// If `out` cannot be written.
+    pub fn write_header(&self, mut out: impl Write) -> io::Result<()> {
+        out.write_all(&self.header)?;
+        pad(&mut out, self.header_bytes - self.header.len() as u64)
+    }
+
+    /// Writes the zeros that follow tensor `i`, up to the next one or the end of the file.
+    ///
+    /// # Errors
+    /// If `out` cannot be written.
+    ///
+    /// # Panics
+    /// If there is no tensor `i`.
+    pub fn write_padding(&self, i: usize, mut out: impl Write) -> io::Result<()> {
+        let end = self.tensors[i].offset + self.tensors[i].bytes;
+        let next = self.tensors.get(i + 1);
+        let next = next.map_or(self.file_bytes, |t| t.offset);
+        pad(&mut out, next - end)
+    }
+}
+
 impl Writer {
     /// A file without metadata and tensors.
     pub fn new() -> Writer {
@@ -263,6 +288,17 @@ impl Writer {
         for (key, value) in from.metadata() {
             if !key.starts_with("split.") {
                 self.put(key, value);
+            }
+        }
+        self
+    }
+
+    /// Takes a metadata value away, if it is there.
+    pub fn remove(&mut self, key: &str) -> &mut Writer {
+        if let Some(at) = self.by_key.remove(key) {
+            self.metadata.remove(at);
+            for place in self.by_key.values_mut().filter(|place| **place > at) {
+                *place -= 1;
             }
         }
         self
@@ -353,10 +389,9 @@ impl Writer {
     pub fn start<W: Write>(&self, file: impl AsRef<Path>, mut out: W) -> Result<Stream<W>> {
         let file = file.as_ref();
         let mut plan = self.plan(file)?;
-        let header = std::mem::take(&mut plan.header);
-        out.write_all(&header)
-            .and_then(|()| pad(&mut out, plan.header_bytes - header.len() as u64))
+        plan.write_header(&mut out)
             .map_err(Error::io(file, "write"))?;
+        plan.header = Vec::new();
         Ok(Stream {
             file: file.to_path_buf(),
             out,

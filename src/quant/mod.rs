@@ -40,6 +40,7 @@ pub mod q5_1;
 pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
+pub mod recipe;
 pub mod search;
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod avx2;
 mod avx512;
 #[cfg(test)]
 mod check;
+pub mod encode;
 pub mod float;
 #[cfg(target_arch = "aarch64")]
 mod neon;
