@@ -8,6 +8,7 @@ use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::moe::{KvType, Machine, Model};
+use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -144,15 +145,26 @@ fn open_parts(file: &Gguf, options: &MachineOptions) -> Result<(Model, Tokenizer
 /// Threads and kernels as the options and `OCTET_ISA` say.
 ///
 /// # Errors
-/// [`Error::Usage`] if the variable names no tier; see [`Machine::new`].
+/// See [`tier_cap`] and [`Machine::new`].
 pub fn machine(options: &MachineOptions) -> Result<Machine> {
-    let cap = match (options.isa, variable("OCTET_ISA")) {
+    Machine::new(
+        options.threads.map_or(0, usize::from),
+        tier_cap(options.isa)?,
+    )
+}
+
+/// The highest tier to use: what the option says, else what `OCTET_ISA` says.
+///
+/// # Errors
+/// [`Error::Usage`] if the variable names no tier.
+pub fn tier_cap(isa: Option<Tier>) -> Result<Option<Tier>> {
+    match (isa, variable("OCTET_ISA")) {
         (None, Some(name)) => {
             let name = name.to_string_lossy();
-            let cap = parse_tier(&name).map_err(|e| Error::Usage(format!("OCTET_ISA={name}: {e}")));
-            Some(cap?)
+            let tier = parse_tier(&name);
+            tier.map(Some)
+                .map_err(|e| Error::Usage(format!("OCTET_ISA={name}: {e}")))
         }
-        (cap, _) => cap,
-    };
-    Machine::new(options.threads.map_or(0, usize::from), cap)
+        (isa, _) => Ok(isa),
+    }
 }

@@ -16,6 +16,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use octet::cli::load::tier_cap;
+use octet::cli::options::parse_tier;
 use octet::error::{Error, Result};
 use octet::gguf::Imatrix;
 use octet::pool::Pool;
@@ -83,8 +85,8 @@ struct Args {
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Highest CPU tier to use: scalar, avx2, avx512 or neon [default: the best there is]
-    #[arg(long, value_name = "TIER", env = "OCTET_ISA", value_parser = parse_tier)]
+    /// Highest CPU tier to use: scalar, avx2 or avx512 [default: $OCTET_ISA, else the best there is]
+    #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     isa: Option<Tier>,
 }
 
@@ -132,14 +134,6 @@ fn parse_size(text: &str) -> Result<u64, String> {
     };
     let n: u64 = digits.parse().map_err(|_| bad())?;
     n.checked_mul(unit).filter(|n| *n > 0).ok_or_else(bad)
-}
-
-fn parse_tier(text: &str) -> Result<Tier, String> {
-    let names: Vec<_> = Tier::NAMES.iter().map(|(name, _)| *name).collect();
-    let found = Tier::NAMES.iter().find(|(name, _)| *name == text);
-    found
-        .map(|(_, tier)| *tier)
-        .ok_or_else(|| format!("expected one of {}", names.join(", ")))
 }
 
 fn open(args: &Args) -> Result<Source> {
@@ -226,7 +220,7 @@ fn run(args: &Args) -> Result<()> {
     }
 
     let pool = Pool::new(args.threads.map_or(0, usize::from))?;
-    let encoder = Encoder::of(best(args.isa));
+    let encoder = Encoder::of(best(tier_cap(args.isa)?));
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
     // Without a handler Ctrl-C ends the program at once, which is safe too.
