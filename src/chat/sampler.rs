@@ -1,7 +1,7 @@
 //! Logits to the next token.
 //!
 //! The chain, its names, meanings, defaults and order are llama.cpp's, because users bring their settings from there: penalties, top-k,
-//! top-p, min-p, temperature, then one draw. Each step is a small function over the [`Candidates`] and one row of [`CHAIN`]; a
+//! top-p, min-p, temperature, then one draw. Each step is a small function over the [`Candidates`] and one row of `CHAIN`; a
 //! new sampler is one more row.
 //!
 //! The same logits, history, options and seed give the same token on every machine: the random numbers are our own and

@@ -12,7 +12,7 @@ pub struct Args {
     /// A GGUF file, a tokenizer.model, a tokenizer.json or a folder with one [default: $OCTET_MODEL, else the demo model]
     #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
-    /// Show control tokens such as <s> instead of leaving them out
+    /// Show control tokens such as `<s>` instead of leaving them out
     #[arg(long)]
     pub special: bool,
 }

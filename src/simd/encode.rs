@@ -30,31 +30,27 @@ impl Encoder {
             encode: |format, x, importance, out| format.encode::<Plain>(x, importance, out),
             decode: |format, bytes, out| format.decode(bytes, out),
         };
-        let mut best = plain;
-        // Ascending: the last that fits stays.
-        for has in available().into_iter().filter(|t| *t <= tier) {
-            match has {
+        // Ascending, so the last that fits is the best; what a tier has no doors for, the baseline does.
+        available()
+            .into_iter()
+            .filter(|t| *t <= tier)
+            .filter_map(|tier| match tier {
                 #[cfg(target_arch = "x86_64")]
-                Tier::Avx2 => {
-                    best = Encoder {
-                        tier: has,
-                        encode: avx2::encode,
-                        decode: avx2::decode,
-                    }
-                }
+                Tier::Avx2 => Some(Encoder {
+                    tier,
+                    encode: avx2::encode,
+                    decode: avx2::decode,
+                }),
                 #[cfg(target_arch = "x86_64")]
-                Tier::Avx512 => {
-                    best = Encoder {
-                        tier: has,
-                        encode: avx512::encode,
-                        decode: avx512::decode,
-                    }
-                }
-                // What a tier has no doors for, the baseline does.
-                _ => {}
-            }
-        }
-        best
+                Tier::Avx512 => Some(Encoder {
+                    tier,
+                    encode: avx512::encode,
+                    decode: avx512::decode,
+                }),
+                _ => None,
+            })
+            .next_back()
+            .unwrap_or(plain)
     }
 
     /// The tier that it is of.
