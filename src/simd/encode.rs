@@ -30,6 +30,7 @@ impl Encoder {
             encode: |format, x, importance, out| format.encode::<Plain>(x, importance, out),
             decode: |format, bytes, out| format.decode(bytes, out),
         };
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
         let mut best = plain;
         // Ascending: the last that fits stays.
         for has in available().into_iter().filter(|t| *t <= tier) {
