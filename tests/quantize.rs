@@ -453,6 +453,28 @@ fn folders_that_are_not_right() {
     }
     fs::write(&shard, &bytes).unwrap();
 
+    // JSON files of any other shape: an answer or an error.
+    for name in [
+        "tokenizer_config.json",
+        "generation_config.json",
+        "added_tokens.json",
+        "chat_template.json",
+        "tokenizer.json",
+        "config.json",
+    ] {
+        let path = folder.join(name);
+        let before = fs::read(&path).ok();
+        for text in ["[]", "3", "null", "{\"chat_template\": [1]}", "{", "\"x\""] {
+            fs::write(&path, text).unwrap();
+            let out = quantize(&[&folder, &dst, &"F16", &"--dry-run"]);
+            assert!(matches!(out.status.code(), Some(0 | 1)), "{name} {text}");
+        }
+        match before {
+            Some(bytes) => fs::write(&path, bytes).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+    }
+
     let index = folder.join("model.safetensors.index.json");
     fs::write(
         &index,

@@ -432,7 +432,7 @@ fn vocabulary(
     read: &dyn Fn(&str) -> Result<Value>,
     notes: &mut Vec<String>,
 ) -> Result<()> {
-    let mut settings = read("tokenizer_config.json")?;
+    let settings = read("tokenizer_config.json")?;
     let tokenizer = read("tokenizer.json")?;
     let vocab = Vocab::from_path(folder)?;
     let n = c.n_vocab as usize;
@@ -525,10 +525,11 @@ fn vocabulary(
             w.put(&format!("tokenizer.ggml.add_{name}_token"), add);
         }
     }
-    if settings["chat_template"].is_null() {
-        settings["chat_template"] = chat_template(folder, read)?;
-    }
-    match &settings["chat_template"] {
+    let template = match &settings["chat_template"] {
+        Value::Null => chat_template(folder, read)?,
+        own => own.clone(),
+    };
+    match &template {
         Value::String(text) => {
             w.put("tokenizer.chat_template", text.as_str());
         }
@@ -572,7 +573,7 @@ fn chat_template(folder: &Path, read: &dyn Fn(&str) -> Result<Value>) -> Result<
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path, "read"))?;
         return Ok(Value::String(text));
     }
-    Ok(read("chat_template.json")?["chat_template"].take())
+    Ok(read("chat_template.json")?["chat_template"].clone())
 }
 
 /// Whether a token that is not marked as special is one after all, by the reference's rules.

@@ -269,7 +269,8 @@ impl Run<'_> {
             }
         }
         // Importance belongs to the matrix, of which a fused tensor has several.
-        let matrix = (rows.start / t.shape.get(1).copied().unwrap_or(1)) as usize;
+        let size = |dim| t.shape.get(dim).copied().unwrap_or(1);
+        let matrix = (rows.start / size(1) % size(2)) as usize;
         let importance = importance.map(|all| &all[matrix * columns..][..columns]);
         for (o, output) in self.outputs.iter().enumerate() {
             let (before, out) = out.split_at_mut(o);
