@@ -288,26 +288,21 @@ unsafe fn group_of_32<F: Of32>(base: *const u8, stride: usize, x: IntAct<'_>) ->
         }
         let offset = F::OFFSET * (sums[0] as i32 + sums[1] as i32);
         let isum = _mm256_sub_epi32(sum_all(p), _mm256_set1_epi32(offset));
-        let d = _mm256_mul_ps(halves(gather(first, stride)), _mm256_set1_ps(*d));
+        let d = _mm256_mul_ps(halves(first, stride), _mm256_set1_ps(*d));
         acc = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(isum), acc);
     }
     acc
 }
 
-/// The 4 bytes at `at + r·stride` of 8 rows.
+/// The f16 at `at + r·stride` of 8 rows, as floats. Plain loads: the gathers of this tier's CPUs are no
+/// faster, and some emulators get them wrong.
 #[inline(always)]
-unsafe fn gather(at: *const u8, stride: usize) -> __m256i {
-    let rows = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    let offsets = _mm256_mullo_epi32(rows, _mm256_set1_epi32(stride as i32));
-    _mm256_i32gather_epi32::<1>(at.cast(), offsets)
-}
-
-/// The low 16 bits of each lane, an f16, as a float.
-#[inline(always)]
-unsafe fn halves(dwords: __m256i) -> __m256 {
-    let low = _mm256_and_si256(dwords, _mm256_set1_epi32(0xffff));
-    let packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0b1000);
-    _mm256_cvtph_ps(_mm256_castsi256_si128(packed))
+unsafe fn halves(at: *const u8, stride: usize) -> __m256 {
+    let mut h = [0u16; GROUP];
+    for (r, h) in h.iter_mut().enumerate() {
+        *h = at.add(r * stride).cast::<u16>().read_unaligned();
+    }
+    _mm256_cvtph_ps(_mm_loadu_si128(h.as_ptr().cast()))
 }
 
 // ---- Formats of 256 weights ------------------------------------------------------------------
@@ -470,8 +465,7 @@ unsafe fn rows_of_256<F: Of256>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) 
 /// 8 dot products: rows at `base + r·stride`.
 #[inline(always)]
 unsafe fn group_of_256<F: Of256>(base: *const u8, stride: usize, x: IntAct<'_>) -> __m256 {
-    // SAFETY: block `b` of each of the 8 rows; `qs` is 256 bytes and `sums` 16 times i16. `d` is read
-    // with the 2 bytes behind it, or before it where a format ends with it.
+    // SAFETY: block `b` of each of the 8 rows; `qs` is 256 bytes and `sums` 16 times i16.
     let mut acc = _mm256_setzero_ps();
     for (b, d) in x.d.iter().enumerate() {
         let (qs, sums) = x.block(b, 256);
@@ -481,11 +475,8 @@ unsafe fn group_of_256<F: Of256>(base: *const u8, stride: usize, x: IntAct<'_>) 
         for r in 0..GROUP {
             p[r] = F::products(first.add(r * stride), qs.as_ptr(), sums);
         }
-        let last = F::D + 4 > F::BYTES;
-        let dwords = gather(first.add(if last { F::D - 2 } else { F::D }), stride);
-        let upper = _mm256_srli_epi32(dwords, 16);
         let dx = _mm256_set1_ps(*d);
-        let scale = _mm256_mul_ps(halves(if last { upper } else { dwords }), dx);
+        let scale = _mm256_mul_ps(halves(first.add(F::D), stride), dx);
         acc = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum_all(p)), acc);
         if F::MIN {
             let mut m = [_mm_setzero_si128(); GROUP];
@@ -493,7 +484,7 @@ unsafe fn group_of_256<F: Of256>(base: *const u8, stride: usize, x: IntAct<'_>) 
                 m[r] = F::minimums(first.add(r * stride), sums);
             }
             // min is subtracted: the sign before the product changes no rounding.
-            let min = _mm256_mul_ps(halves(upper), dx);
+            let min = _mm256_mul_ps(halves(first.add(F::D + 2), stride), dx);
             acc = _mm256_fnmadd_ps(min, _mm256_cvtepi32_ps(sum_quarters(m)), acc);
         }
     }
