@@ -174,16 +174,16 @@ impl Tile for Maddubs {
 
 tile_doors! {
     Maddubs, #[target_feature(enable = "avx2,fma,f16c")];
-    matmul_q4_0 = Q4_0, q4_0::Q4_0, rows_of_32::<Nibbles>, below 4;
+    matmul_q4_0 = Q4_0, q4_0::Q4_0, rows_of_32::<Nibbles>, below 16;
     matmul_q4_1 = Q4_1, q4_1::Q4_1;
     matmul_q5_0 = Q5_0, q5_0::Q5_0;
     matmul_q5_1 = Q5_1, q5_1::Q5_1;
-    matmul_q8_0 = Q8_0, q8_0::Q8_0, rows_of_32::<Bytes>, below 4;
+    matmul_q8_0 = Q8_0, q8_0::Q8_0, rows_of_32::<Bytes>, below 16;
     matmul_q2_k = Q2_K, q2_k::Q2_K;
     matmul_q3_k = Q3_K, q3_k::Q3_K;
-    matmul_q4_k = Q4_K, q4_k::Q4_K, rows_of_256::<K4>, below 4;
+    matmul_q4_k = Q4_K, q4_k::Q4_K, rows_of_256::<K4>, below 16;
     matmul_q5_k = Q5_K, q5_k::Q5_K;
-    matmul_q6_k = Q6_K, q6_k::Q6_K, rows_of_256::<K6>, below 4;
+    matmul_q6_k = Q6_K, q6_k::Q6_K, rows_of_256::<K6>, below 16;
     matmul_iq4_nl = IQ4_NL, iq4_nl::Iq4Nl;
     matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
 }

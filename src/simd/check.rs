@@ -100,7 +100,7 @@ fn matmul_is_the_same_in_every_tier() {
         let block = format.block_weights();
         for k in [block, 2 * block, 3 * block, 5 * block, 1024] {
             for n in [1, 3, 4, 7, 8, 15, 16, 17, 33] {
-                for n_tok in [1, 2, 5, 13] {
+                for n_tok in [1, 2, 5, 13, 21] {
                     let bytes = random.blocks(format, n * format.row_bytes(k));
                     let bytes = aligned(&bytes);
                     let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
