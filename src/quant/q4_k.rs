@@ -42,6 +42,20 @@ pub fn scale_min(scales: &[u8; 12], s: usize) -> (u8, u8) {
     }
 }
 
+/// [`scale_min`] of all sub-blocks at once: eight scales and eight minimums, byte `s` for sub-block `s`.
+#[inline(always)]
+pub fn scales_mins(scales: &[u8; 12]) -> (u64, u64) {
+    let [a, b, c] = [0, 4, 8].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|i| scales[at + i])));
+    let (low, two) = (0x0f0f_0f0f, 0x0303_0303);
+    let (scales, mins) = (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f);
+    let scales_up = (c & low) | (a >> 6 & two) << 4;
+    let mins_up = (c >> 4 & low) | (b >> 6 & two) << 4;
+    (
+        scales as u64 | (scales_up as u64) << 32,
+        mins as u64 | (mins_up as u64) << 32,
+    )
+}
+
 /// Decodes Q4_K and Q5_K: unpacked weights `q`, scales and minimums.
 #[inline(always)]
 pub(super) fn decode(d: f16, dmin: f16, scales: &[u8; 12], q: &[i8; 256], out: &mut [f32]) {

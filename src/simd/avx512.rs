@@ -13,12 +13,14 @@
 
 use super::float::float_doors;
 use super::tile::{Tile, tile_doors};
+use super::{RowGroup, matmul_groups};
 use crate::quant::Format;
 use crate::quant::act::IntAct;
 use crate::quant::float::Lanes;
 use crate::quant::{iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 /// Whether the CPU has everything this file is compiled with.
 pub(super) fn detect() -> bool {
@@ -158,16 +160,16 @@ impl Tile for Vnni {
 
 tile_doors! {
     Vnni, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")];
-    matmul_q4_0 = Q4_0, q4_0::Q4_0, rows_of_32::<Nibbles>, below 16;
+    matmul_q4_0 = Q4_0, q4_0::Q4_0, matmul_groups::<By32<Nibbles>>, below 16;
     matmul_q4_1 = Q4_1, q4_1::Q4_1;
     matmul_q5_0 = Q5_0, q5_0::Q5_0;
     matmul_q5_1 = Q5_1, q5_1::Q5_1;
-    matmul_q8_0 = Q8_0, q8_0::Q8_0, rows_of_32::<Bytes>, below 16;
+    matmul_q8_0 = Q8_0, q8_0::Q8_0, matmul_groups::<By32<Bytes>>, below 16;
     matmul_q2_k = Q2_K, q2_k::Q2_K;
     matmul_q3_k = Q3_K, q3_k::Q3_K;
-    matmul_q4_k = Q4_K, q4_k::Q4_K, rows_of_256::<K4>, below 16;
+    matmul_q4_k = Q4_K, q4_k::Q4_K, matmul_groups::<By256<K4>>, below 16;
     matmul_q5_k = Q5_K, q5_k::Q5_K;
-    matmul_q6_k = Q6_K, q6_k::Q6_K, rows_of_256::<K6>, below 16;
+    matmul_q6_k = Q6_K, q6_k::Q6_K, matmul_groups::<By256<K6>>, below 16;
     matmul_iq4_nl = IQ4_NL, iq4_nl::Iq4Nl;
     matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
 }
@@ -243,25 +245,16 @@ impl Of32 for Bytes {
     }
 }
 
-/// The loop nest: row groups outside, so that 16 rows stay in the L1 cache for all tokens.
-#[inline(always)]
-unsafe fn rows_of_32<F: Of32>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let stride = w.row_bytes();
-    let groups = w.len() / GROUP;
-    for g in 0..groups {
-        for t in 0..x.len() {
-            // SAFETY: group `g` is 16 whole rows of `w.bytes`.
-            let sums = group_of_32::<F>(
-                w.bytes.as_ptr().add(g * GROUP * stride),
-                stride,
-                x.token(t).int(),
-            );
-            let out = &mut y.row(t)[g * GROUP..][..GROUP];
-            // SAFETY: `out` is 16 floats.
-            _mm512_storeu_ps(out.as_mut_ptr(), sums);
-        }
+/// [`Of32`] by groups of rows.
+struct By32<F>(PhantomData<F>);
+
+impl<F: Of32> RowGroup for By32<F> {
+    const ROWS: usize = GROUP;
+
+    #[inline(always)]
+    unsafe fn dots(rows: *const u8, stride: usize, x: IntAct<'_>, y: *mut f32) {
+        _mm512_storeu_ps(y, group_of_32::<F>(rows, stride, x));
     }
-    super::matmul_rest(w, groups * GROUP, x, y);
 }
 
 /// 16 dot products: rows at `base + r·stride`.
@@ -344,19 +337,11 @@ trait Of256 {
 struct K4;
 
 impl K4 {
-    /// Eight 6-bit scales and eight minimums, one byte each (see `quant::q4_k::scale_min`).
+    /// Eight scales and eight minimums, one byte each.
     #[inline(always)]
     unsafe fn scales(block: *const u8) -> (u64, u64) {
         // SAFETY: the 12 bytes at 4..16 of a block.
-        let [a, b, c] = block.add(4).cast::<[u32; 3]>().read_unaligned();
-        let (low, two) = (0x0f0f_0f0f, 0x0303_0303);
-        let (scales, mins) = (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f);
-        let scales_up = (c & low) | (a >> 6 & two) << 4;
-        let mins_up = (c >> 4 & low) | (b >> 6 & two) << 4;
-        (
-            scales as u64 | (scales_up as u64) << 32,
-            mins as u64 | (mins_up as u64) << 32,
-        )
+        q4_k::scales_mins(&*block.add(4).cast())
     }
 }
 
@@ -470,25 +455,16 @@ impl Of256 for K6 {
     }
 }
 
-/// The loop nest, as [`rows_of_32`].
-#[inline(always)]
-unsafe fn rows_of_256<F: Of256>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let stride = w.row_bytes();
-    let groups = w.len() / GROUP;
-    for g in 0..groups {
-        for t in 0..x.len() {
-            // SAFETY: group `g` is 16 whole rows of `w.bytes`.
-            let sums = group_of_256::<F>(
-                w.bytes.as_ptr().add(g * GROUP * stride),
-                stride,
-                x.token(t).int(),
-            );
-            let out = &mut y.row(t)[g * GROUP..][..GROUP];
-            // SAFETY: `out` is 16 floats.
-            _mm512_storeu_ps(out.as_mut_ptr(), sums);
-        }
+/// [`Of256`] by groups of rows.
+struct By256<F>(PhantomData<F>);
+
+impl<F: Of256> RowGroup for By256<F> {
+    const ROWS: usize = GROUP;
+
+    #[inline(always)]
+    unsafe fn dots(rows: *const u8, stride: usize, x: IntAct<'_>, y: *mut f32) {
+        _mm512_storeu_ps(y, group_of_256::<F>(rows, stride, x));
     }
-    super::matmul_rest(w, groups * GROUP, x, y);
 }
 
 /// 16 dot products: rows at `base + r·stride`.

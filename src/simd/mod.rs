@@ -20,7 +20,7 @@ mod tile;
 
 use crate::pool::Stripe;
 use crate::quant::Format;
-use crate::quant::act::{Act, ActKind, ActMut, Acts};
+use crate::quant::act::{Act, ActKind, ActMut, Acts, IntAct};
 use float::Running;
 use half::f16;
 use std::sync::OnceLock;
@@ -190,6 +190,38 @@ fn matmul_rows(
             y.row(t)[r] = dot(row, x.token(t));
         }
     }
+}
+
+/// Some rows × one token: what a tier brings for few tokens.
+trait RowGroup {
+    /// Rows in a group.
+    const ROWS: usize;
+
+    /// `y[r] = w[r] · x` for the rows at `rows + r · stride`.
+    ///
+    /// # Safety
+    /// The tier's features are enabled; there are [`RowGroup::ROWS`] whole rows, activations as long as
+    /// a row, and as many floats at `y`.
+    unsafe fn dots(rows: *const u8, stride: usize, x: IntAct<'_>, y: *mut f32);
+}
+
+/// The loop nest of few tokens: row groups outside, so that a group stays in the L1 cache for all tokens.
+///
+/// # Safety
+/// The tier's features are enabled. Shapes belong together ([`Kernels::matmul`] asserts them).
+#[inline(always)]
+unsafe fn matmul_groups<G: RowGroup>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
+    let stride = w.row_bytes();
+    let groups = w.len() / G::ROWS;
+    for g in 0..groups {
+        let rows = &w.bytes[g * G::ROWS * stride..][..G::ROWS * stride];
+        for t in 0..x.len() {
+            let out = &mut y.row(t)[g * G::ROWS..][..G::ROWS];
+            // SAFETY: `rows` and `out` are a whole group, the rest is the caller's promise.
+            unsafe { G::dots(rows.as_ptr(), stride, x.token(t).int(), out.as_mut_ptr()) };
+        }
+    }
+    matmul_rest(w, groups * G::ROWS, x, y);
 }
 
 /// The last rows, from `first` on, of a kernel that works in groups: by the definition.

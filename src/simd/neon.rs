@@ -9,6 +9,7 @@
 
 use super::float::float_doors;
 use super::tile::{Tile, tile_doors};
+use super::{RowGroup, matmul_groups};
 use crate::quant::Format;
 use crate::quant::act::IntAct;
 use crate::quant::float::{Element, Lanes};
@@ -153,16 +154,16 @@ impl Tile for Widening {
 
 tile_doors! {
     Widening, #[target_feature(enable = "neon")];
-    matmul_q4_0 = Q4_0, q4_0::Q4_0, rows::<Nibbles>, below 16;
+    matmul_q4_0 = Q4_0, q4_0::Q4_0, matmul_groups::<Nibbles>, below 16;
     matmul_q4_1 = Q4_1, q4_1::Q4_1;
     matmul_q5_0 = Q5_0, q5_0::Q5_0;
     matmul_q5_1 = Q5_1, q5_1::Q5_1;
-    matmul_q8_0 = Q8_0, q8_0::Q8_0, rows::<Bytes>, below 16;
+    matmul_q8_0 = Q8_0, q8_0::Q8_0, matmul_groups::<Bytes>, below 16;
     matmul_q2_k = Q2_K, q2_k::Q2_K;
     matmul_q3_k = Q3_K, q3_k::Q3_K;
-    matmul_q4_k = Q4_K, q4_k::Q4_K, rows::<K4>, below 16;
+    matmul_q4_k = Q4_K, q4_k::Q4_K, matmul_groups::<K4>, below 16;
     matmul_q5_k = Q5_K, q5_k::Q5_K;
-    matmul_q6_k = Q6_K, q6_k::Q6_K, rows::<K6>, below 16;
+    matmul_q6_k = Q6_K, q6_k::Q6_K, matmul_groups::<K6>, below 16;
     matmul_iq4_nl = IQ4_NL, iq4_nl::Iq4Nl;
     matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
 }
@@ -342,25 +343,13 @@ impl Blocks for K6 {
     }
 }
 
-/// The loop nest: row groups outside, so that 4 rows stay in the L1 cache for all tokens.
-#[inline(always)]
-unsafe fn rows<F: Blocks>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let stride = w.row_bytes();
-    let groups = w.len() / GROUP;
-    for g in 0..groups {
-        for t in 0..x.len() {
-            // SAFETY: group `g` is 4 whole rows of `w.bytes`.
-            let sums = group::<F>(
-                w.bytes.as_ptr().add(g * GROUP * stride),
-                stride,
-                x.token(t).int(),
-            );
-            let out = &mut y.row(t)[g * GROUP..][..GROUP];
-            // SAFETY: `out` is 4 floats.
-            vst1q_f32(out.as_mut_ptr(), sums);
-        }
+impl<F: Blocks> RowGroup for F {
+    const ROWS: usize = GROUP;
+
+    #[inline(always)]
+    unsafe fn dots(rows: *const u8, stride: usize, x: IntAct<'_>, y: *mut f32) {
+        vst1q_f32(y, group::<F>(rows, stride, x));
     }
-    super::matmul_rest(w, groups * GROUP, x, y);
 }
 
 /// 4 dot products: rows at `base + r·stride`.
