@@ -5,6 +5,7 @@ mod chat;
 mod cli;
 mod gguf;
 mod hostile_model;
+mod imatrix;
 mod layers;
 mod model;
 mod quantize;

@@ -64,11 +64,11 @@ pub fn run(args: &Args) -> Result<()> {
     let loaded = load(&args.model, &args.machine)?;
     let mut chunks = Chunks::read(&args.file, &loaded, &args.model)?;
     chunks.truncate(args.chunks.map_or(usize::MAX, |n| n as usize));
-    // Not after an hour's work.
-    drop(WholeFile::create(&args.output)?);
-
     let interrupted = hear_interrupts()?;
     let stop = || interrupted.load(Ordering::Relaxed);
+    // That it cannot be written is said now, not after an hour's work.
+    drop(WholeFile::create(&args.output)?);
+
     let config = &loaded.model.config;
     let mut collector = Collector::new(config);
     let mut scorer = Scorer::new(
@@ -138,19 +138,23 @@ fn tell_hardly_seen(config: &Config, collector: &Collector, tokens: usize) {
     if !config.routed {
         return;
     }
-    let mut hardly = Vec::new();
-    for layer in 0..config.n_layer {
-        for (expert, n) in collector.tokens(layer).enumerate() {
-            if n < HARDLY {
-                hardly.push(format!("layer {layer} expert {expert} ({n})"));
-            }
-        }
+    /// The table has them all.
+    const NAMED: usize = 8;
+    let layers = 0..config.n_layer;
+    let all = layers.flat_map(|l| (collector.tokens(l).enumerate()).map(move |(e, n)| (l, e, n)));
+    let mut hardly: Vec<_> = all.filter(|(_, _, n)| *n < HARDLY).collect();
+    hardly.sort_by_key(|(_, _, n)| *n);
+    let mut named: Vec<_> = (hardly.iter().take(NAMED))
+        .map(|(layer, expert, n)| format!("layer {layer} expert {expert} ({n})"))
+        .collect();
+    if hardly.len() > NAMED {
+        named.push(format!("{} more", hardly.len() - NAMED));
     }
     if !hardly.is_empty() {
         note(format!(
-            "note: of {tokens} tokens fewer than {HARDLY} reached {}: a longer or more varied text helps; where none \
-             did, columns count as equally important",
-            hardly.join(", ")
+            "note: of {tokens} tokens fewer than {HARDLY} reached {}; a longer or more varied text helps, and \
+             where none came, columns count as equally important",
+            named.join(", ")
         ));
     }
 }

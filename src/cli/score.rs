@@ -154,7 +154,8 @@ impl<'a> Scorer<'a> {
         }
         self.done += 1;
         self.time += started.elapsed();
-        self.progress.set(self.done * size, self.chunks.count() * size);
+        self.progress
+            .set(self.done * size, self.chunks.count() * size);
         Ok(true)
     }
 

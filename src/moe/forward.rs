@@ -214,16 +214,7 @@ impl Model {
                 .chain(&layer.router);
             s.input.prepare(m, &s.h, d, used);
             let see = |expert, rows: &[f32]| observer.input(Site::Down { layer: i, expert }, rows);
-            s.weight_bytes += experts(
-                m,
-                c,
-                layer,
-                &s.input,
-                &s.all,
-                &mut s.x,
-                &mut s.experts,
-                see,
-            );
+            s.weight_bytes += experts(m, c, layer, &s.input, &s.all, &mut s.x, &mut s.experts, see);
             observer.routed(i, &s.h, &s.experts.choices);
         }
         for run in runs.iter_mut() {

@@ -135,3 +135,71 @@ impl Collector {
         found
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(n_expert: usize, n_used: usize) -> Config {
+        Config {
+            n_layer: 1,
+            d_model: 2,
+            n_head: 1,
+            n_kv: 1,
+            d_head: 2,
+            d_ff: 1,
+            n_expert,
+            n_used,
+            routed: n_expert > 1,
+            n_vocab: 3,
+            n_ctx: 8,
+            rms_eps: 1e-5,
+            rope_base: 1e4,
+            n_rot: 2,
+        }
+    }
+
+    fn chosen(experts: &[u32]) -> Vec<Choice> {
+        let weight = 0.5;
+        let choices = experts.iter().map(|&expert| Choice { expert, weight });
+        choices.collect()
+    }
+
+    #[test]
+    fn a_row_counts_for_the_experts_that_it_goes_to() {
+        let mut seen = Collector::new(&config(3, 2));
+        seen.routed(0, &[1.0, 2.0, 3.0, 4.0], &chosen(&[0, 2, 2, 0]));
+        seen.routed(0, &[5.0, 6.0], &chosen(&[2, 0]));
+        seen.input(
+            Site::Down {
+                layer: 0,
+                expert: 2,
+            },
+            &[2.0, 3.0],
+        );
+        let found = seen.imatrix(false).entries;
+        let gate = &found["blk.0.ffn_gate_exps.weight"];
+        assert_eq!(gate.sums, [35.0, 56.0, 0.0, 0.0, 35.0, 56.0]);
+        assert_eq!(gate.counts, [3, 0, 3]);
+        assert_eq!(gate.columns()[2..4], [1.0, 1.0], "unseen");
+        assert_eq!(found["blk.0.ffn_up_exps.weight"], *gate);
+        assert_eq!(found["blk.0.ffn_gate_inp.weight"].sums, [35.0, 56.0]);
+        assert_eq!(found["blk.0.ffn_down_exps.weight"].sums, [0.0, 0.0, 13.0]);
+        assert!(seen.tokens(0).eq([3, 0, 3]));
+    }
+
+    #[test]
+    fn a_dense_model_has_one_expert_and_no_router() {
+        let mut seen = Collector::new(&config(1, 1));
+        seen.routed(0, &[1.0, 2.0], &chosen(&[0]));
+        seen.input(Site::Head, &[3.0, 4.0]);
+        let found = seen.imatrix(true).entries;
+        assert_eq!(found["blk.0.ffn_gate.weight"].sums, [1.0, 4.0]);
+        assert_eq!(found["output.weight"].sums, [9.0, 16.0]);
+        assert!(
+            found
+                .keys()
+                .all(|k| !k.contains("exps") && !k.contains("inp"))
+        );
+    }
+}

@@ -276,8 +276,9 @@ impl ImatrixFile {
             parts.remove(3);
             parts[2] = &fused;
             let entry = self.data.entries.get(&parts.join("."));
-            return Ok(entry
-                .and_then(|entry| entry.columns().chunks_exact(k).nth(e).map(<[f32]>::to_vec)));
+            return Ok(
+                entry.and_then(|entry| entry.columns().chunks_exact(k).nth(e).map(<[f32]>::to_vec))
+            );
         }
         Ok(None)
     }
