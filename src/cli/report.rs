@@ -37,7 +37,7 @@ impl Progress {
             && self.started.elapsed() > Duration::from_secs(1)
         {
             let style = ProgressStyle::with_template(
-                "{msg} {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left",
+                "{msg} {wide_bar} {pos}/{len} tokens, {per_sec:1}, {eta} left",
             )
             .expect("a valid template");
             let bar =

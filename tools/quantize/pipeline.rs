@@ -582,6 +582,17 @@ struct Journal {
     done: Errors,
 }
 
+fn journal_path(outputs: &[Output]) -> PathBuf {
+    let mut name = outputs[0].files[0].path.as_os_str().to_os_string();
+    name.push(".resume");
+    PathBuf::from(name)
+}
+
+/// Whether a run that ended early left something for `--resume`.
+pub(crate) fn resumable(outputs: &[Output]) -> bool {
+    journal_path(outputs).exists()
+}
+
 /// What a run is made of: everything that the bytes of its outputs depend on.
 fn fingerprint(run: &Run<'_>) -> Result<String> {
     let mut hash = Sha256::new();
@@ -629,17 +640,14 @@ impl Journal {
     /// Starts a journal, or continues one.
     fn open(run: &Run<'_>) -> Result<Journal> {
         let first = &run.outputs[0].files[0].path;
-        let mut name = first.as_os_str().to_os_string();
-        name.push(".resume");
-        let path = PathBuf::from(name);
-        let failed = |action| Error::io(&path, action);
+        let path = journal_path(run.outputs);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
-            .map_err(failed("create"))?;
+            .map_err(Error::io(first, "create"))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
