@@ -12,4 +12,5 @@ pub mod perplexity;
 pub mod report;
 pub mod run;
 pub mod score;
+pub mod table;
 pub mod tokenize;
