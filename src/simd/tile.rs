@@ -376,12 +376,14 @@ unsafe fn start_of_32<T: Tile, B: IntBlock, const N: usize>(x: [&Chunk; N], b: u
     let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
-        let zero = T::splat(0);
-        if bias == 0 {
-            return [zero; N];
+        let mut isum = [T::splat(0); N];
+        if bias != 0 {
+            let out = T::splat((-bias & 0xffff) | (-bias << 16));
+            for t in 0..N {
+                isum[t] = T::pair(isum[t], out, x[t].sums[2 * b..].as_ptr());
+            }
         }
-        let out = T::splat((-bias & 0xffff) | (-bias << 16));
-        x.map(|x| T::pair(zero, out, x.sums[2 * b..].as_ptr()))
+        isum
     }
 }
 
