@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 /// Each room and the rooms it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
+    ("disk", &["error"]),
     ("pool", &["error"]),
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
@@ -13,7 +14,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("chat", &["error", "gguf", "moe"]),
     (
         "cli",
-        &["error", "pool", "quant", "simd", "gguf", "moe", "chat"],
+        &[
+            "error", "disk", "pool", "quant", "simd", "gguf", "moe", "chat",
+        ],
     ),
 ];
 

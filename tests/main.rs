@@ -1,10 +1,12 @@
 //! The integration tests, one binary.
 
 mod alloc;
+mod bench;
 mod chat;
 mod cli;
 mod gguf;
 mod hostile_model;
+mod imatrix;
 mod layers;
 mod model;
 mod quantize;

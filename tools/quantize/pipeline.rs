@@ -12,15 +12,15 @@
 //! made of, then one for every finished tensor with a checksum of its bytes. `--resume` starts after the last
 //! tensor whose bytes are really there; nothing needs to be flushed on the way.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use octet::disk::{part, rename_part, sync_folder};
 use octet::error::{Error, Result};
 use octet::pool::Pool;
 use octet::quant::Format;
@@ -483,12 +483,6 @@ struct Sink<'a> {
     sum: u64,
 }
 
-fn part(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_os_string();
-    name.push(".part");
-    PathBuf::from(name)
-}
-
 impl<'a> Sink<'a> {
     /// Makes the files of an output, or continues them after `done` tensors.
     fn open(output: &'a Output, done: usize) -> Result<Sink<'a>> {
@@ -588,6 +582,17 @@ struct Journal {
     done: Errors,
 }
 
+fn journal_path(outputs: &[Output]) -> PathBuf {
+    let mut name = outputs[0].files[0].path.as_os_str().to_os_string();
+    name.push(".resume");
+    PathBuf::from(name)
+}
+
+/// Whether a run that ended early left something for `--resume`.
+pub(crate) fn resumable(outputs: &[Output]) -> bool {
+    journal_path(outputs).exists()
+}
+
 /// What a run is made of: everything that the bytes of its outputs depend on.
 fn fingerprint(run: &Run<'_>) -> Result<String> {
     let mut hash = Sha256::new();
@@ -616,7 +621,8 @@ fn fingerprint(run: &Run<'_>) -> Result<String> {
     if let Some(file) = run.imatrix {
         for (name, entry) in &file.data.entries {
             text(name);
-            hash_bytes(&mut text, bytemuck::cast_slice(&entry.columns));
+            hash_bytes(&mut text, bytemuck::cast_slice(&entry.sums));
+            hash_bytes(&mut text, bytemuck::cast_slice(&entry.counts));
         }
     }
     Ok(hex(&hash.finalize()))
@@ -634,17 +640,14 @@ impl Journal {
     /// Starts a journal, or continues one.
     fn open(run: &Run<'_>) -> Result<Journal> {
         let first = &run.outputs[0].files[0].path;
-        let mut name = first.as_os_str().to_os_string();
-        name.push(".resume");
-        let path = PathBuf::from(name);
-        let failed = |action| Error::io(&path, action);
+        let path = journal_path(run.outputs);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
-            .map_err(failed("create"))?;
+            .map_err(Error::io(first, "create"))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -744,8 +747,7 @@ impl Journal {
         for output in outputs {
             // The first of several last: it is what people open.
             for file in output.files.iter().rev() {
-                let from = part(&file.path);
-                fs::rename(&from, &file.path).map_err(Error::io(&file.path, "rename to"))?;
+                rename_part(&file.path)?;
             }
             sync_folder(&output.files[0].path);
         }
@@ -758,17 +760,6 @@ impl Journal {
             let _ = fs::remove_file(part(&file.path));
         }
         let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Makes a rename last; not every system can, and the file itself is on the disk already.
-fn sync_folder(path: &Path) {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => Cow::Borrowed(folder),
-        _ => Cow::Owned(PathBuf::from(".")),
-    };
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
     }
 }
 
