@@ -1,21 +1,25 @@
 //! The conversation at the terminal: read a line, answer, again.
 //!
-//! Given lines from elsewhere (a pipe on standard input), the same loop answers them one by one.
+//! Given lines from elsewhere (a pipe on standard input), the same loop answers them one by one. Lines that begin
+//! with `/` are commands (`repl/commands.rs`); keys and completion are in `repl/editor.rs`; answers are rendered on a terminal
+//! by `repl/markdown.rs`.
 
+mod commands;
+mod editor;
+mod markdown;
+
+use super::conversation::Conversation;
 use super::sampler::{Sampler, SamplerOptions};
 use super::session::{Event, Finish, Limits, Session, Stats};
 use super::template::{Message, Role, Template};
 use super::tokenizer::{Tokenizer, for_terminal};
 use crate::error::{Error, Result};
-use rustyline::completion::Completer;
-use rustyline::error::ReadlineError;
-use rustyline::validate::{ValidationContext, ValidationResult, Validator};
-use rustyline::{
-    Cmd, Context, Editor, Event as Key, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers,
-};
+use commands::COMMANDS;
+use editor::{Line, Terminal, unquoted};
+use markdown::Markdown;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a conversation needs.
@@ -42,48 +46,30 @@ pub struct Repl<'a> {
     pub interrupted: &'a AtomicBool,
 }
 
-/// A command of the conversation: a line that begins with `/`.
-struct Command {
-    name: &'static str,
-    argument: &'static str,
-    help: &'static str,
-    run: fn(&mut Talk<'_>, &str) -> Result<ControlFlow<()>>,
-}
-
-/// One row per command; the table also writes `/help` and completes names.
-const COMMANDS: &[Command] = &[
-    Command {
-        name: "/help",
-        argument: "",
-        help: "show this list",
-        run: help,
-    },
-    Command {
-        name: "/clear",
-        argument: "",
-        help: "forget the conversation, keep the system text",
-        run: clear,
-    },
-    Command {
-        name: "/system",
-        argument: "[TEXT]",
-        help: "set the system text, or take it away; starts afresh",
-        run: system,
-    },
-    Command {
-        name: "/exit",
-        argument: "",
-        help: "leave (so does Ctrl-D)",
-        run: exit,
-    },
-];
-
 /// The running conversation.
 struct Talk<'a> {
     repl: Repl<'a>,
-    messages: Vec<Message>,
+    conversation: Conversation,
     sampler: Sampler,
+    screen: Screen,
+    /// Whether a person types the lines.
+    terminal: bool,
+    /// Texts that go with the next message.
+    attached: String,
+    /// What stands in the next line already.
+    draft: Option<Draft>,
+    /// Of all answers, and of the last one.
     stats: Stats,
+    last: Stats,
+    /// Somebody wants to leave.
+    done: bool,
+}
+
+/// A text that a command puts into the next line.
+struct Draft {
+    text: String,
+    /// It takes the place of the last turn.
+    replaces: bool,
 }
 
 impl Repl<'_> {
@@ -92,14 +78,21 @@ impl Repl<'_> {
     /// # Errors
     /// If standard input or output fail. A prompt that cannot be answered is reported on stderr and
     /// the conversation goes on.
-    pub fn run(self) -> Result<Stats> {
+    pub fn run(mut self) -> Result<Stats> {
+        let lines = self.lines.take();
         let mut talk = Talk {
-            messages: Vec::new(),
+            conversation: Conversation::new(self.system.take()),
             sampler: Sampler::new(self.sampling.clone()),
+            screen: Screen::new(),
+            terminal: lines.is_none(),
+            attached: String::new(),
+            draft: None,
             stats: Stats::default(),
+            last: Stats::default(),
+            done: false,
             repl: self,
         };
-        match talk.repl.lines.take() {
+        match lines {
             Some(lines) => talk.talk_over_lines(lines)?,
             None => talk.talk_at_terminal()?,
         }
@@ -109,45 +102,28 @@ impl Repl<'_> {
 
 impl Talk<'_> {
     fn talk_at_terminal(&mut self) -> Result<()> {
-        let failed = |e: ReadlineError| Error::Io {
-            file: "<terminal>".into(),
-            action: "read",
-            source: std::io::Error::other(e),
-        };
-        let mut editor = Editor::<Assistant, _>::new().map_err(failed)?;
-        editor.set_helper(Some(Assistant));
-        // Alt-Enter breaks a line without ending the text.
-        editor.bind_sequence(
-            Key::from(KeyEvent(KeyCode::Enter, Modifiers::ALT)),
-            Cmd::Newline,
-        );
-        if let Some(file) = &self.repl.history {
-            // There is none the first time.
-            let _ = editor.load_history(file);
-        }
-        loop {
-            match editor.readline("> ") {
-                Ok(line) => {
-                    // A Ctrl-C that came before this line was not meant for its answer.
-                    self.repl.interrupted.store(false, Ordering::Relaxed);
-                    let text = unquoted(&line);
-                    if text.trim().is_empty() {
-                        continue;
-                    }
-                    let _ = editor.add_history_entry(&line);
-                    if let Some(file) = &self.repl.history {
-                        save_history(&mut editor, file);
-                    }
-                    if self.line(&text)?.is_break() {
-                        return Ok(());
-                    }
-                }
-                // Ctrl-C at the prompt drops the line; Ctrl-D on an empty line leaves.
-                Err(ReadlineError::Interrupted) => {}
-                Err(ReadlineError::Eof) => return Ok(()),
-                Err(e) => return Err(failed(e)),
+        let mut terminal = Terminal::new(self.repl.history.take())?;
+        while !self.done {
+            let draft = self.draft.take();
+            let text = draft.as_ref().map_or("", |draft| &draft.text);
+            let line = match terminal.read("> ", text, self.repl.interrupted)? {
+                Line::Text(line) => line,
+                Line::Dropped => continue,
+                Line::End => break,
+            };
+            // A Ctrl-C that came before this line was not meant for its answer.
+            self.repl.interrupted.store(false, Ordering::Relaxed);
+            let text = unquoted(&line);
+            if text.trim().is_empty() {
+                continue;
+            }
+            terminal.remember(&line);
+            match draft {
+                Some(draft) if draft.replaces && !is_command(&text) => self.replace(text)?,
+                _ => self.line(&text)?,
             }
         }
+        Ok(())
     }
 
     fn talk_over_lines(&mut self, lines: impl Iterator<Item = Result<String>>) -> Result<()> {
@@ -157,7 +133,10 @@ impl Talk<'_> {
         for line in lines {
             let line = line?;
             self.repl.interrupted.store(false, Ordering::Relaxed);
-            if !line.trim().is_empty() && self.line(&line)?.is_break() {
+            if !line.trim().is_empty() {
+                self.line(&line)?;
+            }
+            if self.done {
                 break;
             }
             if self.repl.interrupted.swap(true, Ordering::Relaxed) {
@@ -167,64 +146,91 @@ impl Talk<'_> {
         Ok(())
     }
 
-    /// A command or something to answer.
-    fn line(&mut self, text: &str) -> Result<ControlFlow<()>> {
-        if let Some(rest) = text.strip_prefix('/')
-            && !rest.starts_with('/')
-        {
-            let (name, argument) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-            return match COMMANDS.iter().find(|c| c.name == name) {
-                Some(command) => (command.run)(self, argument.trim()),
-                None => {
-                    note(format!("octet: {name}: no such command; /help lists them"));
-                    Ok(ControlFlow::Continue(()))
-                }
-            };
+    /// Does what a line asks for: a command, or something to answer. What goes wrong is said, and the
+    /// conversation goes on.
+    fn line(&mut self, text: &str) -> Result<()> {
+        if !is_command(text) {
+            return self.ask(text);
         }
-        match self.answer(text) {
-            Ok(()) => Ok(ControlFlow::Continue(())),
-            Err(e @ Error::Io { .. }) => Err(e),
-            Err(e) => {
-                note(format!("octet: {e}"));
-                if matches!(e, Error::ContextFull { .. }) {
-                    note("octet: /clear starts a new conversation");
-                }
-                Ok(ControlFlow::Continue(()))
+        let (name, argument) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+        match COMMANDS.iter().find(|c| c.name == name) {
+            Some(command) => {
+                let result = (command.run)(self, argument.trim());
+                survive(result)
+            }
+            None => {
+                note(format!("octet: {name}: no such command; /help lists them"));
+                Ok(())
             }
         }
     }
 
-    /// Answers and remembers both sides; on an error the conversation is as before.
-    fn answer(&mut self, text: &str) -> Result<()> {
-        let mut messages = self.messages.clone();
-        if messages.is_empty()
-            && let Some(system) = &self.repl.system
-        {
-            messages.push(Message::new(Role::System, system));
+    /// Answers a message.
+    fn ask(&mut self, text: &str) -> Result<()> {
+        let before = self.conversation.clone();
+        let message = Message::new(Role::User, self.attached.clone() + text);
+        self.conversation.messages.push(message);
+        let answered = self.answer(before);
+        if answered.is_ok() {
+            self.attached.clear();
         }
-        messages.push(Message::new(Role::User, text));
-        let prompt = self
-            .repl
-            .template
-            .encode(self.repl.tokenizer, &messages, None)?;
-        let limits = Limits {
-            max_tokens: self.repl.max_tokens,
-            stop: self.repl.template.stop_ids(self.repl.tokenizer),
-            logprobs: 0,
-        };
-        let (interrupted, progress) = (self.repl.interrupted, &mut self.repl.progress);
+        survive(answered)
+    }
+
+    /// Answers another message in place of the last one.
+    fn replace(&mut self, text: String) -> Result<()> {
+        let before = self.conversation.clone();
+        self.conversation.take_back();
+        let message = Message::new(Role::User, text);
+        self.conversation.messages.push(message);
+        survive(self.answer(before))
+    }
+
+    /// Lets the model go on with the conversation. If it cannot, or says nothing, the conversation is `before` again: prompt formats have
+    /// no place for an empty answer.
+    fn answer(&mut self, before: Conversation) -> Result<()> {
+        let answered = self.go_on();
+        if !matches!(answered, Ok(true)) {
+            self.conversation = before;
+        }
+        answered.map(drop)
+    }
+
+    /// The model's next message; `false`: it says nothing.
+    fn go_on(&mut self) -> Result<bool> {
+        self.last = Stats::default();
+        let most = self.repl.max_tokens.unwrap_or(usize::MAX);
         let mut stream = self.repl.tokenizer.stream();
         let mut said = String::new();
-        let mut failed = None;
-        let answer = self
-            .repl
-            .session
-            .answer(&prompt, &mut self.sampler, &limits, |event| {
+        let mut tokens = Vec::new();
+        // When the context is full, the oldest turns are left out, and the answer goes on.
+        let finish = loop {
+            let before = self.conversation.left_out();
+            let limit = self.repl.session.limit();
+            let (template, tokenizer) = (self.repl.template, self.repl.tokenizer);
+            let prompt = self
+                .conversation
+                .prompt(template, tokenizer, None, &tokens, limit);
+            let prompt = match prompt {
+                Err(Error::ContextFull { .. }) if !tokens.is_empty() => break Finish::ContextFull,
+                prompt => prompt?,
+            };
+            self.tell_left_out(before, !tokens.is_empty());
+            let limits = Limits {
+                max_tokens: Some(most - tokens.len()),
+                stop: template.stop_ids(tokenizer),
+                logprobs: 0,
+            };
+            let (interrupted, progress) = (self.repl.interrupted, &mut self.repl.progress);
+            let screen = &mut self.screen;
+            let mut failed = None;
+            let session = &mut self.repl.session;
+            let answer = session.answer(&prompt, &mut self.sampler, &limits, |event| {
                 match event {
                     Event::Prompt { done, total } => progress(done, total),
                     Event::Token(id) => {
                         let text = stream.push(id);
-                        if let Err(e) = show(&text) {
+                        if let Err(e) = screen.say(&text) {
                             failed = Some(e);
                             return ControlFlow::Break(());
                         }
@@ -236,58 +242,114 @@ impl Talk<'_> {
                     false => ControlFlow::Continue(()),
                 }
             })?;
-        self.stats.add(&answer.stats);
-        if let Some(e) = failed {
-            return Err(e);
-        }
+            self.last.add(&answer.stats);
+            self.stats.add(&answer.stats);
+            if let Some(e) = failed {
+                return Err(e);
+            }
+            tokens.extend(answer.tokens);
+            if answer.finish != Finish::ContextFull {
+                break answer.finish;
+            }
+        };
         let rest = stream.flush();
-        show(&rest)?;
         said.push_str(&rest);
-        show("\n")?;
-        match answer.finish {
+        self.screen.end(&rest)?;
+        match finish {
             Finish::Stop | Finish::Length => {}
             Finish::ContextFull => note(format!(
-                "octet: the context of {} tokens is full; /clear starts a new conversation",
+                "octet: this turn alone fills the context of {} tokens; /undo takes it back, /clear starts anew",
                 self.repl.session.limit()
             )),
             Finish::Interrupted => note("[stopped]"),
         }
-        // A turn without an answer is not remembered: prompt formats have no place for an empty one.
-        if !said.is_empty() {
-            messages.push(Message::new(Role::Assistant, said));
-            self.messages = messages;
+        if said.is_empty() {
+            return Ok(false);
         }
-        Ok(())
+        let message = Message::new(Role::Assistant, said);
+        self.conversation.messages.push(message);
+        Ok(true)
+    }
+
+    /// Says that turns are left out which `before` were not.
+    fn tell_left_out(&mut self, before: usize, within_answer: bool) {
+        let turns = match self.conversation.left_out() - before {
+            0 => return,
+            1 => "the oldest turn is".to_string(),
+            n => format!("the oldest {n} turns are"),
+        };
+        let limit = self.repl.session.limit();
+        let start = if within_answer { "\n" } else { "" };
+        note(format!(
+            "{start}octet: the context of {limit} tokens is full: {turns} left out from here on"
+        ));
     }
 }
 
-fn help(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
-    for c in COMMANDS {
-        show(&format!(
-            "{:<16} {}\n",
-            format!("{} {}", c.name, c.argument),
-            c.help
-        ))?;
+/// Whether a line is a command: a text may begin with `//`.
+fn is_command(text: &str) -> bool {
+    text.starts_with('/') && !text.starts_with("//")
+}
+
+/// Says what went wrong. Only what ends the conversation stays an error: nobody who talks, or nobody who listens.
+fn survive(result: Result<()>) -> Result<()> {
+    match result {
+        Err(Error::Io {
+            file,
+            action,
+            source,
+        }) if file.to_string_lossy().starts_with('<') => Err(Error::Io {
+            file,
+            action,
+            source,
+        }),
+        Err(e) => {
+            note(format!("octet: {e}"));
+            if matches!(e, Error::ContextFull { .. }) {
+                note("octet: /clear starts a new conversation");
+            }
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
-    show(
-        "\nCtrl-C stops an answer. \"\"\" begins and ends a text of several lines; so does Alt-Enter within one.\n",
-    )?;
-    Ok(ControlFlow::Continue(()))
 }
 
-fn clear(talk: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
-    talk.messages.clear();
-    Ok(ControlFlow::Continue(()))
+/// Where answers appear.
+struct Screen {
+    terminal: bool,
+    /// Only where the terminal knows styles and its user wants them (no-color.org).
+    markdown: Option<Markdown>,
 }
 
-fn system(talk: &mut Talk<'_>, text: &str) -> Result<ControlFlow<()>> {
-    talk.repl.system = (!text.is_empty()).then(|| text.to_string());
-    talk.messages.clear();
-    Ok(ControlFlow::Continue(()))
-}
+impl Screen {
+    fn new() -> Screen {
+        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let terminal = std::io::stdout().is_terminal();
+        let plain = set("NO_COLOR").is_some() || set("TERM").is_none_or(|term| term == "dumb");
+        Screen {
+            terminal,
+            markdown: (terminal && !plain).then(Markdown::default),
+        }
+    }
 
-fn exit(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
-    Ok(ControlFlow::Break(()))
+    /// More of an answer.
+    fn say(&mut self, text: &str) -> Result<()> {
+        if !self.terminal {
+            return put(text);
+        }
+        let text = for_terminal(text);
+        match &mut self.markdown {
+            Some(markdown) => put(&markdown.push(&text)),
+            None => put(&text),
+        }
+    }
+
+    /// The last of an answer.
+    fn end(&mut self, text: &str) -> Result<()> {
+        self.say(text)?;
+        let rest = self.markdown.as_mut().map(Markdown::flush);
+        put(&(rest.unwrap_or_default() + "\n"))
+    }
 }
 
 /// Writes to standard output at once, so that an answer appears as it comes; on a terminal without the
@@ -296,11 +358,15 @@ fn exit(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
 /// # Errors
 /// [`Error::Io`]; of kind `BrokenPipe` when the reader has gone.
 pub fn show(text: &str) -> Result<()> {
+    match std::io::stdout().is_terminal() {
+        true => put(&for_terminal(text)),
+        false => put(text),
+    }
+}
+
+/// Writes to standard output as it is, at once.
+fn put(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    let text = match out.is_terminal() {
-        true => for_terminal(text),
-        false => text.into(),
-    };
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(Error::io("<stdout>", "write"))
@@ -309,66 +375,4 @@ pub fn show(text: &str) -> Result<()> {
 /// Tells the user something on standard error; nothing is lost where nobody can read it.
 fn note(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
-}
-
-/// Keeps the history for its owner's eyes. A read-only home is no reason to end a conversation.
-fn save_history(editor: &mut Editor<Assistant, rustyline::history::DefaultHistory>, file: &Path) {
-    let _ = file.parent().map(std::fs::create_dir_all);
-    let _ = editor.save_history(file);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let _ = std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o600));
-    }
-}
-
-/// Marks the beginning and the end of a text of several lines.
-const QUOTES: &str = "\"\"\"";
-
-/// The text of a line that may be put in [`QUOTES`].
-fn unquoted(line: &str) -> String {
-    match line.trim().strip_prefix(QUOTES) {
-        Some(rest) => rest
-            .strip_suffix(QUOTES)
-            .unwrap_or(rest)
-            .trim_matches('\n')
-            .to_string(),
-        None => line.to_string(),
-    }
-}
-
-/// Completes command names and asks for more lines inside [`QUOTES`].
-#[derive(Helper, Highlighter, Hinter)]
-struct Assistant;
-
-impl Completer for Assistant {
-    type Candidate = String;
-
-    fn complete(
-        &self,
-        line: &str,
-        pos: usize,
-        _: &Context<'_>,
-    ) -> rustyline::Result<(usize, Vec<String>)> {
-        let typed = &line[..pos];
-        let names = COMMANDS
-            .iter()
-            .map(|c| c.name)
-            .filter(|n| typed.starts_with('/') && n.starts_with(typed));
-        Ok((0, names.map(str::to_string).collect()))
-    }
-}
-
-impl Validator for Assistant {
-    fn validate(&self, context: &mut ValidationContext<'_>) -> rustyline::Result<ValidationResult> {
-        let open = match context.input().trim().strip_prefix(QUOTES) {
-            Some(rest) => !rest.ends_with(QUOTES),
-            None => false,
-        };
-        Ok(if open {
-            ValidationResult::Incomplete
-        } else {
-            ValidationResult::Valid(None)
-        })
-    }
 }

@@ -186,6 +186,11 @@ impl<'m> Session<'m> {
         self.tokens.is_empty()
     }
 
+    /// Bytes that its KV cache takes.
+    pub fn kv_bytes(&self) -> usize {
+        self.kv.bytes()
+    }
+
     /// Reads `prompt` (all of the sequence so far, from its first token) and generates what follows.
     ///
     /// # Errors

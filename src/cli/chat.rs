@@ -19,6 +19,9 @@ pub struct Args {
     /// Most tokens of an answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
     pub predict: Option<u32>,
+    /// Do not keep the lines that are typed
+    #[arg(long)]
+    pub no_history: bool,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -90,7 +93,9 @@ pub fn run(args: &Args) -> Result<()> {
             .predict
             .map(|n| n as usize)
             .or(loaded.demo.then_some(DEMO_ANSWER)),
-        history: state_folder().map(|dir| dir.join("history")),
+        history: state_folder()
+            .filter(|_| !args.no_history)
+            .map(|dir| dir.join("history")),
         lines: if terminal {
             None
         } else {

@@ -1,0 +1,349 @@
+//! The commands of a conversation: lines that begin with `/`.
+
+use super::editor::{KEYS, edited};
+use super::{Draft, Talk, note, put, show};
+use crate::chat::session::Stats;
+use crate::chat::template::Role;
+use crate::error::{Error, Result};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+/// A command.
+pub(super) struct Command {
+    pub(super) name: &'static str,
+    argument: &'static str,
+    help: &'static str,
+    pub(super) completes: Completes,
+    pub(super) run: fn(&mut Talk<'_>, &str) -> Result<()>,
+}
+
+/// What the Tab key completes after a command.
+#[derive(Clone, Copy)]
+pub(super) enum Completes {
+    Nothing,
+    Files,
+}
+
+/// One row per command; the table also writes `/help` and completes names.
+pub(super) const COMMANDS: &[Command] = &[
+    Command {
+        name: "/help",
+        argument: "",
+        help: "show this list",
+        completes: Completes::Nothing,
+        run: help,
+    },
+    Command {
+        name: "/system",
+        argument: "[TEXT]",
+        help: "set the system text, or take it away; starts afresh",
+        completes: Completes::Nothing,
+        run: system,
+    },
+    Command {
+        name: "/regen",
+        argument: "",
+        help: "answer the last message again",
+        completes: Completes::Nothing,
+        run: regen,
+    },
+    Command {
+        name: "/undo",
+        argument: "",
+        help: "take the last message and its answer back",
+        completes: Completes::Nothing,
+        run: undo,
+    },
+    Command {
+        name: "/edit",
+        argument: "[TEXT]",
+        help: "change the last message (to TEXT) and answer it again",
+        completes: Completes::Nothing,
+        run: edit,
+    },
+    Command {
+        name: "/editor",
+        argument: "[TEXT]",
+        help: "write a message in $VISUAL or $EDITOR",
+        completes: Completes::Nothing,
+        run: editor,
+    },
+    Command {
+        name: "/read",
+        argument: "FILE",
+        help: "attach a text file to the next message",
+        completes: Completes::Files,
+        run: read,
+    },
+    Command {
+        name: "/copy",
+        argument: "",
+        help: "copy the last answer to the terminal's clipboard",
+        completes: Completes::Nothing,
+        run: copy,
+    },
+    Command {
+        name: "/stats",
+        argument: "",
+        help: "what the conversation takes, and how fast it was",
+        completes: Completes::Nothing,
+        run: stats,
+    },
+    Command {
+        name: "/clear",
+        argument: "",
+        help: "forget the conversation, keep the system text",
+        completes: Completes::Nothing,
+        run: clear,
+    },
+    Command {
+        name: "/exit",
+        argument: "",
+        help: "leave",
+        completes: Completes::Nothing,
+        run: exit,
+    },
+];
+
+fn help(_: &mut Talk<'_>, _: &str) -> Result<()> {
+    let commands = COMMANDS
+        .iter()
+        .map(|c| (format!("{} {}", c.name, c.argument), c.help));
+    let keys = KEYS.iter().map(|(key, help)| (key.to_string(), *help));
+    let row = |(name, help): (String, &str)| format!("{name:<16} {help}\n");
+    let rows: String = commands.map(row).collect();
+    show(&format!("{rows}\n{}", keys.map(row).collect::<String>()))
+}
+
+fn system(talk: &mut Talk<'_>, text: &str) -> Result<()> {
+    talk.conversation.system = (!text.is_empty()).then(|| text.to_string());
+    clear(talk, "")
+}
+
+fn clear(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    talk.conversation.messages.clear();
+    talk.conversation.from = 0;
+    talk.attached.clear();
+    Ok(())
+}
+
+fn regen(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    let before = talk.conversation.clone();
+    let Some(turn) = talk.conversation.take_back() else {
+        return nothing("to answer again");
+    };
+    // Only the user's own words of the turn stay.
+    let own = turn.into_iter().take_while(|m| m.role == Role::User);
+    talk.conversation.messages.extend(own);
+    talk.answer(before)
+}
+
+fn undo(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    match talk.conversation.take_back() {
+        Some(turn) => {
+            note(format!("took back: {}", brief(&turn[0].content)));
+            Ok(())
+        }
+        None => nothing("to take back"),
+    }
+}
+
+fn edit(talk: &mut Talk<'_>, text: &str) -> Result<()> {
+    let Some(last) = talk.conversation.last_question() else {
+        return nothing("to change");
+    };
+    if !text.is_empty() {
+        return talk.replace(text.to_string());
+    }
+    if !talk.terminal {
+        return Err(Error::Usage("/edit: expected the new TEXT".into()));
+    }
+    let text = last.to_string();
+    talk.draft = Some(Draft {
+        text,
+        replaces: true,
+    });
+    Ok(())
+}
+
+fn editor(talk: &mut Talk<'_>, text: &str) -> Result<()> {
+    if !talk.terminal {
+        return Err(Error::Usage("/editor: there is no terminal".into()));
+    }
+    let text = edited(text, talk.repl.interrupted)?;
+    talk.draft = Some(Draft {
+        text,
+        replaces: false,
+    });
+    Ok(())
+}
+
+fn exit(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    talk.done = true;
+    Ok(())
+}
+
+/// Says that there is nothing to do a thing with.
+fn nothing(what: &str) -> Result<()> {
+    note(format!("octet: there is nothing {what}"));
+    Ok(())
+}
+
+/// A text's beginning, on one line.
+fn brief(text: &str) -> String {
+    let mut words = text.split_whitespace();
+    let mut out = words.next().unwrap_or_default().to_string();
+    for word in words {
+        if out.chars().count() + word.chars().count() > 60 {
+            return out + " …";
+        }
+        out = out + " " + word;
+    }
+    out
+}
+
+/// The largest file that is read as a text, in bytes: far more than any context holds.
+const MAX_FILE: u64 = 16 << 20;
+
+fn read(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
+    if argument.is_empty() {
+        return Err(Error::Usage("/read: expected the name of a file".into()));
+    }
+    let path = path(argument);
+    let failed = || Error::io(&path, "read");
+    let about = std::fs::metadata(&path).map_err(failed())?;
+    if !about.is_file() {
+        return Err(Error::invalid(
+            &path,
+            "the file to attach",
+            "a file of text",
+            "a folder or device",
+        ));
+    }
+    if about.len() > MAX_FILE {
+        let expected = format!("at most {MAX_FILE} bytes");
+        return Err(Error::invalid(&path, "its length", expected, about.len()));
+    }
+    let bytes = std::fs::read(&path).map_err(failed())?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        let found = format!("byte {:#04x} at offset {at}", e.as_bytes()[at]);
+        Error::invalid(&path, "the text", "valid UTF-8", found)
+    })?;
+    let (tokens, limit) = (
+        talk.repl.tokenizer.encode(&text).len(),
+        talk.repl.session.limit(),
+    );
+    if tokens >= limit {
+        return Err(Error::ContextFull {
+            limit,
+            want: tokens,
+        });
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // A fence that no fence in the text can close.
+    let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat(longest.max(2) + 1);
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    talk.attached += &format!("{name}:\n{fence}\n{text}{end}{fence}\n\n");
+    note(format!(
+        "attached {name}: {tokens} tokens, to go with your next message"
+    ));
+    Ok(())
+}
+
+/// A file as people name it: with `~`, in quotes, or with the backslashes that completion puts in.
+fn path(text: &str) -> PathBuf {
+    let quoted = |q| text.strip_prefix(q)?.strip_suffix(q);
+    let text = quoted('"').or(quoted('\'')).unwrap_or(text);
+    if let Some(rest) = text.strip_prefix("~/")
+        && let Some(home) = std::env::var_os("HOME")
+    {
+        return path(&Path::new(&home).join(rest).to_string_lossy());
+    }
+    match Path::new(text).exists() {
+        true => text.into(),
+        false => PathBuf::from(&*rustyline::completion::unescape(text, Some('\\'))),
+    }
+}
+
+fn copy(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    let Some(text) = talk.conversation.last_answer() else {
+        return nothing("to copy");
+    };
+    if !std::io::stdout().is_terminal() {
+        return Err(Error::Usage("/copy: there is no terminal".into()));
+    }
+    // Operating system command 52: the terminal, also a distant one, keeps the text.
+    put(&format!("\x1b]52;c;{}\x07", base64(text.as_bytes())))?;
+    note(format!(
+        "gave {} characters to the terminal's clipboard",
+        text.chars().count()
+    ));
+    Ok(())
+}
+
+/// RFC 4648, section 4.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let group = |three: &[u8]| {
+        let bits = (0..3).fold(0, |bits, i| {
+            bits << 8 | u32::from(*three.get(i).unwrap_or(&0))
+        });
+        let digit = |i: usize| char::from(DIGITS[(bits >> (18 - 6 * i)) as usize % 64]);
+        [0, 1, 2, 3].map(|i| if i <= three.len() { digit(i) } else { '=' })
+    };
+    bytes.chunks(3).flat_map(group).collect()
+}
+
+fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    let (session, c) = (&talk.repl.session, &talk.conversation);
+    let (held, limit) = (session.len(), session.limit());
+    let left_out = match c.left_out() {
+        0 => String::new(),
+        n => format!(" ({n} left out)"),
+    };
+    let kv = session.kv_bytes() as f64 / (1 << 20) as f64;
+    let speed = |what: &str, s: &Stats| {
+        format!(
+            "{what:<16} prompt {} tokens at {:.1} tok/s; answer {} tokens at {:.1} tok/s\n",
+            s.prompt_tokens,
+            s.prompt_rate(),
+            s.answer_tokens,
+            s.answer_rate()
+        )
+    };
+    let turns = match c.len() {
+        1 => "1 turn".to_string(),
+        n => format!("{n} turns"),
+    };
+    show(&format!(
+        "{:<16} {turns}{left_out}; {held} of {limit} tokens of context ({}%); KV cache {kv:.1} MiB\n{}{}",
+        "conversation",
+        100 * held / limit,
+        speed("last answer", &talk.last),
+        speed("all answers", &talk.stats),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_is_the_standards() {
+        // RFC 4648, section 10.
+        for (text, want) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+            ("fooba", "Zm9vYmE="),
+            ("foobar", "Zm9vYmFy"),
+        ] {
+            assert_eq!(base64(text.as_bytes()), want);
+        }
+        assert_eq!(base64(&[0xff, 0xfe, 0xfd]), "//79");
+    }
+}
