@@ -186,9 +186,29 @@ impl<'m> Session<'m> {
         self.tokens.is_empty()
     }
 
-    /// Bytes that its KV cache takes.
-    pub fn kv_bytes(&self) -> usize {
-        self.kv.bytes()
+    /// Its KV cache and the tokens in it.
+    pub fn cache(&self) -> (&Kv, &[u32]) {
+        (&self.kv, &self.tokens)
+    }
+
+    /// Forgets everything; `fill` puts into the empty cache what it has, and gives the tokens of that.
+    ///
+    /// # Errors
+    /// Those of `fill`; the session is empty then.
+    pub fn refill(&mut self, fill: impl FnOnce(&mut Kv) -> Result<Vec<u32>>) -> Result<()> {
+        self.tokens.clear();
+        self.kv.truncate(0);
+        match fill(&mut self.kv) {
+            Ok(tokens) => {
+                debug_assert_eq!(tokens.len(), self.kv.len());
+                self.tokens = tokens;
+                Ok(())
+            }
+            Err(e) => {
+                self.kv.truncate(0);
+                Err(e)
+            }
+        }
     }
 
     /// Reads `prompt` (all of the sequence so far, from its first token) and generates what follows.

@@ -33,6 +33,22 @@ impl Plane {
         }
     }
 
+    /// All of it, as it lies in memory.
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Plane::F16(p) => bytemuck::cast_slice(p),
+            Plane::F32(p) => bytemuck::cast_slice(p),
+        }
+    }
+
+    /// All of it, to be overwritten: any bytes are elements.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Plane::F16(p) => bytemuck::cast_slice_mut(p),
+            Plane::F32(p) => bytemuck::cast_slice_mut(p),
+        }
+    }
+
     fn write(&mut self, at: usize, x: &[f32]) {
         match self {
             // The rounding of `from_f32_const` (half to even) does not depend on the CPU.
@@ -141,6 +157,21 @@ impl Kv {
     /// Counts `n` written tokens in.
     pub(super) fn advance(&mut self, n: usize) {
         self.len += n;
+    }
+
+    /// A reserved block of a layer.
+    pub(super) fn block_mut(&mut self, layer: usize, block: usize) -> &mut (Plane, Plane) {
+        &mut self.layers[layer][block]
+    }
+
+    /// Layers, heads of keys and values, elements of a head.
+    pub(super) fn shape(&self) -> [usize; 3] {
+        [self.layers.len(), self.n_kv, self.d_head]
+    }
+
+    /// Bytes of one position's keys (or values) in a head of a plane.
+    pub(super) fn row_bytes(&self) -> usize {
+        Plane::new(self.kind, self.d_head).bytes().len()
     }
 
     /// A layer's blocks, in order of position.

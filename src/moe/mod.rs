@@ -7,6 +7,7 @@ pub mod config;
 pub mod experts;
 pub mod forward;
 pub mod kv;
+pub mod kv_file;
 pub mod linear;
 pub mod router;
 pub mod weights;

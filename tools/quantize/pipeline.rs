@@ -12,15 +12,15 @@
 //! made of, then one for every finished tensor with a checksum of its bytes. `--resume` starts after the last
 //! tensor whose bytes are really there; nothing needs to be flushed on the way.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use octet::disk;
 use octet::error::{Error, Result};
 use octet::pool::Pool;
 use octet::quant::Format;
@@ -484,9 +484,7 @@ struct Sink<'a> {
 }
 
 fn part(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_os_string();
-    name.push(".part");
-    PathBuf::from(name)
+    disk::beside(path, ".part")
 }
 
 impl<'a> Sink<'a> {
@@ -538,7 +536,7 @@ impl<'a> Sink<'a> {
         let path = self.path();
         let (file, _) = self.file.as_mut().expect("opened above");
         file.write_all(bytes).map_err(Error::io(&path, "write"))?;
-        self.sum = checksum(self.sum, bytes);
+        self.sum = disk::checksum(self.sum, bytes);
         Ok(())
     }
 
@@ -562,22 +560,6 @@ impl<'a> Sink<'a> {
             None => Ok(()),
         }
     }
-}
-
-/// Folds bytes into a checksum: enough to tell bytes that reached the disk from those that did not.
-fn checksum(seed: u64, bytes: &[u8]) -> u64 {
-    // An odd number with bits all over it (the fraction of the golden ratio); four lanes hide its latency.
-    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
-    let step = |h: u64, word: u64| (h ^ word).wrapping_mul(MIX).rotate_left(29);
-    let mut lanes = [seed, seed ^ 1, seed ^ 2, seed ^ 3];
-    let (words, rest) = bytes.as_chunks::<32>();
-    for words in words {
-        for (lane, word) in lanes.iter_mut().zip(words.as_chunks::<8>().0) {
-            *lane = step(*lane, u64::from_le_bytes(*word));
-        }
-    }
-    let rest = rest.iter().fold(0, |h, &b| step(h, b.into()));
-    lanes.into_iter().fold(step(rest, bytes.len() as u64), step)
 }
 
 /// The journal of a run.
@@ -634,9 +616,7 @@ impl Journal {
     /// Starts a journal, or continues one.
     fn open(run: &Run<'_>) -> Result<Journal> {
         let first = &run.outputs[0].files[0].path;
-        let mut name = first.as_os_str().to_os_string();
-        name.push(".resume");
-        let path = PathBuf::from(name);
+        let path = disk::beside(first, ".resume");
         let failed = |action| Error::io(&path, action);
         let file = OpenOptions::new()
             .read(true)
@@ -645,16 +625,11 @@ impl Journal {
             .truncate(false)
             .open(&path)
             .map_err(failed("create"))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::Usage(format!(
-                    "{}: another quantize is writing this file",
-                    first.display()
-                )));
-            }
-            // Some network file systems have no locks.
-            Err(TryLockError::Error(_)) => {}
+        if !disk::lock(&file) {
+            return Err(Error::Usage(format!(
+                "{}: another quantize is writing this file",
+                first.display()
+            )));
         }
         let mut journal = Journal {
             path: path.clone(),
@@ -747,7 +722,7 @@ impl Journal {
                 let from = part(&file.path);
                 fs::rename(&from, &file.path).map_err(Error::io(&file.path, "rename to"))?;
             }
-            sync_folder(&output.files[0].path);
+            disk::sync_folder(&output.files[0].path);
         }
         fs::remove_file(&self.path).map_err(Error::io(&self.path, "remove"))
     }
@@ -758,17 +733,6 @@ impl Journal {
             let _ = fs::remove_file(part(&file.path));
         }
         let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Makes a rename last; not every system can, and the file itself is on the disk already.
-fn sync_folder(path: &Path) {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => Cow::Borrowed(folder),
-        _ => Cow::Owned(PathBuf::from(".")),
-    };
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
     }
 }
 
@@ -806,7 +770,7 @@ fn tensor_sum(output: &Output, i: usize, t: &SourceTensor) -> io::Result<u64> {
     for rows in slabs(t) {
         bytes.resize(((rows.end - rows.start) * row) as usize, 0);
         file.read_exact(&mut bytes)?;
-        sum = checksum(sum, &bytes);
+        sum = disk::checksum(sum, &bytes);
     }
     Ok(sum)
 }

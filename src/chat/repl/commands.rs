@@ -4,6 +4,7 @@ use super::editor::{KEYS, edited};
 use super::{Draft, Talk, note, put, show};
 use crate::chat::session::Stats;
 use crate::chat::template::Role;
+use crate::disk;
 use crate::error::{Error, Result};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -210,26 +211,7 @@ fn read(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
         return Err(Error::Usage("/read: expected the name of a file".into()));
     }
     let path = path(argument);
-    let failed = || Error::io(&path, "read");
-    let about = std::fs::metadata(&path).map_err(failed())?;
-    if !about.is_file() {
-        return Err(Error::invalid(
-            &path,
-            "the file to attach",
-            "a file of text",
-            "a folder or device",
-        ));
-    }
-    if about.len() > MAX_FILE {
-        let expected = format!("at most {MAX_FILE} bytes");
-        return Err(Error::invalid(&path, "its length", expected, about.len()));
-    }
-    let bytes = std::fs::read(&path).map_err(failed())?;
-    let text = String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        let found = format!("byte {:#04x} at offset {at}", e.as_bytes()[at]);
-        Error::invalid(&path, "the text", "valid UTF-8", found)
-    })?;
+    let text = disk::utf8(&path, disk::read(&path, MAX_FILE)?)?;
     let (tokens, limit) = (
         talk.repl.tokenizer.encode(&text).len(),
         talk.repl.session.limit(),
@@ -303,7 +285,7 @@ fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
         0 => String::new(),
         n => format!(" ({n} left out)"),
     };
-    let kv = session.kv_bytes() as f64 / (1 << 20) as f64;
+    let kv = session.cache().0.bytes() as f64 / (1 << 20) as f64;
     let speed = |what: &str, s: &Stats| {
         format!(
             "{what:<16} prompt {} tokens at {:.1} tok/s; answer {} tokens at {:.1} tok/s\n",

@@ -1,6 +1,7 @@
 //! Lines from a terminal: keys, completion, texts of several lines, history, and the user's own editor for long ones.
 
 use super::commands::{COMMANDS, Completes};
+use crate::disk;
 use crate::error::{Error, Result};
 use rustyline::completion::{Completer, FilenameCompleter};
 use rustyline::error::ReadlineError;
@@ -154,12 +155,11 @@ pub(super) fn edited(text: &str, calm: &AtomicBool) -> Result<String> {
 
 fn edited_in(file: &Path, text: &str, calm: &AtomicBool) -> Result<String> {
     let failed = |action| Error::io(file, action);
-    let mut options = std::fs::OpenOptions::new();
     // A file or link that somebody put there before is not followed.
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut out = options.open(file).map_err(failed("create"))?;
+    let mut out = disk::private()
+        .create_new(true)
+        .open(file)
+        .map_err(failed("create"))?;
     out.write_all(text.as_bytes()).map_err(failed("write"))?;
     drop(out);
     let program = own_editor();
@@ -177,8 +177,7 @@ fn edited_in(file: &Path, text: &str, calm: &AtomicBool) -> Result<String> {
         ));
     }
     let bytes = std::fs::read(file).map_err(failed("read"))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|e| Error::invalid(file, "the text", "valid UTF-8", e.utf8_error()))?;
+    let text = disk::utf8(file, bytes)?;
     Ok(text.trim_end().to_string())
 }
 
