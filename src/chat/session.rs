@@ -204,6 +204,7 @@ impl<'m> Session<'m> {
             top: Vec::new(),
             stats: Stats::default(),
         };
+        sampler.begin();
         let before = self.scratch.weight_bytes;
         if !self.prefill(prompt, &mut answer.stats, &mut on_event)? {
             answer.finish = Finish::Interrupted;
