@@ -7,5 +7,6 @@ pub mod repl;
 pub mod sampler;
 mod schema;
 pub mod session;
+pub mod stops;
 pub mod template;
 pub mod tokenizer;

@@ -105,6 +105,17 @@ impl Candidates {
         weights
     }
 
+    /// What gives the natural logarithm of a candidate's probability among these; nothing, if there are none.
+    fn log_probability(&self) -> Option<impl Fn(&Candidate) -> f32 + use<>> {
+        let max = self.best()?.logit;
+        let part = move |logit: f32| match logit == max {
+            true => 0.0,
+            false => f64::from(logit - max),
+        };
+        let log_sum = log(self.list.iter().map(|c| exp(part(c.logit))).sum());
+        Some(move |c: &Candidate| (part(c.logit) - log_sum) as f32)
+    }
+
     /// One of them, by its probability; `luck` is evenly from [0, 1). Also says how probable it was.
     pub(super) fn draw(&self, luck: f64) -> Option<(u32, f64)> {
         let probabilities = self.probabilities();
@@ -315,21 +326,18 @@ impl Candidates {
 pub fn logprobs(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     let mut candidates = Candidates::default();
     candidates.fill(logits, |_| true);
-    let Some(best) = candidates.best() else {
+    let Some(log) = candidates.log_probability() else {
         return Vec::new();
     };
-    let part = |logit: f32| {
-        if logit == best.logit {
-            0.0
-        } else {
-            f64::from(logit - best.logit)
-        }
-    };
-    let log_sum = log(candidates.list.iter().map(|c| exp(part(c.logit))).sum());
     candidates.keep_top(k);
-    candidates
-        .list
-        .iter()
-        .map(|c| (c.id, (part(c.logit) - log_sum) as f32))
-        .collect()
+    candidates.list.iter().map(|c| (c.id, log(c))).collect()
+}
+
+/// The natural logarithm of one token's probability, as [`logprobs`] has it; minus infinity for a token without logit.
+pub fn logprob(logits: &[f32], id: u32) -> f32 {
+    let mut candidates = Candidates::default();
+    candidates.fill(logits, |_| true);
+    let log = candidates.log_probability();
+    log.zip(candidates.list.get(id as usize))
+        .map_or(f32::NEG_INFINITY, |(log, c)| log(c))
 }
