@@ -8,5 +8,6 @@ pub mod repl;
 pub mod sampler;
 mod schema;
 pub mod session;
+pub mod stops;
 pub mod template;
 pub mod tokenizer;

@@ -82,7 +82,7 @@ impl Repl<'_> {
         let lines = self.lines.take();
         let mut talk = Talk {
             conversation: Conversation::new(self.system.take()),
-            sampler: Sampler::new(self.sampling.clone()),
+            sampler: Sampler::for_text(self.sampling.clone(), self.tokenizer),
             screen: Screen::new(),
             terminal: lines.is_none(),
             attached: String::new(),
