@@ -122,6 +122,21 @@ impl Candidates {
         weights.iter_mut().for_each(|w| *w /= sum);
         weights
     }
+
+    /// What gives the natural logarithm of a candidate's probability among these; nothing, if there are none.
+    fn log_probability(&self) -> Option<impl Fn(&Candidate) -> f32 + use<>> {
+        let max = self.best()?.logit;
+        let part = move |logit: f32| {
+            if logit == max {
+                0.0
+            } else {
+                f64::from(logit - max)
+            }
+        };
+        let log_sum = self.list.iter().map(|c| part(c.logit).exp()).sum::<f64>();
+        let log_sum = log_sum.ln();
+        Some(move |c: &Candidate| (part(c.logit) - log_sum) as f32)
+    }
 }
 
 /// A logit without NaN and without negative zero.
@@ -314,28 +329,20 @@ impl Sampler {
 pub fn logprobs(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     let mut candidates = Candidates::default();
     candidates.fill(logits);
-    let Some(best) = candidates.best() else {
+    let Some(log) = candidates.log_probability() else {
         return Vec::new();
     };
-    let part = |logit: f32| {
-        if logit == best.logit {
-            0.0
-        } else {
-            f64::from(logit - best.logit)
-        }
-    };
-    let log_sum = candidates
-        .list
-        .iter()
-        .map(|c| part(c.logit).exp())
-        .sum::<f64>()
-        .ln();
     candidates.keep_top(k);
-    candidates
-        .list
-        .iter()
-        .map(|c| (c.id, (part(c.logit) - log_sum) as f32))
-        .collect()
+    candidates.list.iter().map(|c| (c.id, log(c))).collect()
+}
+
+/// The natural logarithm of one token's probability, as [`logprobs`] has it; minus infinity for a token without logit.
+pub fn logprob(logits: &[f32], id: u32) -> f32 {
+    let mut candidates = Candidates::default();
+    candidates.fill(logits);
+    let log = candidates.log_probability();
+    log.zip(candidates.list.get(id as usize))
+        .map_or(f32::NEG_INFINITY, |(log, c)| log(c))
 }
 
 /// xoshiro256++ 1.0 by Blackman and Vigna (2019, <https://prng.di.unimi.it/>), seeded by splitmix64 as they advise.

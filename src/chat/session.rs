@@ -1,6 +1,6 @@
 //! One sequence of tokens and what comes next: prefill, sampling, the end.
 
-use super::sampler::{Sampler, logprobs};
+use super::sampler::{Sampler, logprob, logprobs};
 use crate::error::{Error, Result};
 use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
 use std::ops::ControlFlow;
@@ -61,10 +61,76 @@ pub struct Answer {
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
+    /// The natural log of each token's probability, if the likeliest were asked for.
+    pub logprobs: Vec<f32>,
     /// For each token the likeliest `(id, natural log of probability)`, if asked for.
     pub top: Vec<Vec<(u32, f32)>>,
     /// What the machine did.
     pub stats: Stats,
+}
+
+impl Answer {
+    /// No token yet.
+    pub(super) fn new() -> Answer {
+        Answer {
+            tokens: Vec::new(),
+            finish: Finish::Length,
+            logprobs: Vec::new(),
+            top: Vec::new(),
+            stats: Stats::default(),
+        }
+    }
+
+    /// Whether the answer ends before its next token: by its limit, or because a cache of `ctx` tokens
+    /// cannot take the last of `sequence`.
+    pub(super) fn ended(&self, sequence: usize, limits: &Limits, ctx: usize) -> Option<Finish> {
+        if limits.max_tokens.is_some_and(|n| self.tokens.len() >= n) {
+            Some(Finish::Length)
+        } else if sequence > ctx {
+            Some(Finish::ContextFull)
+        } else {
+            None
+        }
+    }
+
+    /// Chooses the token after `sequence`, whose logits these are, and appends it to both. The token may
+    /// instead be the end.
+    pub(super) fn grow(
+        &mut self,
+        sequence: &mut Vec<u32>,
+        logits: &[f32],
+        sampler: &mut Sampler,
+        limits: &Limits,
+    ) -> Option<Finish> {
+        self.stats.hash.update(logits);
+        let token = sampler.sample(logits, sequence);
+        if limits.stop.contains(&token) {
+            return Some(Finish::Stop);
+        }
+        if limits.logprobs > 0 {
+            self.logprobs.push(logprob(logits, token));
+            self.top.push(logprobs(logits, limits.logprobs));
+        }
+        sequence.push(token);
+        self.tokens.push(token);
+        self.stats.answer_tokens += 1;
+        None
+    }
+}
+
+/// Whether a cache for `ctx` tokens can take a prompt and one token of an answer.
+///
+/// # Errors
+/// [`Error::ContextFull`], or [`Error::Prompt`] for a prompt without tokens.
+pub(super) fn check_prompt(prompt: &[u32], ctx: usize) -> Result<()> {
+    if prompt.is_empty() {
+        Err(Error::prompt("it is empty", "at least one token", "none"))
+    } else if prompt.len() >= ctx {
+        let want = prompt.len() + 1;
+        Err(Error::ContextFull { limit: ctx, want })
+    } else {
+        Ok(())
+    }
 }
 
 /// What the machine did, for the closing line.
@@ -198,12 +264,7 @@ impl<'m> Session<'m> {
         limits: &Limits,
         mut on_event: impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Answer> {
-        let mut answer = Answer {
-            tokens: Vec::new(),
-            finish: Finish::Length,
-            top: Vec::new(),
-            stats: Stats::default(),
-        };
+        let mut answer = Answer::new();
         let before = self.scratch.weight_bytes;
         if !self.prefill(prompt, &mut answer.stats, &mut on_event)? {
             answer.finish = Finish::Interrupted;
@@ -211,39 +272,28 @@ impl<'m> Session<'m> {
             return Ok(answer);
         }
         let before_steps = self.scratch.weight_bytes;
-        let mut history = prompt.to_vec();
-        let most = limits.max_tokens.unwrap_or(usize::MAX);
-        while answer.tokens.len() < most {
-            let started = Instant::now();
-            if let Some(&last) = answer.tokens.last() {
-                if self.kv.len() >= self.kv.limit() {
-                    answer.finish = Finish::ContextFull;
-                    break;
-                }
-                self.forward(&[last], Want::Last)?;
+        let mut sequence = prompt.to_vec();
+        answer.finish = loop {
+            if let Some(finish) = answer.ended(sequence.len(), limits, self.limit()) {
+                break finish;
             }
-            let logits = self.scratch.logits();
-            answer.stats.hash.update(logits);
-            let token = sampler.sample(logits, &history);
-            if !answer.tokens.is_empty() {
+            let started = Instant::now();
+            let step = self.tokens.len() < sequence.len();
+            if step {
+                self.forward(&sequence[self.tokens.len()..], Want::Last)?;
+            }
+            let finish = answer.grow(&mut sequence, self.scratch.logits(), sampler, limits);
+            if step {
                 answer.stats.steps += 1;
                 answer.stats.step_time += started.elapsed();
             }
-            if limits.stop.contains(&token) {
-                answer.finish = Finish::Stop;
-                break;
+            if let Some(finish) = finish {
+                break finish;
             }
-            if limits.logprobs > 0 {
-                answer.top.push(logprobs(logits, limits.logprobs));
+            if on_event(Event::Token(sequence[sequence.len() - 1])).is_break() {
+                break Finish::Interrupted;
             }
-            history.push(token);
-            answer.tokens.push(token);
-            if on_event(Event::Token(token)).is_break() {
-                answer.finish = Finish::Interrupted;
-                break;
-            }
-        }
-        answer.stats.answer_tokens = answer.tokens.len();
+        };
         answer.stats.step_bytes = self.scratch.weight_bytes - before_steps;
         answer.stats.weight_bytes = self.scratch.weight_bytes - before;
         Ok(answer)
@@ -256,15 +306,7 @@ impl<'m> Session<'m> {
         stats: &mut Stats,
         on_event: &mut impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<bool> {
-        if prompt.is_empty() {
-            return Err(Error::prompt("it is empty", "at least one token", "none"));
-        }
-        if prompt.len() >= self.limit() {
-            return Err(Error::ContextFull {
-                limit: self.limit(),
-                want: prompt.len() + 1,
-            });
-        }
+        check_prompt(prompt, self.limit())?;
         // What the cache holds already is not computed again, but the last token is: it gives the logits.
         let same = self
             .tokens
