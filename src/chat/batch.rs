@@ -165,11 +165,12 @@ impl<'m> Batch<'m> {
         &mut self,
         id: u64,
         prompt: Vec<u32>,
-        sampler: Sampler,
+        mut sampler: Sampler,
         limits: Limits,
     ) -> Result<()> {
         check_prompt(&prompt, self.room.ctx)?;
         self.model.check_tokens(&prompt)?;
+        sampler.begin();
         let answer = Answer::new();
         self.waiting.push_back(Sequence {
             id,

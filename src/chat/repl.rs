@@ -95,7 +95,7 @@ impl Repl<'_> {
     pub fn run(self) -> Result<Stats> {
         let mut talk = Talk {
             messages: Vec::new(),
-            sampler: Sampler::new(self.sampling.clone()),
+            sampler: Sampler::for_text(self.sampling.clone(), self.tokenizer),
             stats: Stats::default(),
             repl: self,
         };

@@ -265,6 +265,7 @@ impl<'m> Session<'m> {
         mut on_event: impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Answer> {
         let mut answer = Answer::new();
+        sampler.begin();
         let before = self.scratch.weight_bytes;
         if !self.prefill(prompt, &mut answer.stats, &mut on_event)? {
             answer.finish = Finish::Interrupted;

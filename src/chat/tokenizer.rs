@@ -374,6 +374,15 @@ impl Tokenizer {
         out
     }
 
+    /// The bytes that one id prints inside a text; none for a control piece.
+    pub fn piece_bytes(&self, id: u32) -> Vec<u8> {
+        let mut surface = Surface::new(self, false);
+        surface.at_start = false;
+        let mut out = Vec::new();
+        surface.push(id, &mut out);
+        out
+    }
+
     /// A stream that turns the ids of an answer into text as they come; the answer is a text of its own (its dummy
     /// space is removed).
     pub fn stream(&self) -> Stream<'_> {

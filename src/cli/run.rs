@@ -110,7 +110,8 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     };
-    let mut sampler = Sampler::new(args.sampling.sampler(loaded.model.config.n_vocab)?);
+    let options = args.sampling.sampler(loaded.model.config.n_vocab)?;
+    let mut sampler = Sampler::for_text(options, tokenizer);
     if args.machine.verbose {
         note(format!("seed {}", sampler.seed()));
     }
