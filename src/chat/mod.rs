@@ -1,11 +1,13 @@
 //! From people to tokens and back.
 
+pub mod batch;
 pub mod conversation;
 pub mod gguf_vocab;
 pub mod jinja;
 mod json;
 pub mod repl;
 pub mod sampler;
+pub mod saved;
 mod schema;
 pub mod session;
 pub mod stops;

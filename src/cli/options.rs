@@ -128,6 +128,22 @@ pub fn count(text: &str) -> std::result::Result<u32, String> {
     }
 }
 
+/// `4G`, `500M`: powers of 1000, as llama.cpp has them.
+///
+/// # Errors
+/// If the text is no such size, or 0.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let bad = || "expected a size such as 4G or 500M".to_string();
+    let (digits, unit) = match text.char_indices().last().ok_or_else(bad)? {
+        (at, 'K' | 'k') => (&text[..at], 1_000),
+        (at, 'M' | 'm') => (&text[..at], 1_000_000),
+        (at, 'G' | 'g') => (&text[..at], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let n: u64 = digits.parse().map_err(|_| bad())?;
+    n.checked_mul(unit).filter(|n| *n > 0).ok_or_else(bad)
+}
+
 fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
     match text {
         "f16" => Ok(KvType::F16),
