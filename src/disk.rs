@@ -104,7 +104,12 @@ pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     let about = fs::metadata(path).map_err(Error::io(path, "read"))?;
     if !about.is_file() {
         let expected = "an ordinary file";
-        return Err(Error::invalid(path, "what to read", expected, "a folder or device"));
+        return Err(Error::invalid(
+            path,
+            "what to read",
+            expected,
+            "a folder or device",
+        ));
     }
     if about.len() > most {
         let expected = format!("at most {most} bytes");

@@ -14,7 +14,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("chat", &["error", "disk", "gguf", "moe"]),
     (
         "cli",
-        &["error", "disk", "pool", "quant", "simd", "gguf", "moe", "chat"],
+        &[
+            "error", "disk", "pool", "quant", "simd", "gguf", "moe", "chat",
+        ],
     ),
 ];
 

@@ -46,6 +46,12 @@ impl Conversation {
         self.turns().filter(|&i| i < self.from).count()
     }
 
+    /// Leaves out the messages before `from`, if a turn begins there.
+    pub fn leave_out(&mut self, from: usize) {
+        let there = self.turns().any(|i| i == from);
+        self.from = if there { from } else { 0 };
+    }
+
     /// The model's last text.
     pub fn last_answer(&self) -> Option<&str> {
         let answers = |m: &&Message| m.role == Role::Assistant && !m.content.is_empty();

@@ -10,6 +10,7 @@ mod markdown;
 
 use super::conversation::Conversation;
 use super::sampler::{Sampler, SamplerOptions};
+use super::saved::{ModelId, Saved, Shelf};
 use super::session::{Event, Finish, Limits, Session, Stats};
 use super::template::{Message, Role, Template};
 use super::tokenizer::{Tokenizer, for_terminal};
@@ -19,7 +20,7 @@ use editor::{Line, Terminal, unquoted};
 use markdown::Markdown;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a conversation needs.
@@ -44,12 +45,20 @@ pub struct Repl<'a> {
     pub progress: Box<dyn FnMut(usize, usize) + 'a>,
     /// Set by Ctrl-C while an answer is written.
     pub interrupted: &'a AtomicBool,
+    /// The session to go on with, and to save to.
+    pub saved: Option<PathBuf>,
+    /// Where sessions that have names lie, if there is such a place.
+    pub shelf: Option<Shelf>,
+    /// What tells the model from others; asked only when a session is opened.
+    pub model: Box<dyn Fn() -> ModelId + 'a>,
 }
 
 /// The running conversation.
 struct Talk<'a> {
     repl: Repl<'a>,
     conversation: Conversation,
+    /// Where it is saved after each turn.
+    saved: Option<Saved>,
     sampler: Sampler,
     screen: Screen,
     /// Whether a person types the lines.
@@ -82,6 +91,7 @@ impl Repl<'_> {
         let lines = self.lines.take();
         let mut talk = Talk {
             conversation: Conversation::new(self.system.take()),
+            saved: None,
             sampler: Sampler::for_text(self.sampling.clone(), self.tokenizer),
             screen: Screen::new(),
             terminal: lines.is_none(),
@@ -92,6 +102,9 @@ impl Repl<'_> {
             done: false,
             repl: self,
         };
+        if let Some(path) = talk.repl.saved.take() {
+            talk.open(&path)?;
+        }
         match lines {
             Some(lines) => talk.talk_over_lines(lines)?,
             None => talk.talk_at_terminal()?,
@@ -102,7 +115,8 @@ impl Repl<'_> {
 
 impl Talk<'_> {
     fn talk_at_terminal(&mut self) -> Result<()> {
-        let mut terminal = Terminal::new(self.repl.history.take())?;
+        let history = self.repl.history.take();
+        let mut terminal = Terminal::new(history, self.repl.shelf.clone())?;
         while !self.done {
             let draft = self.draft.take();
             let text = draft.as_ref().map_or("", |draft| &draft.text);
@@ -190,10 +204,64 @@ impl Talk<'_> {
     /// no place for an empty answer.
     fn answer(&mut self, before: Conversation) -> Result<()> {
         let answered = self.go_on();
-        if !matches!(answered, Ok(true)) {
-            self.conversation = before;
+        match answered {
+            Ok(true) => self.save(),
+            _ => self.conversation = before,
         }
         answered.map(drop)
+    }
+
+    /// Saves the conversation if it has a place. That it cannot be saved does not end it.
+    fn save(&mut self) {
+        if let Some(saved) = &mut self.saved
+            && let Err(e) = saved.save(&self.conversation, &self.repl.session)
+        {
+            note(format!("octet: the conversation is not saved: {e}"));
+        }
+    }
+
+    /// Goes on with the session at `path`, which may be new. If it cannot be opened, nothing has changed.
+    fn open(&mut self, path: &Path) -> Result<()> {
+        let model = (self.repl.model)();
+        let (saved, resumed) = Saved::open(path, &mut self.repl.session, &model)?;
+        for note in &resumed.notes {
+            self::note(format!("octet: {note}"));
+        }
+        self.saved = Some(saved);
+        self.attached.clear();
+        if !resumed.found {
+            return Ok(());
+        }
+        // A system text that was just given counts; else the one that was saved.
+        let given = self
+            .conversation
+            .system
+            .take()
+            .filter(|_| self.conversation.is_empty());
+        self.conversation = resumed.conversation;
+        self.conversation.system = given.or(self.conversation.system.take());
+        note(format!(
+            "octet: {} in {}; {} tokens are in the KV cache",
+            turns(self.conversation.len()),
+            path.display(),
+            self.repl.session.len(),
+        ));
+        self.recall()
+    }
+
+    /// Shows a person how the conversation ended the last time.
+    fn recall(&mut self) -> Result<()> {
+        if !self.terminal {
+            return Ok(());
+        }
+        if let Some(question) = self.conversation.last_question() {
+            show(&format!("> {question}\n"))?;
+        }
+        if let Some(answer) = self.conversation.last_answer() {
+            self.screen.say(answer)?;
+            self.screen.end("")?;
+        }
+        Ok(())
     }
 
     /// The model's next message; `false`: it says nothing.
@@ -283,6 +351,13 @@ impl Talk<'_> {
         note(format!(
             "{start}octet: the context of {limit} tokens is full: {turns} left out from here on"
         ));
+    }
+}
+
+fn turns(n: usize) -> String {
+    match n {
+        1 => "1 turn".to_string(),
+        n => format!("{n} turns"),
     }
 }
 

@@ -44,6 +44,8 @@ pub struct Saved {
 pub struct Resumed {
     /// What was said.
     pub conversation: Conversation,
+    /// Whether there was a session; if not, it is new.
+    pub found: bool,
     /// What could not be used, for the user.
     pub notes: Vec<String>,
 }
@@ -59,7 +61,11 @@ impl Saved {
     ///
     /// # Errors
     /// If the files cannot be opened, are no session's, or another process uses them; `session` is as before.
-    pub fn open(path: &Path, session: &mut Session<'_>, model: &ModelId) -> Result<(Saved, Resumed)> {
+    pub fn open(
+        path: &Path,
+        session: &mut Session<'_>,
+        model: &ModelId,
+    ) -> Result<(Saved, Resumed)> {
         // Before anything is made or locked: is it a session at all?
         read(path)?;
         let mut kv = KvFile::open(&kv_path(path), session.cache().0, &model.hash)?;
@@ -78,19 +84,43 @@ impl Saved {
             resumed.notes.push(note);
         }
         if let Some(text) = text {
+            resumed.found = true;
             if let Some(damage) = text.damage {
                 let copy = keep_copy(path)?;
-                let note = format!("{}: {damage}; the file is kept as {}", path.display(), copy.display());
+                let note = format!(
+                    "{}: {damage}; the file is kept as {}",
+                    path.display(),
+                    copy.display()
+                );
                 resumed.notes.push(note);
             } else if text.model != hex(&model.hash) {
-                let note = format!("{}: it was made with another model, {}", path.display(), text.model_name);
+                let note = format!(
+                    "{}: it was made with another model, {}",
+                    path.display(),
+                    text.model_name
+                );
                 resumed.notes.push(note);
             }
             resumed.conversation = text.conversation;
         }
-        let path = path.to_path_buf();
-        let model = model.clone();
-        Ok((Saved { path, kv, model }, resumed))
+        let saved = Saved {
+            path: path.to_path_buf(),
+            kv,
+            model: model.clone(),
+        };
+        Ok((saved, resumed))
+    }
+
+    /// A new session at `path`, where none is.
+    ///
+    /// # Errors
+    /// As [`Saved::open`].
+    pub fn create(path: &Path, session: &Session<'_>, model: &ModelId) -> Result<Saved> {
+        Ok(Saved {
+            path: path.to_path_buf(),
+            kv: KvFile::open(&kv_path(path), session.cache().0, &model.hash)?,
+            model: model.clone(),
+        })
     }
 
     /// The file.
@@ -119,7 +149,10 @@ fn write(conversation: &Conversation, model: &ModelId) -> Vec<u8> {
         "left_out": conversation.from,
     });
     let mut text = format!("{head}\n");
-    let system = conversation.system.iter().map(|s| Message::new(Role::System, s));
+    let system = conversation
+        .system
+        .iter()
+        .map(|s| Message::new(Role::System, s));
     for message in system.chain(conversation.messages.iter().cloned()) {
         text += &format!("{}\n", message.to_json());
     }
@@ -147,7 +180,12 @@ fn read(path: &Path) -> Result<Option<Text>> {
     let (start, last) = (bytes.starts_with(START.as_bytes()), last_line(&bytes));
     // A damaged line at either end does not make it a foreign file.
     if !start && !last.starts_with(END.as_bytes()) {
-        return Err(Error::invalid(path, "the file", "a session of octet's", "something else"));
+        return Err(Error::invalid(
+            path,
+            "the file",
+            "a session of octet's",
+            "something else",
+        ));
     }
     let body = &bytes[..bytes.len() - last.len()];
     let end: Value = serde_json::from_slice(last).unwrap_or_default();
@@ -190,7 +228,10 @@ fn read(path: &Path) -> Result<Option<Text>> {
 /// The last line with its end.
 fn last_line(bytes: &[u8]) -> &[u8] {
     let text = bytes.strip_suffix(b"\n").unwrap_or(bytes);
-    let start = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+    let start = text
+        .iter()
+        .rposition(|b| *b == b'\n')
+        .map_or(0, |at| at + 1);
     &bytes[start..]
 }
 
@@ -238,7 +279,9 @@ impl Shelf {
             return Ok(name.into());
         }
         if name.is_empty() || name.starts_with(['.', '-']) || name.contains(char::is_control) {
-            return Err(Error::Usage(format!("{name:?}: expected a name for the session")));
+            return Err(Error::Usage(format!(
+                "{name:?}: expected a name for the session"
+            )));
         }
         Ok(self.0.join(format!("{name}.{EXTENSION}")))
     }
@@ -246,7 +289,10 @@ impl Shelf {
     /// The name of the session at `path`; the path itself if it is not on the shelf.
     pub fn name(&self, path: &Path) -> String {
         let named = path.extension().is_some_and(|e| e == EXTENSION);
-        match path.file_stem().filter(|_| named && path.parent() == Some(&self.0)) {
+        match path
+            .file_stem()
+            .filter(|_| named && path.parent() == Some(&self.0))
+        {
             Some(stem) => stem.to_string_lossy().into_owned(),
             None => path.display().to_string(),
         }

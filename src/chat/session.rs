@@ -252,6 +252,11 @@ impl<'m> Session<'m> {
         self.tokens.is_empty()
     }
 
+    /// Tokens of the model's vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        self.model.config.n_vocab
+    }
+
     /// Its KV cache and the tokens in it.
     pub fn cache(&self) -> (&Kv, &[u32]) {
         (&self.kv, &self.tokens)

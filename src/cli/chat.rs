@@ -5,9 +5,11 @@ use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line, state_folder};
 use crate::chat::repl::Repl;
 use crate::chat::repl::show;
+use crate::chat::saved::{ModelId, Shelf};
 use crate::chat::session::Session;
 use crate::error::{Error, Result};
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Talk with a model. Without a terminal it answers standard input line by line.
@@ -19,6 +21,9 @@ pub struct Args {
     /// Most tokens of an answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
     pub predict: Option<u32>,
+    /// Go on with the conversation in this file, and save it there after each answer
+    #[arg(long, value_name = "FILE")]
+    pub session: Option<PathBuf>,
     /// Do not keep the lines that are typed
     #[arg(long)]
     pub no_history: bool,
@@ -103,6 +108,12 @@ pub fn run(args: &Args) -> Result<()> {
         },
         progress: Box::new(move |done, total| progress.set(done, total)),
         interrupted,
+        saved: args.session.clone(),
+        shelf: state_folder().map(|dir| Shelf(dir.join("sessions"))),
+        model: Box::new(|| ModelId {
+            name: file_name(&loaded.path),
+            hash: loaded.file.identity(),
+        }),
     };
     let stats = repl.run()?;
     if stats.prompt_tokens > 0 {
@@ -122,11 +133,7 @@ fn greet(loaded: &Loaded) -> Result<()> {
     show(&format!(
         "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads\n",
         env!("CARGO_PKG_VERSION"),
-        loaded
-            .path
-            .file_name()
-            .unwrap_or(loaded.path.as_os_str())
-            .to_string_lossy(),
+        file_name(&loaded.path),
         c.n_layer,
         loaded.ctx,
         machine.kernels.tier().name(),
@@ -139,4 +146,10 @@ fn greet(loaded: &Loaded) -> Result<()> {
         )?;
     }
     show("/help lists commands, Ctrl-D leaves.\n")
+}
+
+/// A file's name without its folder.
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
 }

@@ -20,6 +20,8 @@ const DEMO: &str = "demo-Q4_K_M.gguf";
 pub struct Loaded {
     /// The file, for messages.
     pub path: PathBuf,
+    /// What the file says.
+    pub file: Gguf,
     /// Whether it is the demo model because nobody named another.
     pub demo: bool,
     /// The model.
@@ -109,6 +111,7 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     }
     Ok(Loaded {
         path,
+        file,
         demo,
         model: model_opened,
         tokenizer,

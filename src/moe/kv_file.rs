@@ -161,7 +161,8 @@ impl KvFile {
     /// If the file cannot be written.
     pub fn save(&mut self, kv: &Kv, tokens: &[u32]) -> Result<()> {
         debug_assert_eq!(kv.len(), tokens.len());
-        self.write(kv, tokens).map_err(Error::io(&self.path, "write"))
+        self.write(kv, tokens)
+            .map_err(Error::io(&self.path, "write"))
     }
 
     fn write(&mut self, kv: &Kv, tokens: &[u32]) -> io::Result<()> {
@@ -181,7 +182,7 @@ impl KvFile {
             bytes.extend([0; 8]);
             bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
             for layer in 0..self.planes[0] {
-                let (keys, values) = &kv.blocks(layer)[blocks.len()];
+                let (keys, values) = &*kv.blocks(layer)[blocks.len()];
                 for plane in [keys, values] {
                     for head in plane.bytes().chunks_exact(KV_BLOCK * self.row) {
                         bytes.extend_from_slice(&head[..ids.len() * self.row]);

@@ -1,13 +1,16 @@
 //! The commands of a conversation: lines that begin with `/`.
 
 use super::editor::{KEYS, edited};
-use super::{Draft, Talk, note, put, show};
+use super::{Draft, Talk, note, put, show, turns};
+use crate::chat::sampler::{Sampler, SamplerOptions, settings};
+use crate::chat::saved::{Saved, Shelf};
 use crate::chat::session::Stats;
 use crate::chat::template::Role;
 use crate::disk;
 use crate::error::{Error, Result};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// A command.
 pub(super) struct Command {
@@ -23,6 +26,8 @@ pub(super) struct Command {
 pub(super) enum Completes {
     Nothing,
     Files,
+    Sessions,
+    Settings,
 }
 
 /// One row per command; the table also writes `/help` and completes names.
@@ -84,6 +89,41 @@ pub(super) const COMMANDS: &[Command] = &[
         run: copy,
     },
     Command {
+        name: "/save",
+        argument: "[NAME]",
+        help: "keep the conversation from now on, after each answer",
+        completes: Completes::Sessions,
+        run: save,
+    },
+    Command {
+        name: "/load",
+        argument: "NAME",
+        help: "go on with a conversation that was kept",
+        completes: Completes::Sessions,
+        run: load,
+    },
+    Command {
+        name: "/fork",
+        argument: "[NAME]",
+        help: "go on in a copy; the original stays as it is",
+        completes: Completes::Nothing,
+        run: fork,
+    },
+    Command {
+        name: "/sessions",
+        argument: "",
+        help: "list the conversations that were kept",
+        completes: Completes::Nothing,
+        run: sessions,
+    },
+    Command {
+        name: "/set",
+        argument: "[NAME [VALUE]]",
+        help: "show or change how tokens are chosen",
+        completes: Completes::Settings,
+        run: set,
+    },
+    Command {
         name: "/stats",
         argument: "",
         help: "what the conversation takes, and how fast it was",
@@ -122,6 +162,10 @@ fn system(talk: &mut Talk<'_>, text: &str) -> Result<()> {
 }
 
 fn clear(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    if let Some(saved) = talk.saved.take() {
+        let name = name(talk, saved.path());
+        note(format!("{name} stays as it is; /save keeps what comes now"));
+    }
     talk.conversation.messages.clear();
     talk.conversation.from = 0;
     talk.attached.clear();
@@ -143,6 +187,7 @@ fn undo(talk: &mut Talk<'_>, _: &str) -> Result<()> {
     match talk.conversation.take_back() {
         Some(turn) => {
             note(format!("took back: {}", brief(&turn[0].content)));
+            talk.save();
             Ok(())
         }
         None => nothing("to take back"),
@@ -278,6 +323,185 @@ fn base64(bytes: &[u8]) -> String {
     bytes.chunks(3).flat_map(group).collect()
 }
 
+/// The shelf of sessions, where the system has a place for one.
+fn shelf<'a>(talk: &'a Talk<'_>) -> Result<&'a Shelf> {
+    talk.repl.shelf.as_ref().ok_or_else(|| {
+        Error::Usage(
+            "there is no folder for sessions: neither XDG_STATE_HOME nor HOME is set".into(),
+        )
+    })
+}
+
+/// What a session is called.
+fn name(talk: &Talk<'_>, path: &Path) -> String {
+    match &talk.repl.shelf {
+        Some(shelf) => shelf.name(path),
+        None => path.display().to_string(),
+    }
+}
+
+/// Saves the conversation at `path` from now on, where nothing may be yet.
+fn save_to(talk: &mut Talk<'_>, path: &Path) -> Result<()> {
+    if path.exists() {
+        let name = name(talk, path);
+        return Err(Error::Usage(format!(
+            "there is a session {name} already; choose another name, or /load it"
+        )));
+    }
+    if let Some(folder) = path.parent().filter(|folder| *folder != Path::new("")) {
+        disk::private_folder(folder)?;
+    }
+    let model = (talk.repl.model)();
+    let mut saved = Saved::create(path, &talk.repl.session, &model)?;
+    saved.save(&talk.conversation, &talk.repl.session)?;
+    note(format!(
+        "saved to {}, and again after each answer",
+        path.display()
+    ));
+    talk.saved = Some(saved);
+    Ok(())
+}
+
+fn save(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
+    let path = match &talk.saved {
+        Some(saved) if argument.is_empty() || shelf(talk)?.path(argument)? == saved.path() => {
+            note(format!("it is kept in {}", saved.path().display()));
+            talk.save();
+            return Ok(());
+        }
+        Some(saved) => {
+            let name = name(talk, saved.path());
+            return Err(Error::Usage(format!(
+                "the conversation is kept in {name} already; /fork {argument} goes on in a copy"
+            )));
+        }
+        None => shelf(talk)?.path(argument)?,
+    };
+    save_to(talk, &path)
+}
+
+fn fork(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
+    let Some(saved) = &talk.saved else {
+        return Err(Error::Usage(
+            "a fork needs an original that stays; /save NAME makes one".into(),
+        ));
+    };
+    let path = match argument {
+        "" => {
+            let original = saved.path().with_extension("");
+            let end = saved
+                .path()
+                .extension()
+                .unwrap_or_default()
+                .to_string_lossy();
+            let end = if end.is_empty() {
+                String::new()
+            } else {
+                format!(".{end}")
+            };
+            (2..)
+                .map(|i| disk::beside(&original, &format!("-{i}{end}")))
+                .find(|path| !path.exists())
+                .expect("some number is free")
+        }
+        name => shelf(talk)?.path(name)?,
+    };
+    save_to(talk, &path)
+}
+
+fn load(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
+    let path = shelf(talk)?.path(argument)?;
+    if talk
+        .saved
+        .as_ref()
+        .is_some_and(|saved| saved.path() == path)
+    {
+        note("it is this one");
+        return Ok(());
+    }
+    if talk.saved.is_none() && !talk.conversation.is_empty() {
+        return Err(Error::Usage(
+            "this conversation is not saved; /save NAME keeps it, /clear drops it".into(),
+        ));
+    }
+    if !path.exists() {
+        let hint = "/sessions lists what there is";
+        return Err(Error::missing(&path, "the session", hint));
+    }
+    talk.open(&path)
+}
+
+fn sessions(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    let shelf = shelf(talk)?;
+    let current = talk.saved.as_ref().map(|saved| saved.path().to_path_buf());
+    let mut rows = String::new();
+    for entry in shelf.entries() {
+        let here = current == shelf.path(&entry.name).ok();
+        let (what, first) = match &entry.content {
+            Some((n, first)) => (turns(*n), brief(first)),
+            None => ("?".to_string(), "it cannot be read".to_string()),
+        };
+        rows += &format!(
+            "{} {:<16} {what:>9} {:>9} {:>8}  {first}\n",
+            if here { '*' } else { ' ' },
+            entry.name,
+            bytes(entry.bytes),
+            ago(entry.saved),
+        );
+    }
+    if rows.is_empty() {
+        note(format!("there are no sessions in {}", shelf.0.display()));
+    }
+    show(&rows)
+}
+
+/// How long ago something was, in the largest unit that fits.
+fn ago(then: SystemTime) -> String {
+    let seconds = then.elapsed().unwrap_or_default().as_secs();
+    let units = [("d", 86_400), ("h", 3600), ("min", 60)];
+    match units.iter().find(|(_, unit)| seconds >= *unit) {
+        Some((name, unit)) => format!("{} {name}", seconds / unit),
+        None => "now".to_string(),
+    }
+}
+
+fn bytes(n: u64) -> String {
+    let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.iter().find(|(_, unit)| n >= *unit) {
+        Some((name, unit)) => format!("{:.1} {name}", n as f64 / *unit as f64),
+        None => format!("{n} B"),
+    }
+}
+
+fn set(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
+    let (name, value) = argument
+        .split_once(char::is_whitespace)
+        .unwrap_or((argument, ""));
+    let mut options = talk.sampler.options().clone();
+    if !value.trim().is_empty() {
+        options.set(name, value.trim())?;
+        options.check(talk.repl.session.n_vocab())?;
+        talk.sampler = Sampler::for_text(options.clone(), talk.repl.tokenizer);
+    } else if !name.is_empty() && !settings().any(|setting| setting.is_called(name)) {
+        return Err(Error::Usage(format!(
+            "{name}: no such setting; /set lists them"
+        )));
+    }
+    let usual = SamplerOptions::default();
+    let mut rows = String::new();
+    for setting in settings().filter(|s| name.is_empty() || s.is_called(name)) {
+        let value = setting.get(&options);
+        // What is not as usual is marked.
+        let mark = if value == setting.get(&usual) {
+            ' '
+        } else {
+            '*'
+        };
+        rows += &format!("{mark} {:<20} {value:<9} {}\n", setting.name, setting.help);
+    }
+    show(&rows)
+}
+
 fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
     let (session, c) = (&talk.repl.session, &talk.conversation);
     let (held, limit) = (session.len(), session.limit());
@@ -285,7 +509,6 @@ fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
         0 => String::new(),
         n => format!(" ({n} left out)"),
     };
-    let kv = session.cache().0.bytes() as f64 / (1 << 20) as f64;
     let speed = |what: &str, s: &Stats| {
         format!(
             "{what:<16} prompt {} tokens at {:.1} tok/s; answer {} tokens at {:.1} tok/s\n",
@@ -295,14 +518,12 @@ fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
             s.answer_rate()
         )
     };
-    let turns = match c.len() {
-        1 => "1 turn".to_string(),
-        n => format!("{n} turns"),
-    };
     show(&format!(
-        "{:<16} {turns}{left_out}; {held} of {limit} tokens of context ({}%); KV cache {kv:.1} MiB\n{}{}",
+        "{:<16} {}{left_out}; {held} of {limit} tokens of context ({}%); KV cache {}\n{}{}",
         "conversation",
+        turns(c.len()),
         100 * held / limit,
+        bytes(session.cache().0.bytes() as u64),
         speed("last answer", &talk.last),
         speed("all answers", &talk.stats),
     ))

@@ -1,6 +1,8 @@
 //! Lines from a terminal: keys, completion, texts of several lines, history, and the user's own editor for long ones.
 
 use super::commands::{COMMANDS, Completes};
+use crate::chat::sampler::settings;
+use crate::chat::saved::Shelf;
 use crate::disk;
 use crate::error::{Error, Result};
 use rustyline::completion::{Completer, FilenameCompleter};
@@ -29,7 +31,7 @@ pub(super) const KEYS: &[(&str, &str)] = &[
     ("Alt-Enter", "a new line within a text (so does Ctrl-J)"),
     ("\"\"\"", "begins and ends a text of several lines"),
     ("Ctrl-X Ctrl-E", "writes on in $VISUAL or $EDITOR"),
-    ("Tab", "completes commands and files"),
+    ("Tab", "completes commands, files, sessions and options"),
 ];
 
 /// What a person did at a prompt.
@@ -52,8 +54,8 @@ pub(super) struct Terminal {
 }
 
 impl Terminal {
-    /// Takes the terminal over.
-    pub(super) fn new(history: Option<PathBuf>) -> Result<Terminal> {
+    /// Takes the terminal over. `shelf`: the sessions whose names are completed.
+    pub(super) fn new(history: Option<PathBuf>, shelf: Option<Shelf>) -> Result<Terminal> {
         let config = Config::builder()
             .max_history_size(HISTORY)
             .map_err(failed)?
@@ -62,6 +64,7 @@ impl Terminal {
         let wanted = Arc::new(AtomicBool::new(false));
         editor.set_helper(Some(Assistant {
             files: FilenameCompleter::new(),
+            shelf,
             wanted: Arc::clone(&wanted),
         }));
         for key in [
@@ -236,6 +239,7 @@ pub(super) fn unquoted(line: &str) -> String {
 #[derive(Helper, Highlighter, Hinter)]
 struct Assistant {
     files: FilenameCompleter,
+    shelf: Option<Shelf>,
     wanted: Arc<AtomicBool>,
 }
 
@@ -259,7 +263,7 @@ impl Completer for Assistant {
         let Some((name, _)) = typed.split_once(' ') else {
             return matching(0, COMMANDS.iter().map(|c| c.name.to_string()).collect());
         };
-        let _start = name.len() + 1;
+        let start = name.len() + 1;
         let command = COMMANDS.iter().find(|c| c.name == name);
         match command.map_or(Completes::Nothing, |c| c.completes) {
             Completes::Nothing => Ok((pos, Vec::new())),
@@ -267,6 +271,13 @@ impl Completer for Assistant {
                 let (start, found) = self.files.complete_path(line, pos)?;
                 let names = found.into_iter().map(|pair| pair.replacement);
                 Ok((start, names.collect()))
+            }
+            Completes::Sessions => {
+                let names = self.shelf.as_ref().map(Shelf::names);
+                matching(start, names.unwrap_or_default())
+            }
+            Completes::Settings => {
+                matching(start, settings().map(|s| s.name.to_string()).collect())
             }
         }
     }
