@@ -1,17 +1,117 @@
-//! Files that must survive a crash: whole or not at all, and for their owner's eyes where they are private.
+//! Files that survive a crash: they appear whole or not at all, written under another name, flushed to the disk, then
+//! renamed. And files for their owner's eyes alone.
 
 use crate::error::{Error, Result};
-use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write;
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+
+/// A file that is being written as `NAME.part`. It gets its name in [`WholeFile::finish`]; until then a
+/// file of that name stays as it is. Dropped before, it leaves nothing.
+pub struct WholeFile {
+    path: PathBuf,
+    /// `None` once the file has its name.
+    out: Option<BufWriter<File>>,
+}
+
+impl WholeFile {
+    /// Begins the file.
+    ///
+    /// # Errors
+    /// If it cannot be created.
+    pub fn create(path: impl AsRef<Path>) -> Result<WholeFile> {
+        let path = path.as_ref().to_path_buf();
+        if path.is_dir() {
+            let what = "the destination";
+            return Err(Error::invalid(
+                &path,
+                what,
+                "the name of a file",
+                "a folder",
+            ));
+        }
+        let file = File::create(part(&path)).map_err(Error::io(&path, "create"))?;
+        let out = Some(BufWriter::new(file));
+        Ok(WholeFile { path, out })
+    }
+
+    /// Begins a file that only its owner may read. A link at `path` stays one: what it points to is replaced.
+    ///
+    /// # Errors
+    /// If it cannot be created.
+    pub fn create_private(path: &Path) -> Result<WholeFile> {
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        // A part that an interrupted run left may have anybody's permissions.
+        let _ = fs::remove_file(part(&path));
+        let file = private().create_new(true).open(part(&path));
+        let out = Some(BufWriter::new(file.map_err(Error::io(&path, "create"))?));
+        Ok(WholeFile { path, out })
+    }
+
+    /// Flushes it to the disk and gives it its name.
+    ///
+    /// # Errors
+    /// If the system refuses; then nothing is left.
+    pub fn finish(mut self) -> Result<()> {
+        let written = |e| Error::io(&self.path, "write")(e);
+        let out = self.out.as_mut().expect("finish consumes it");
+        out.flush().map_err(written)?;
+        out.get_ref().sync_all().map_err(written)?;
+        rename_part(&self.path)?;
+        self.out = None;
+        sync_folder(&self.path);
+        Ok(())
+    }
+}
+
+impl Write for WholeFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.out.as_mut().expect("not finished").write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.as_mut().expect("not finished").flush()
+    }
+}
+
+impl Drop for WholeFile {
+    fn drop(&mut self) {
+        if self.out.is_some() {
+            let _ = fs::remove_file(part(&self.path));
+        }
+    }
+}
+
+/// The name of a file while it is written: `NAME.part`.
+pub fn part(path: &Path) -> PathBuf {
+    beside(path, ".part")
+}
 
 /// `path` with something behind its name.
 pub fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()
+}
+
+/// Gives `NAME.part` its name. [`sync_folder`] makes that last.
+///
+/// # Errors
+/// If the system refuses.
+pub fn rename_part(path: &Path) -> Result<()> {
+    fs::rename(part(path), path).map_err(Error::io(path, "rename to"))
+}
+
+/// Makes a rename last; not every system can, and the file itself is on the disk already.
+pub fn sync_folder(path: &Path) {
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
 }
 
 /// Options to write a file that only its owner may read, should it be made.
@@ -33,41 +133,6 @@ pub fn private_folder(path: &Path) -> Result<()> {
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.create(path).map_err(Error::io(path, "create"))
-}
-
-/// Puts a private file in place of what is at `path`: written beside it, flushed to the disk, renamed. Whenever the program or the machine
-/// ends, there is the old file or the new one. Only one process may do this to a path at a time ([`lock`]).
-///
-/// # Errors
-/// If the system refuses; what was there is unchanged then.
-pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    // A link stays one: what it points to is replaced.
-    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    let part = beside(&path, ".part");
-    // A part that an interrupted run left may have anybody's permissions.
-    let _ = fs::remove_file(&part);
-    let written = private()
-        .create_new(true)
-        .open(&part)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
-    if let Err(e) = written {
-        let _ = fs::remove_file(&part);
-        return Err(Error::io(&path, "write")(e));
-    }
-    fs::rename(&part, &path).map_err(Error::io(&path, "write"))?;
-    sync_folder(&path);
-    Ok(())
-}
-
-/// Makes the creation or renaming of a file last; not every system can, and the file itself is on the disk already.
-pub fn sync_folder(path: &Path) {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => Cow::Borrowed(folder),
-        _ => Cow::Owned(PathBuf::from(".")),
-    };
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
-    }
 }
 
 /// Takes a file for this process alone, until it is closed. `false`: another has it.
@@ -128,4 +193,26 @@ pub fn utf8(file: &Path, bytes: Vec<u8>) -> Result<String> {
         let found = format!("byte {:#04x} at offset {at}", e.as_bytes()[at]);
         Error::invalid(file, "the text", "valid UTF-8", found)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "old").unwrap();
+        let mut file = WholeFile::create(&path).unwrap();
+        file.write_all(b"new").unwrap();
+        drop(file);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        let mut file = WholeFile::create(&path).unwrap();
+        file.write_all(b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old", "not yet");
+        file.finish().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
 }

@@ -16,6 +16,8 @@
 //! | [`chat`] | from people to tokens and back: tokenizer, prompts, sampler, sessions, REPL | `moe`, `gguf`, `disk`, `error` |
 //! | [`cli`] | one file per command: its arguments and how it talks to the terminal | everything |
 //!
+//! `tools/quantize/` makes the files that all this reads, from Hugging Face folders and other GGUFs.
+//!
 //! # Follow one token
 //!
 //! [`chat::repl`] reads a line; [`chat::template`] makes the turn; [`chat::tokenizer`] makes ids;

@@ -788,7 +788,7 @@ fn a_line_that_is_no_text_is_an_error() {
 // Signals and broken pipes
 
 #[cfg(unix)]
-fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let ok = Command::new("kill")
         .args(["-s", name, &child.id().to_string()])
         .status()
@@ -797,7 +797,7 @@ fn signal(child: &Child, name: &str) {
 }
 
 /// Waits for the end of a process, but not for ever.
-fn wait(child: &mut Child) -> std::process::ExitStatus {
+pub(crate) fn wait(child: &mut Child) -> std::process::ExitStatus {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match child.try_wait().unwrap() {

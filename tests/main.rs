@@ -6,6 +6,7 @@ mod cli;
 mod generation;
 mod gguf;
 mod hostile_model;
+mod imatrix;
 mod layers;
 mod model;
 mod quantize;

@@ -8,10 +8,11 @@
 use super::conversation::Conversation;
 use super::session::Session;
 use super::template::{Message, Role};
-use crate::disk;
+use crate::disk::{self, WholeFile};
 use crate::error::{Error, Result};
 use crate::moe::kv_file::KvFile;
 use serde_json::{Value, json};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// What the first line of a session begins with.
@@ -133,7 +134,10 @@ impl Saved {
     /// # Errors
     /// If a file cannot be written. The text is written first, and is whole in any case.
     pub fn save(&mut self, conversation: &Conversation, session: &Session<'_>) -> Result<()> {
-        disk::replace(&self.path, &write(conversation, &self.model))?;
+        let mut file = WholeFile::create_private(&self.path)?;
+        file.write_all(&write(conversation, &self.model))
+            .map_err(Error::io(&self.path, "write"))?;
+        file.finish()?;
         let (kv, tokens) = session.cache();
         self.kv.save(kv, tokens)
     }

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod chat;
 pub mod detokenize;
+pub mod imatrix;
 pub mod input;
 pub mod inspect;
 pub mod load;
@@ -10,4 +11,5 @@ pub mod options;
 pub mod perplexity;
 pub mod report;
 pub mod run;
+pub mod score;
 pub mod tokenize;

@@ -6,15 +6,19 @@ pub mod attention;
 pub mod config;
 pub mod experts;
 pub mod forward;
+pub mod importance;
 pub mod kv;
 pub mod kv_file;
 pub mod linear;
+pub mod observe;
 pub mod router;
 pub mod weights;
 
 pub use config::Config;
 pub use forward::{Model, Run, Scratch, Want};
+pub use importance::Collector;
 pub use kv::{Kv, KvType};
+pub use observe::{Observer, Site};
 
 use crate::error::Result;
 use crate::pool::Pool;

@@ -16,11 +16,11 @@ use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use octet::disk;
+use octet::disk::{self, part, rename_part, sync_folder};
 use octet::error::{Error, Result};
 use octet::pool::Pool;
 use octet::quant::Format;
@@ -483,10 +483,6 @@ struct Sink<'a> {
     sum: u64,
 }
 
-fn part(path: &Path) -> PathBuf {
-    disk::beside(path, ".part")
-}
-
 impl<'a> Sink<'a> {
     /// Makes the files of an output, or continues them after `done` tensors.
     fn open(output: &'a Output, done: usize) -> Result<Sink<'a>> {
@@ -598,7 +594,8 @@ fn fingerprint(run: &Run<'_>) -> Result<String> {
     if let Some(file) = run.imatrix {
         for (name, entry) in &file.data.entries {
             text(name);
-            hash_bytes(&mut text, bytemuck::cast_slice(&entry.columns));
+            hash_bytes(&mut text, bytemuck::cast_slice(&entry.sums));
+            hash_bytes(&mut text, bytemuck::cast_slice(&entry.counts));
         }
     }
     Ok(hex(&hash.finalize()))
@@ -719,10 +716,9 @@ impl Journal {
         for output in outputs {
             // The first of several last: it is what people open.
             for file in output.files.iter().rev() {
-                let from = part(&file.path);
-                fs::rename(&from, &file.path).map_err(Error::io(&file.path, "rename to"))?;
+                rename_part(&file.path)?;
             }
-            disk::sync_folder(&output.files[0].path);
+            sync_folder(&output.files[0].path);
         }
         fs::remove_file(&self.path).map_err(Error::io(&self.path, "remove"))
     }
