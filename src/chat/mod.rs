@@ -13,3 +13,4 @@ pub mod session;
 pub mod stops;
 pub mod template;
 pub mod tokenizer;
+pub mod tools;

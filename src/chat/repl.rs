@@ -12,16 +12,21 @@ use super::conversation::Conversation;
 use super::sampler::{Sampler, SamplerOptions};
 use super::saved::{ModelId, Saved, Shelf};
 use super::session::{Event, Finish, Limits, Session, Stats};
-use super::template::{Message, Role, Template};
+use super::template::{Message, Role, Template, ToolCall};
 use super::tokenizer::{Tokenizer, for_terminal};
 use crate::error::{Error, Result};
-use commands::COMMANDS;
-use editor::{Line, Terminal, unquoted};
+use commands::{COMMANDS, brief};
+use editor::{Line, Terminal, run_tool, unquoted};
 use markdown::Markdown;
+use serde_json::{Value, json};
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Times that a model may call tools before it answers.
+const MAX_ROUNDS: usize = 16;
 
 /// What a conversation needs.
 pub struct Repl<'a> {
@@ -45,12 +50,24 @@ pub struct Repl<'a> {
     pub progress: Box<dyn FnMut(usize, usize) + 'a>,
     /// Set by Ctrl-C while an answer is written.
     pub interrupted: &'a AtomicBool,
+    /// Tools that the model may call, in OpenAI's shape.
+    pub tools: Vec<Value>,
+    /// What runs them.
+    pub exec: Option<Exec>,
     /// The session to go on with, and to save to.
     pub saved: Option<PathBuf>,
     /// Where sessions that have names lie, if there is such a place.
     pub shelf: Option<Shelf>,
     /// What tells the model from others; asked only when a session is opened.
     pub model: Box<dyn Fn() -> ModelId + 'a>,
+}
+
+/// A command that runs tools: it gets the tool's name as its argument and the call's arguments, JSON, on standard input.
+pub struct Exec {
+    /// For the system's shell.
+    pub command: OsString,
+    /// Whether a person is asked before each call; without one, nothing is run then.
+    pub asks: bool,
 }
 
 /// The running conversation.
@@ -61,8 +78,8 @@ struct Talk<'a> {
     saved: Option<Saved>,
     sampler: Sampler,
     screen: Screen,
-    /// Whether a person types the lines.
-    terminal: bool,
+    /// The person who types the lines, if they do not come from elsewhere.
+    terminal: Option<Terminal>,
     /// Texts that go with the next message.
     attached: String,
     /// What stands in the next line already.
@@ -94,7 +111,7 @@ impl Repl<'_> {
             saved: None,
             sampler: Sampler::for_text(self.sampling.clone(), self.tokenizer),
             screen: Screen::new(),
-            terminal: lines.is_none(),
+            terminal: None,
             attached: String::new(),
             draft: None,
             stats: Stats::default(),
@@ -102,6 +119,10 @@ impl Repl<'_> {
             done: false,
             repl: self,
         };
+        if lines.is_none() {
+            let history = talk.repl.history.take();
+            talk.terminal = Some(Terminal::new(history, talk.repl.shelf.clone())?);
+        }
         if let Some(path) = talk.repl.saved.take() {
             talk.open(&path)?;
         }
@@ -115,12 +136,10 @@ impl Repl<'_> {
 
 impl Talk<'_> {
     fn talk_at_terminal(&mut self) -> Result<()> {
-        let history = self.repl.history.take();
-        let mut terminal = Terminal::new(history, self.repl.shelf.clone())?;
         while !self.done {
             let draft = self.draft.take();
             let text = draft.as_ref().map_or("", |draft| &draft.text);
-            let line = match terminal.read("> ", text, self.repl.interrupted)? {
+            let line = match self.read("> ", text)? {
                 Line::Text(line) => line,
                 Line::Dropped => continue,
                 Line::End => break,
@@ -131,13 +150,23 @@ impl Talk<'_> {
             if text.trim().is_empty() {
                 continue;
             }
-            terminal.remember(&line);
+            if let Some(terminal) = &mut self.terminal {
+                terminal.remember(&line);
+            }
             match draft {
                 Some(draft) if draft.replaces && !is_command(&text) => self.replace(text)?,
                 _ => self.line(&text)?,
             }
         }
         Ok(())
+    }
+
+    /// Reads a line from the person; where there is none, that is the end.
+    fn read(&mut self, prompt: &str, text: &str) -> Result<Line> {
+        match &mut self.terminal {
+            Some(terminal) => terminal.read(prompt, text, self.repl.interrupted),
+            None => Ok(Line::End),
+        }
     }
 
     fn talk_over_lines(&mut self, lines: impl Iterator<Item = Result<String>>) -> Result<()> {
@@ -251,7 +280,7 @@ impl Talk<'_> {
 
     /// Shows a person how the conversation ended the last time.
     fn recall(&mut self) -> Result<()> {
-        if !self.terminal {
+        if self.terminal.is_none() {
             return Ok(());
         }
         if let Some(question) = self.conversation.last_question() {
@@ -264,21 +293,40 @@ impl Talk<'_> {
         Ok(())
     }
 
-    /// The model's next message; `false`: it says nothing.
+    /// Lets the model speak until it has no more calls to make; `false`: it says nothing at all.
     fn go_on(&mut self) -> Result<bool> {
         self.last = Stats::default();
+        self.repl.session.routes.clear();
+        let said = self.message()?;
+        for _ in 0..MAX_ROUNDS {
+            let last = self.conversation.messages.last();
+            let calls = last.map_or(Vec::new(), |m| m.tool_calls.clone());
+            if calls.is_empty() || !self.call(&calls)? || !self.message()? {
+                return Ok(said);
+            }
+        }
+        note(format!(
+            "octet: the model made {MAX_ROUNDS} rounds of calls; your turn"
+        ));
+        Ok(said)
+    }
+
+    /// The model's next message; `false`: it says nothing.
+    fn message(&mut self) -> Result<bool> {
+        let (template, tokenizer) = (self.repl.template, self.repl.tokenizer);
         let most = self.repl.max_tokens.unwrap_or(usize::MAX);
-        let mut stream = self.repl.tokenizer.stream();
+        let mut stream = tokenizer.stream();
         let mut said = String::new();
         let mut tokens = Vec::new();
+        let mut is_call = false;
         // When the context is full, the oldest turns are left out, and the answer goes on.
         let finish = loop {
             let before = self.conversation.left_out();
             let limit = self.repl.session.limit();
-            let (template, tokenizer) = (self.repl.template, self.repl.tokenizer);
+            let tools = Some(self.repl.tools.as_slice()).filter(|tools| !tools.is_empty());
             let prompt = self
                 .conversation
-                .prompt(template, tokenizer, None, &tokens, limit);
+                .prompt(template, tokenizer, tools, &tokens, limit);
             let prompt = match prompt {
                 Err(Error::ContextFull { .. }) if !tokens.is_empty() => break Finish::ContextFull,
                 prompt => prompt?,
@@ -287,7 +335,7 @@ impl Talk<'_> {
             let limits = Limits {
                 max_tokens: Some(most - tokens.len()),
                 stop: template.stop_ids(tokenizer),
-                logprobs: 0,
+                ..Limits::default()
             };
             let (interrupted, progress) = (self.repl.interrupted, &mut self.repl.progress);
             let screen = &mut self.screen;
@@ -297,8 +345,10 @@ impl Talk<'_> {
                 match event {
                     Event::Prompt { done, total } => progress(done, total),
                     Event::Token(id) => {
+                        is_call |= said.is_empty() && template.begins_call(id);
                         let text = stream.push(id);
-                        if let Err(e) = screen.say(&text) {
+                        // A call is shown when it is whole.
+                        if !is_call && let Err(e) = screen.say(&text) {
                             failed = Some(e);
                             return ControlFlow::Break(());
                         }
@@ -322,7 +372,9 @@ impl Talk<'_> {
         };
         let rest = stream.flush();
         said.push_str(&rest);
-        self.screen.end(&rest)?;
+        if !is_call {
+            self.screen.end(&rest)?;
+        }
         match finish {
             Finish::Stop | Finish::Length => {}
             Finish::ContextFull => note(format!(
@@ -334,9 +386,69 @@ impl Talk<'_> {
         if said.is_empty() {
             return Ok(false);
         }
-        let message = Message::new(Role::Assistant, said);
-        self.conversation.messages.push(message);
+        let messages = &mut self.conversation.messages;
+        let taken = messages.iter().map(|m| m.tool_calls.len()).sum();
+        let calls = match template.calls(tokenizer, &tokens, taken) {
+            Ok(calls) if finish == Finish::Stop => calls,
+            Ok(_) => Vec::new(),
+            Err(e) => {
+                note(format!("octet: {e}"));
+                Vec::new()
+            }
+        };
+        // A broken call is kept, and shown, as the text that it is.
+        let broken = is_call && calls.is_empty();
+        let text = if is_call && !broken { "" } else { &said };
+        let mut message = Message::new(Role::Assistant, text);
+        message.tool_calls = calls;
+        messages.push(message);
+        if broken {
+            self.screen.end(&said)?;
+        }
         Ok(true)
+    }
+
+    /// Shows calls and gets their results; `false`: none was run, so that the model has nothing to go on with.
+    fn call(&mut self, calls: &[ToolCall]) -> Result<bool> {
+        let mut any = false;
+        for call in calls {
+            show(&format!("→ {} {}\n", call.name, call.arguments))?;
+            let result = self.result(call)?;
+            any |= result.is_some();
+            let result =
+                result.unwrap_or_else(|| json!({"error": "the call was not run"}).to_string());
+            note(for_terminal(&format!("← {}", brief(&result))));
+            let mut message = Message::new(Role::Tool, result);
+            message.tool_call_id = Some(call.id.clone());
+            message.name = Some(call.name.clone());
+            self.conversation.messages.push(message);
+        }
+        Ok(any)
+    }
+
+    /// What a call gives: by the command that runs tools, if somebody allows it; else what the person types for it.
+    fn result(&mut self, call: &ToolCall) -> Result<Option<String>> {
+        let Some(exec) = &self.repl.exec else {
+            let typed = self.read(&format!("result of {} (Enter: none)> ", call.name), "")?;
+            return Ok(match typed {
+                Line::Text(text) if !text.trim().is_empty() => Some(unquoted(&text)),
+                _ => None,
+            });
+        };
+        let command = exec.command.clone();
+        if exec.asks {
+            if self.terminal.is_none() {
+                note("octet: nobody can confirm the call here; with --yes it would be run");
+                return Ok(None);
+            }
+            let prompt = format!("run {} {}? [y/N] ", command.display(), call.name);
+            match self.read(&prompt, "")? {
+                Line::Text(text) if matches!(text.trim(), "y" | "Y" | "yes") => {}
+                _ => return Ok(None),
+            }
+            self.repl.interrupted.store(false, Ordering::Relaxed);
+        }
+        Ok(Some(run_tool(&command, &call.name, &call.arguments)))
     }
 
     /// Says that turns are left out which `before` were not.

@@ -2,7 +2,7 @@
 
 use super::sampler::{Sampler, logprob, logprobs};
 use crate::error::{Error, Result};
-use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
+use crate::moe::{Kv, KvType, Model, Observer, Routes, Run, Scratch, Want};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,8 @@ pub struct Session<'m> {
     tokens: Vec<u32>,
     scratch: Scratch,
     ubatch: usize,
+    /// What the router did with tokens of answers, until somebody clears it.
+    pub routes: Routes,
 }
 
 /// When an answer ends and what is recorded on the way.
@@ -234,6 +236,7 @@ impl<'m> Session<'m> {
             tokens: Vec::new(),
             scratch: Scratch::default(),
             ubatch: ubatch.max(1),
+            routes: Routes::new(&model.config),
         }
     }
 
@@ -311,7 +314,7 @@ impl<'m> Session<'m> {
             let started = Instant::now();
             let step = self.tokens.len() < sequence.len();
             if step {
-                self.forward(&sequence[self.tokens.len()..], Want::Last)?;
+                self.forward(&sequence[self.tokens.len()..], Want::Last, true)?;
             }
             let finish = answer.grow(&mut sequence, self.scratch.logits(), sampler, limits);
             if step {
@@ -360,6 +363,7 @@ impl<'m> Session<'m> {
                 } else {
                     Want::Nothing
                 },
+                false,
             )?;
             stats.prompt_tokens += part.len();
             stats.prompt_time = started.elapsed();
@@ -371,13 +375,19 @@ impl<'m> Session<'m> {
         Ok(true)
     }
 
-    fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
+    /// Runs the next tokens; `counted`: they are an answer's.
+    fn forward(&mut self, tokens: &[u32], want: Want, counted: bool) -> Result<()> {
+        let mut nobody = ();
+        let observer: &mut dyn Observer = match counted {
+            true => &mut self.routes,
+            false => &mut nobody,
+        };
         let mut runs = [Run {
             kv: &mut self.kv,
             tokens,
             want,
         }];
-        self.model.forward(&mut runs, &mut self.scratch)?;
+        self.model.observe(&mut runs, &mut self.scratch, observer)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }

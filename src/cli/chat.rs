@@ -1,13 +1,15 @@
 //! `octet chat`: talk with a model.
 
+use super::input::note;
 use super::load::{Loaded, load};
 use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line, state_folder};
-use crate::chat::repl::Repl;
-use crate::chat::repl::show;
+use crate::chat::repl::{Exec, Repl, show};
 use crate::chat::saved::{ModelId, Shelf};
 use crate::chat::session::Session;
+use crate::chat::tools::read_tools;
 use crate::error::{Error, Result};
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +26,15 @@ pub struct Args {
     /// Go on with the conversation in this file, and save it there after each answer
     #[arg(long, value_name = "FILE")]
     pub session: Option<PathBuf>,
+    /// Tools that the model may call: a JSON list in the shape of OpenAI's `tools`
+    #[arg(long, value_name = "FILE")]
+    pub tools: Option<PathBuf>,
+    /// Run the model's calls with this command, after you have confirmed each: CMD NAME, arguments as JSON on standard input
+    #[arg(long, value_name = "CMD", requires = "tools")]
+    pub tool_exec: Option<OsString>,
+    /// Run the model's calls without asking
+    #[arg(long, requires = "tool_exec")]
+    pub yes: bool,
     /// Do not keep the lines that are typed
     #[arg(long)]
     pub no_history: bool,
@@ -77,6 +88,13 @@ pub fn hear_interrupts() -> Result<&'static AtomicBool> {
 /// If the model cannot be loaded, or standard input or output fail.
 pub fn run(args: &Args) -> Result<()> {
     let loaded = load(&args.model, &args.machine)?;
+    let tools = args.tools.as_deref().map_or(Ok(Vec::new()), read_tools)?;
+    if !tools.is_empty() && !loaded.template.shows_tools() {
+        note(format!(
+            "{}: warning: the model's prompt format has no tools; it will not see those of --tools",
+            loaded.path.display()
+        ));
+    }
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let interrupted = hear_interrupts()?;
     if terminal {
@@ -108,6 +126,11 @@ pub fn run(args: &Args) -> Result<()> {
         },
         progress: Box::new(move |done, total| progress.set(done, total)),
         interrupted,
+        tools,
+        exec: args.tool_exec.clone().map(|command| Exec {
+            command,
+            asks: !args.yes,
+        }),
         saved: args.session.clone(),
         shelf: state_folder().map(|dir| Shelf(dir.join("sessions"))),
         model: Box::new(|| ModelId {

@@ -12,6 +12,7 @@ pub mod kv_file;
 pub mod linear;
 pub mod observe;
 pub mod router;
+pub mod routes;
 pub mod weights;
 
 pub use config::Config;
@@ -19,6 +20,7 @@ pub use forward::{Model, Run, Scratch, Want};
 pub use importance::Collector;
 pub use kv::{Kv, KvType};
 pub use observe::{Observer, Site};
+pub use routes::Routes;
 
 use crate::error::Result;
 use crate::pool::Pool;

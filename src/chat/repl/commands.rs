@@ -131,6 +131,13 @@ pub(super) const COMMANDS: &[Command] = &[
         run: stats,
     },
     Command {
+        name: "/experts",
+        argument: "",
+        help: "which experts the router chose in the last answer",
+        completes: Completes::Nothing,
+        run: experts,
+    },
+    Command {
         name: "/clear",
         argument: "",
         help: "forget the conversation, keep the system text",
@@ -201,7 +208,7 @@ fn edit(talk: &mut Talk<'_>, text: &str) -> Result<()> {
     if !text.is_empty() {
         return talk.replace(text.to_string());
     }
-    if !talk.terminal {
+    if talk.terminal.is_none() {
         return Err(Error::Usage("/edit: expected the new TEXT".into()));
     }
     let text = last.to_string();
@@ -213,7 +220,7 @@ fn edit(talk: &mut Talk<'_>, text: &str) -> Result<()> {
 }
 
 fn editor(talk: &mut Talk<'_>, text: &str) -> Result<()> {
-    if !talk.terminal {
+    if talk.terminal.is_none() {
         return Err(Error::Usage("/editor: there is no terminal".into()));
     }
     let text = edited(text, talk.repl.interrupted)?;
@@ -236,7 +243,7 @@ fn nothing(what: &str) -> Result<()> {
 }
 
 /// A text's beginning, on one line.
-fn brief(text: &str) -> String {
+pub(super) fn brief(text: &str) -> String {
     let mut words = text.split_whitespace();
     let mut out = words.next().unwrap_or_default().to_string();
     for word in words {
@@ -491,15 +498,64 @@ fn set(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
     let mut rows = String::new();
     for setting in settings().filter(|s| name.is_empty() || s.is_called(name)) {
         let value = setting.get(&options);
-        // What is not as usual is marked.
         let mark = if value == setting.get(&usual) {
             ' '
         } else {
             '*'
         };
-        rows += &format!("{mark} {:<20} {value:<9} {}\n", setting.name, setting.help);
+        rows += &format!("{mark} {:<20} {value}\n", setting.name);
+        if !name.is_empty() {
+            rows += &format!("  {}\n", setting.help);
+        }
+    }
+    if name.is_empty() {
+        rows += "\n* is not as usual. /set NAME explains one, /set NAME VALUE changes it.\n";
     }
     show(&rows)
+}
+
+/// Shares as bars, highest first in brightness: eight steps.
+const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+/// Layers on a line.
+const LAYERS: usize = 4;
+
+fn experts(talk: &mut Talk<'_>, _: &str) -> Result<()> {
+    let layers: Vec<_> = talk.repl.session.routes.layers().collect();
+    let choices: u64 = layers[0].iter().sum();
+    let n_expert = layers[0].len();
+    if n_expert < 2 {
+        return nothing("to choose: the model is dense");
+    }
+    if choices == 0 {
+        return nothing("to show: no answer yet, or one of a single token");
+    }
+    let share = |count: u64| count as f64 / choices as f64;
+    let most = layers
+        .iter()
+        .flat_map(|l| l.iter())
+        .max()
+        .copied()
+        .unwrap_or(0);
+    let bar = |count: &u64| BARS[(count * 7).div_ceil(most.max(1)) as usize];
+    let cell = |(i, layer): (usize, &&[u64])| {
+        let bars: String = layer.iter().map(bar).collect();
+        format!("{i:>4} {bars}")
+    };
+    let cells: Vec<_> = layers.iter().enumerate().map(cell).collect();
+    let rows: String = cells
+        .chunks(LAYERS)
+        .map(|row| row.join("  ") + "\n")
+        .collect();
+    let all: Vec<_> = (0..n_expert)
+        .map(|e| layers.iter().map(|l| share(l[e])).sum::<f64>() / layers.len() as f64)
+        .map(|share| format!("{:.0}%", 100.0 * share))
+        .collect();
+    show(&format!(
+        "layer, and how often it chose each of {n_expert} experts (█ is {:.0}% of its choices, even {:.1}%)\n{rows}all  {}\n",
+        100.0 * share(most),
+        100.0 / n_expert as f64,
+        all.join(" "),
+    ))
 }
 
 fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {

@@ -13,10 +13,11 @@ use rustyline::{
     Cmd, ConditionalEventHandler, Config, Context, Editor, Event as Key, EventContext,
     EventHandler, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers, RepeatCount,
 };
-use std::ffi::OsString;
-use std::io::Write;
+use serde_json::json;
+use std::ffi::{OsStr, OsString};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -193,7 +194,7 @@ fn own_editor() -> OsString {
 }
 
 /// A command line of the user's with one more argument, as the system's shell understands it.
-pub(super) fn shell(line: &OsString, argument: &std::ffi::OsStr) -> Command {
+fn shell(line: &OsString, argument: &OsStr) -> Command {
     if cfg!(windows) {
         let mut command = Command::new("cmd");
         command.arg("/C").arg(line).arg(argument);
@@ -208,7 +209,7 @@ pub(super) fn shell(line: &OsString, argument: &std::ffi::OsStr) -> Command {
 
 /// Waits for a program that has the terminal. Keys that interrupt are for that program: `calm`, which
 /// they set here too, is set back.
-pub(super) fn wait(mut child: Child, calm: &AtomicBool) -> std::io::Result<ExitStatus> {
+fn wait(mut child: Child, calm: &AtomicBool) -> std::io::Result<ExitStatus> {
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
@@ -218,6 +219,46 @@ pub(super) fn wait(mut child: Child, calm: &AtomicBool) -> std::io::Result<ExitS
     };
     calm.store(false, Ordering::Relaxed);
     Ok(status)
+}
+
+/// Bytes of a tool's output that are taken.
+const MAX_OUTPUT: u64 = 1 << 20;
+
+/// Runs a tool; gives the result for the model, which also learns what went wrong.
+pub(super) fn run_tool(command: &OsString, name: &str, arguments: &str) -> String {
+    let error = |what: &dyn std::fmt::Display| json!({"error": what.to_string()}).to_string();
+    let child = shell(command, OsStr::new(name))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(e) => return error(&e),
+    };
+    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+    let mut output = Vec::new();
+    let read = std::thread::scope(|scope| {
+        // A tool may ignore its arguments, or write before it has read them.
+        scope.spawn(|| stdin.map(|mut stdin| stdin.write_all(arguments.as_bytes())));
+        let mut stdout = stdout.expect("it was asked for").take(MAX_OUTPUT + 1);
+        let read = stdout.read_to_end(&mut output);
+        if output.len() as u64 > MAX_OUTPUT {
+            let _ = child.kill();
+        }
+        read
+    });
+    let status = child.wait();
+    let text = String::from_utf8_lossy(&output);
+    match (read, status) {
+        (Err(e), _) | (_, Err(e)) => error(&e),
+        _ if output.len() as u64 > MAX_OUTPUT => {
+            error(&format!("more than {MAX_OUTPUT} bytes of output"))
+        }
+        (_, Ok(status)) if !status.success() => {
+            json!({"error": status.to_string(), "output": text.trim_end()}).to_string()
+        }
+        _ => text.trim_end().to_string(),
+    }
 }
 
 /// Marks the beginning and the end of a text of several lines.
