@@ -10,6 +10,10 @@ mod imatrix;
 mod layers;
 mod model;
 mod quantize;
+mod scripted;
+mod sessions;
+#[cfg(unix)]
+mod terminal;
 
 use std::path::PathBuf;
 

@@ -25,7 +25,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Times that a model may call tools before it answers.
+/// Times that a model may call tools in one turn.
 const MAX_ROUNDS: usize = 16;
 
 /// What a conversation needs.
@@ -124,7 +124,8 @@ impl Repl<'_> {
             talk.terminal = Some(Terminal::new(history, talk.repl.shelf.clone())?);
         }
         if let Some(path) = talk.repl.saved.take() {
-            talk.open(&path)?;
+            let given = talk.conversation.system.clone();
+            talk.open(&path, given)?;
         }
         match lines {
             Some(lines) => talk.talk_over_lines(lines)?,
@@ -250,7 +251,8 @@ impl Talk<'_> {
     }
 
     /// Goes on with the session at `path`, which may be new. If it cannot be opened, nothing has changed.
-    fn open(&mut self, path: &Path) -> Result<()> {
+    /// `system`: a system text that takes the place of the one that was saved.
+    fn open(&mut self, path: &Path, system: Option<String>) -> Result<()> {
         let model = (self.repl.model)();
         let (saved, resumed) = Saved::open(path, &mut self.repl.session, &model)?;
         for note in &resumed.notes {
@@ -261,14 +263,10 @@ impl Talk<'_> {
         if !resumed.found {
             return Ok(());
         }
-        // A system text that was just given counts; else the one that was saved.
-        let given = self
-            .conversation
-            .system
-            .take()
-            .filter(|_| self.conversation.is_empty());
         self.conversation = resumed.conversation;
-        self.conversation.system = given.or(self.conversation.system.take());
+        if system.is_some() {
+            self.conversation.system = system;
+        }
         note(format!(
             "octet: {} in {}; {} tokens are in the KV cache",
             turns(self.conversation.len()),
@@ -298,16 +296,14 @@ impl Talk<'_> {
         self.last = Stats::default();
         self.repl.session.routes.clear();
         let said = self.message()?;
-        for _ in 0..MAX_ROUNDS {
+        for round in 0.. {
             let last = self.conversation.messages.last();
             let calls = last.map_or(Vec::new(), |m| m.tool_calls.clone());
-            if calls.is_empty() || !self.call(&calls)? || !self.message()? {
-                return Ok(said);
+            let run = round < MAX_ROUNDS;
+            if calls.is_empty() || !self.call(&calls, run)? || !self.message()? {
+                break;
             }
         }
-        note(format!(
-            "octet: the model made {MAX_ROUNDS} rounds of calls; your turn"
-        ));
         Ok(said)
     }
 
@@ -408,12 +404,13 @@ impl Talk<'_> {
         Ok(true)
     }
 
-    /// Shows calls and gets their results; `false`: none was run, so that the model has nothing to go on with.
-    fn call(&mut self, calls: &[ToolCall]) -> Result<bool> {
+    /// Shows calls and gets their results, if they may `run`; `false`: none was run, so that the model has nothing to go on
+    /// with. Prompts want a result for every call.
+    fn call(&mut self, calls: &[ToolCall], run: bool) -> Result<bool> {
         let mut any = false;
         for call in calls {
             show(&format!("→ {} {}\n", call.name, call.arguments))?;
-            let result = self.result(call)?;
+            let result = if run { self.result(call)? } else { None };
             any |= result.is_some();
             let result =
                 result.unwrap_or_else(|| json!({"error": "the call was not run"}).to_string());

@@ -92,7 +92,7 @@ pub(super) const COMMANDS: &[Command] = &[
         name: "/save",
         argument: "[NAME]",
         help: "keep the conversation from now on, after each answer",
-        completes: Completes::Sessions,
+        completes: Completes::Nothing,
         run: save,
     },
     Command {
@@ -435,7 +435,7 @@ fn load(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
         let hint = "/sessions lists what there is";
         return Err(Error::missing(&path, "the session", hint));
     }
-    talk.open(&path)
+    talk.open(&path, None)
 }
 
 fn sessions(talk: &mut Talk<'_>, _: &str) -> Result<()> {

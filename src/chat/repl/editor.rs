@@ -29,7 +29,7 @@ const HISTORY: usize = 1000;
 pub(super) const KEYS: &[(&str, &str)] = &[
     ("Ctrl-C", "stops an answer; at the prompt it drops the line"),
     ("Ctrl-D", "on an empty line leaves"),
-    ("Alt-Enter", "a new line within a text (so does Ctrl-J)"),
+    ("Alt-Enter", "begins a new line within a text"),
     ("\"\"\"", "begins and ends a text of several lines"),
     ("Ctrl-X Ctrl-E", "writes on in $VISUAL or $EDITOR"),
     ("Tab", "completes commands, files, sessions and options"),
@@ -68,12 +68,11 @@ impl Terminal {
             shelf,
             wanted: Arc::clone(&wanted),
         }));
-        for key in [
-            KeyEvent(KeyCode::Enter, Modifiers::ALT),
-            KeyEvent::ctrl('J'),
-        ] {
-            editor.bind_sequence(Key::from(key), Cmd::Newline);
-        }
+        // Not Ctrl-J: a line that is typed while an answer is written ends with one.
+        editor.bind_sequence(
+            Key::from(KeyEvent(KeyCode::Enter, Modifiers::ALT)),
+            Cmd::Newline,
+        );
         editor.bind_sequence(
             Key::KeySeq(vec![KeyEvent::ctrl('X'), KeyEvent::ctrl('E')]),
             EventHandler::Conditional(Box::new(Want(Arc::clone(&wanted)))),
