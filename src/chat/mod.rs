@@ -1,5 +1,6 @@
 //! From people to tokens and back.
 
+pub mod constraint;
 pub mod gguf_vocab;
 pub mod jinja;
 mod json;
