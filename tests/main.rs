@@ -4,6 +4,7 @@ mod alloc;
 mod chat;
 mod cli;
 mod constraint;
+mod draft;
 mod generation;
 mod gguf;
 mod hostile_model;

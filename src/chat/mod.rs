@@ -1,6 +1,8 @@
 //! From people to tokens and back.
 
 pub mod constraint;
+pub mod draft;
+mod gbnf;
 pub mod gguf_vocab;
 pub mod jinja;
 mod json;

@@ -3,6 +3,7 @@
 use super::input::{note, read_text};
 use super::load::Loaded;
 use crate::chat::constraint::{Compiler, Constraint, Form};
+use crate::chat::draft::Draft;
 use crate::chat::sampler::{SamplerOptions, Setting, settings};
 use crate::error::Result;
 use crate::moe::KvType;
@@ -119,11 +120,10 @@ impl clap::FromArgMatches for SamplingOptions {
     }
 }
 
-/// The form that an answer must have.
+/// The form that an answer must have, and how it is found.
 #[derive(clap::Args, Clone, Debug)]
-#[command(next_help_heading = "Form of the answer")]
-#[group(id = "form", multiple = false)]
-pub struct FormOptions {
+#[command(next_help_heading = "Answer")]
+pub struct AnswerOptions {
     /// Answer with JSON that this schema accepts: a file, or the schema itself
     #[arg(long, value_name = "SCHEMA", group = "form")]
     pub json_schema: Option<String>,
@@ -133,9 +133,13 @@ pub struct FormOptions {
     /// Answer with a text that this regular expression matches as a whole
     #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]
     pub regex: Option<String>,
+    /// Guess this many tokens ahead from repetitions in the text and check them in one pass: auto (as many as pay), a number
+    /// or off; the answer is the same
+    #[arg(long, value_name = "N", value_parser = parse_draft, default_value = "auto")]
+    pub draft: Draft,
 }
 
-impl FormOptions {
+impl AnswerOptions {
     /// What holds the answers of a model to the form; nothing if none was asked for. `continuing`: see
     /// [`Compiler::compile`].
     ///
@@ -156,7 +160,7 @@ impl FormOptions {
                 let text = read_text(Some(&file))?;
                 (Form::JsonSchema, file, text)
             }
-            (_, Some(file), _) => (Form::Lark, file.clone(), read_text(Some(file))?),
+            (_, Some(file), _) => (Form::Grammar, file.clone(), read_text(Some(file))?),
             (_, _, Some(regex)) => (Form::Regex, "--regex".into(), regex.clone()),
             (None, None, None) => return Ok(None),
         };
@@ -182,6 +186,17 @@ pub fn count(text: &str) -> std::result::Result<u32, String> {
         _ => text
             .parse()
             .map_err(|_| "expected a number of tokens, or -1 for all".to_string()),
+    }
+}
+
+fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
+    match text {
+        "auto" => Ok(Draft::Auto),
+        "off" | "0" => Ok(Draft::Off),
+        _ => match text.parse() {
+            Ok(n) if n <= 64 => Ok(Draft::Fixed(n)),
+            _ => Err("expected auto, off or a number up to 64".to_string()),
+        },
     }
 }
 

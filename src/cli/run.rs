@@ -3,8 +3,8 @@
 use super::chat::hear_interrupts;
 use super::input::{note, read_text};
 use super::load::{Loaded, load};
-use super::options::{FormOptions, MachineOptions, ModelOptions, SamplingOptions, count};
-use super::report::{Progress, closing_line};
+use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, count};
+use super::report::{Progress, closing_line, draft_line};
 use crate::chat::repl::show;
 use crate::chat::sampler::{Sampler, unescape};
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
@@ -50,9 +50,9 @@ pub struct Args {
     /// Show each token with its probability and the K likeliest, a line for each
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub logprobs: usize,
-    /// The form of the answer.
+    /// The answer.
     #[command(flatten)]
-    pub form: FormOptions,
+    pub answer: AnswerOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -115,7 +115,7 @@ pub fn run(args: &Args) -> Result<()> {
         return show_prompt(args, &loaded, &prompt);
     }
     let constraint = args
-        .form
+        .answer
         .constraint(&loaded, args.raw, args.machine.verbose)?;
     let interrupted = hear_interrupts()?;
     let mut session = Session::new(
@@ -124,6 +124,7 @@ pub fn run(args: &Args) -> Result<()> {
         loaded.ctx,
         args.machine.ubatch as usize,
     );
+    session.set_draft(args.answer.draft);
     let mut limits = Limits {
         max_tokens: args.predict.map(|n| n as usize),
         stop: loaded.template.stop_ids(tokenizer),
@@ -203,6 +204,9 @@ pub fn run(args: &Args) -> Result<()> {
         if !constraint.is_complete() {
             note("the answer was cut before it had the form that it must have");
         }
+    }
+    if args.machine.verbose {
+        draft_line(&answer.stats);
     }
     closing_line(&answer.stats, loaded.model.machine());
     if answer.finish == Finish::Interrupted {
