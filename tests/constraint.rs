@@ -162,7 +162,10 @@ fn gbnf_is_followed_by_the_character() {
     let demo = Demo::new();
     for (gbnf, regex) in [
         (r#"root ::= [a-z]+ "x" "ab"{2}"#, "^[a-z]+xabab$"),
-        (r#"root ::= "ab" [c-d] | [a-z] "b" [x-z]+ "!""#, "^(ab[cd]|[a-z]b[x-z]+!)$"),
+        (
+            r#"root ::= "ab" [c-d] | [a-z] "b" [x-z]+ "!""#,
+            "^(ab[cd]|[a-z]b[x-z]+!)$",
+        ),
         (
             "root ::= \"{\" ws pair (\",\" ws pair)? \"}\"\npair ::= word \":\" ws num ws\n\
              word ::= \"\\\"\" [^\"\\\\\\x00-\\x1F]{1,9} \"\\\"\" # a key\nnum ::= \"-\"? [0-9]{1,3}\nws ::= [ \\n]?\n",

@@ -61,7 +61,7 @@ fn same(got: &Answer, want: &Answer) {
 fn guesses_change_no_bit() {
     let demo = Demo::new();
     let limits = Limits {
-        max_tokens: Some(60),
+        max_tokens: Some(32),
         stop: demo.tokenizer.stop_ids(),
         logprobs: 2,
     };
@@ -83,7 +83,7 @@ fn guesses_change_no_bit() {
     };
     let mut accepted = 0;
     for options in [sampled, greedy, mirostat] {
-        for text in [COPY, "Once upon a time", "na na na na na na na"] {
+        for text in [COPY, "na na na na na na na"] {
             let prompt = demo.prompt(text);
             let run = |draft: Draft| {
                 let mut sampler = Sampler::for_text(options.clone(), &demo.tokenizer);
@@ -96,12 +96,7 @@ fn guesses_change_no_bit() {
             };
             let want = run(Draft::Off);
             assert_eq!(want.0.stats.drafted, 0);
-            for draft in [
-                Draft::Auto,
-                Draft::Fixed(1),
-                Draft::Fixed(3),
-                Draft::Fixed(16),
-            ] {
+            for draft in [Draft::Auto, Draft::Fixed(1), Draft::Fixed(6)] {
                 let got = run(draft);
                 same(&got.0, &want.0);
                 same(&got.1, &want.1);
@@ -113,7 +108,7 @@ fn guesses_change_no_bit() {
             }
         }
     }
-    assert!(accepted > 50, "{accepted}");
+    assert!(accepted > 30, "{accepted}");
 }
 
 #[test]

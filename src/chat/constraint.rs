@@ -4,8 +4,8 @@
 //! The parsing is the crate llguidance's. What is ours: the vocabulary as it wants it, limits for hostile grammars, errors
 //! of one line, and the dummy space that an answer's first token may begin with.
 
-use super::{gbnf, schema};
 use super::tokenizer::{PieceKind, SPACE, Tokenizer};
+use super::{gbnf, schema};
 use crate::error::{Error, Result};
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
@@ -104,8 +104,12 @@ impl Compiler {
             trie,
             tokenizer: tokenizer.clone(),
         });
-        let mut factory = ParserFactory::new_simple(&vocabulary)
-            .map_err(|e| unusable("a usual vocabulary", one_line(Form::Grammar, &e.to_string())))?;
+        let mut factory = ParserFactory::new_simple(&vocabulary).map_err(|e| {
+            unusable(
+                "a usual vocabulary",
+                one_line(Form::Grammar, &e.to_string()),
+            )
+        })?;
         *factory.limits_mut() = limits();
         factory.quiet();
         let without = |text: &str| tokenizer.id(text).filter(|&id| tokenizer.is_text(id));

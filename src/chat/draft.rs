@@ -61,13 +61,15 @@ fn class(repeated: usize) -> usize {
     }
 }
 const FORCED: usize = 4;
+/// How often guesses are right before any was counted.
+const RIGHT: [f64; 5] = [0.2, 0.4, 0.6, 0.8, 1.0];
 
 impl Drafter {
     pub(super) fn new(model: &Model) -> Drafter {
         Drafter {
             mode: Draft::default(),
             lookup: Lookup::default(),
-            right: [0.2, 0.4, 0.6, 0.8, 1.0],
+            right: RIGHT,
             cost: Cost::new(model),
         }
     }
@@ -251,9 +253,9 @@ impl Cost {
         self.experts * (distinct / self.n_used - 1.0) + 0.1 * more
     }
 
-    /// What a pass of `n` tokens costs; never more than `n` passes.
+    /// What a pass of `n` tokens costs.
     fn of(&self, n: usize) -> f64 {
-        (1.0 + self.factor * self.estimate(n)).min(n as f64)
+        1.0 + self.factor * self.estimate(n)
     }
 
     fn learn(&mut self, n: usize, time: Duration) {
@@ -264,8 +266,118 @@ impl Cost {
             // An unlucky measurement is forgotten slowly, or drafts would never be tried again.
             self.factor += 0.01 * (1.0 - self.factor);
         } else if self.one > 0.0 {
-            let more = (time / self.one - 1.0) / self.estimate(n);
-            self.factor += 0.2 * (more.clamp(0.1, 4.0) - self.factor);
+            // A machine that was busy with something else says nothing about passes.
+            let more = (time / self.one - 1.0).clamp(0.0, 2.0 * (n - 1) as f64);
+            self.factor += 0.2 * (more / self.estimate(n) - self.factor);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As for a model of 8 experts of which each token uses 2, or for one without experts.
+    fn drafter(n_expert: f64) -> Drafter {
+        Drafter {
+            mode: Draft::Auto,
+            lookup: Lookup::default(),
+            right: RIGHT,
+            cost: Cost {
+                experts: 0.86,
+                n_expert,
+                n_used: n_expert.min(2.0),
+                one: 0.0,
+                factor: 1.0,
+            },
+        }
+    }
+
+    /// Tokens guessed at each step while `text` comes to be, where a pass of n tokens takes `time(n)` seconds.
+    fn guesses(
+        d: &mut Drafter,
+        text: &[u32],
+        start: usize,
+        time: impl Fn(usize) -> f64,
+    ) -> Vec<usize> {
+        let (mut at, mut lengths) = (start, Vec::new());
+        while at < text.len() {
+            let guess = d.guess(&text[..at], text.len() - at - 1, None);
+            let pairs = guess.tokens.iter().zip(&text[at..]);
+            let right = pairs.take_while(|(a, b)| a == b).count();
+            let n = guess.tokens.len();
+            d.learn(
+                &guess,
+                &text[..at + right + 1],
+                at,
+                Duration::from_secs_f64(time(n + 1)),
+            );
+            lengths.push(n);
+            at += right + 1;
+        }
+        lengths
+    }
+
+    fn story(n: u32) -> Vec<u32> {
+        (0..n).map(|i| 10 + i * 7919 % 4001).collect()
+    }
+
+    #[test]
+    fn what_stood_there_before_is_found() {
+        let mut lookup = Lookup::default();
+        let text = [5, 6, 7, 1, 9, 6, 7, 2, 5, 6, 7];
+        // Three tokens are better than two that came later.
+        assert_eq!(lookup.find(&text), Some((3, 3)));
+        assert_eq!(lookup.find(&[&text[..], &[1]].concat()), Some((4, 4)));
+        assert_eq!(lookup.find(&[&text[..], &[1, 4]].concat()), None);
+        assert_eq!(Lookup::default().find(&[1]), None);
+        assert_eq!(Lookup::default().find(&[]), None);
+    }
+
+    #[test]
+    fn a_repetition_goes_on_repeating_itself() {
+        let mut d = drafter(1.0);
+        d.mode = Draft::Fixed(5);
+        assert_eq!(
+            d.guess(&[1, 2, 1, 2, 1, 2], 9, None).tokens,
+            [1, 2, 1, 2, 1]
+        );
+        assert_eq!(d.guess(&[1, 2, 1, 2, 1, 2], 2, None).tokens, [1, 2]);
+    }
+
+    #[test]
+    fn guesses_are_made_where_they_pay() {
+        // A pass of n tokens as the expected bytes have it.
+        let by_bytes = |n: usize| 0.1 * drafter(8.0).cost.of(n);
+        // A copy of a long text: soon as many as may be, and few passes.
+        let copy = story(300).repeat(2);
+        let lengths = guesses(&mut drafter(8.0), &copy, 302, by_bytes);
+        assert!(
+            lengths.len() < 60 && lengths[20..30].iter().all(|n| *n == MOST),
+            "{lengths:?}"
+        );
+        // Nothing repeats: nothing is guessed.
+        let lengths = guesses(&mut drafter(8.0), &story(300), 10, by_bytes);
+        assert!(lengths.iter().all(|n| *n == 0));
+        // Pairs of tokens repeat, but what follows is new each time: guessing ends.
+        let traps: Vec<u32> = story(300).iter().flat_map(|&i| [3, 4, i]).collect();
+        let lengths = guesses(&mut drafter(8.0), &traps, 30, by_bytes);
+        assert!(lengths[50..].iter().all(|n| *n == 0), "{lengths:?}");
+        // Without experts a pass of several tokens is cheap, so that less certain guesses pay too.
+        let class = |d: &Drafter| d.length(16, |_| 1);
+        assert!(class(&drafter(8.0)) == 0 && class(&drafter(1.0)) > 0);
+    }
+
+    #[test]
+    fn the_clock_has_the_last_word() {
+        // Several tokens cost more than one by one, whatever the estimate: guessing ends even for a copy, and is tried
+        // again now and then.
+        let copy = story(300).repeat(2);
+        let dear = |n: usize| if n == 1 { 0.1 } else { 0.12 * n as f64 };
+        let lengths = guesses(&mut drafter(1.0), &copy, 302, dear);
+        let after = &lengths[lengths.len() / 2..];
+        let share = after.iter().filter(|n| **n > 0).count() as f64 / after.len() as f64;
+        assert!(lengths.len() > 40, "{lengths:?}");
+        assert!(share < 0.5, "{lengths:?}");
     }
 }

@@ -92,11 +92,15 @@ pub(super) fn to_lark(text: &str) -> Result<String, String> {
                 reader.chars.next();
                 let number = |n: &str| n.trim().parse::<u16>().is_ok();
                 let good = match bounds.split_once(',') {
-                    Some((least, most)) => number(least) && (most.trim().is_empty() || number(most)),
+                    Some((least, most)) => {
+                        number(least) && (most.trim().is_empty() || number(most))
+                    }
                     None => number(&bounds),
                 };
                 if !good {
-                    return wrong(&format!("expected {{n}}, {{n,}} or {{n,m}}, found {{{bounds}}}"));
+                    return wrong(&format!(
+                        "expected {{n}}, {{n,}} or {{n,m}}, found {{{bounds}}}"
+                    ));
                 }
                 let _ = write!(lark, "{{{bounds}}} ");
             }
@@ -115,7 +119,10 @@ pub(super) fn to_lark(text: &str) -> Result<String, String> {
     if depth > 0 {
         return Err(format!("line {}: a bracket is not closed", reader.line));
     }
-    let mut missing: Vec<_> = names.iter().filter(|(_, (_, _, defined))| !defined).collect();
+    let mut missing: Vec<_> = names
+        .iter()
+        .filter(|(_, (_, _, defined))| !defined)
+        .collect();
     missing.sort_by_key(|(name, (_, line, _))| (*line, name.as_str()));
     match missing.first() {
         Some((name, (_, line, _))) => Err(format!("line {line}: {name} has no rule")),
@@ -178,7 +185,10 @@ impl Reader<'_> {
                     };
                     let hex: String = self.chars.by_ref().take(digits).collect();
                     let code = u32::from_str_radix(&hex, 16).ok();
-                    match code.filter(|_| hex.len() == digits).and_then(char::from_u32) {
+                    match code
+                        .filter(|_| hex.len() == digits)
+                        .and_then(char::from_u32)
+                    {
                         Some(c) => Ok(Some(c)),
                         None => wrong(&format!("\\{c}{hex} is no character")),
                     }
@@ -212,17 +222,32 @@ mod tests {
         for (gbnf, want) in [
             ("root ::= a\n", "line 1: a has no rule"),
             ("a ::= \"x\"", "there is no rule root"),
-            ("root ::= \"x\"\n\nroot ::= \"y\"", "line 3: root has a rule already"),
-            ("root ::= (\"x\"\nb ::= \"y\"", "line 2: a bracket is not closed"),
-            ("root ::= \"x\")", "line 1: a bracket is closed that was not opened"),
+            (
+                "root ::= \"x\"\n\nroot ::= \"y\"",
+                "line 3: root has a rule already",
+            ),
+            (
+                "root ::= (\"x\"\nb ::= \"y\"",
+                "line 2: a bracket is not closed",
+            ),
+            (
+                "root ::= \"x\")",
+                "line 1: a bracket is closed that was not opened",
+            ),
             ("root ::=\n \"x", "line 2: \" is missing"),
             ("root ::= [a-", "line 1: ] is missing"),
             ("root ::= \"\\q\"", "line 1: what is \\q?"),
             ("root ::= \"\\ud800\"", "line 1: \\ud800 is no character"),
-            ("root ::= \"a\"{x}", "line 1: expected {n}, {n,} or {n,m}, found {x}"),
+            (
+                "root ::= \"a\"{x}",
+                "line 1: expected {n}, {n,} or {n,m}, found {x}",
+            ),
             ("root ::= %", "line 1: what is '%'?"),
             ("::= a", "line 1: expected a rule (name ::= …)"),
-            ("a b ::= c", "line 1: expected ::= behind the name of a rule"),
+            (
+                "a b ::= c",
+                "line 1: expected ::= behind the name of a rule",
+            ),
             ("root : a ::= ", "line 1: expected ::="),
         ] {
             assert_eq!(to_lark(gbnf).unwrap_err(), want, "{gbnf}");
