@@ -3,6 +3,8 @@
 mod alloc;
 mod chat;
 mod cli;
+mod constraint;
+mod draft;
 mod generation;
 mod gguf;
 mod hostile_model;

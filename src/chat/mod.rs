@@ -1,7 +1,10 @@
 //! From people to tokens and back.
 
 pub mod batch;
+pub mod constraint;
 pub mod conversation;
+pub mod draft;
+mod gbnf;
 pub mod gguf_vocab;
 pub mod jinja;
 mod json;

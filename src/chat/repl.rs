@@ -8,6 +8,7 @@ mod commands;
 mod editor;
 mod markdown;
 
+use super::constraint::Constraint;
 use super::conversation::Conversation;
 use super::sampler::{Sampler, SamplerOptions};
 use super::saved::{ModelId, Saved, Shelf};
@@ -38,6 +39,8 @@ pub struct Repl<'a> {
     pub template: &'a Template,
     /// How tokens are chosen.
     pub sampling: SamplerOptions,
+    /// The form that each answer must have, if any.
+    pub constraint: Option<Constraint>,
     /// The system text, if any.
     pub system: Option<String>,
     /// Most tokens of an answer.
@@ -119,6 +122,7 @@ impl Repl<'_> {
             done: false,
             repl: self,
         };
+        talk.sampler.constrain(talk.repl.constraint.take());
         if lines.is_none() {
             let history = talk.repl.history.take();
             talk.terminal = Some(Terminal::new(history, talk.repl.shelf.clone())?);
@@ -362,7 +366,8 @@ impl Talk<'_> {
                 return Err(e);
             }
             tokens.extend(answer.tokens);
-            if answer.finish != Finish::ContextFull {
+            // A form that the answer must have cannot be taken up in the middle.
+            if answer.finish != Finish::ContextFull || self.sampler.constraint().is_some() {
                 break answer.finish;
             }
         };

@@ -2,8 +2,8 @@
 
 use super::input::note;
 use super::load::{Loaded, load};
-use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
-use super::report::{Progress, closing_line, state_folder};
+use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, count};
+use super::report::{Progress, closing_line, draft_line, state_folder};
 use crate::chat::repl::{Exec, Repl, show};
 use crate::chat::saved::{ModelId, Shelf};
 use crate::chat::session::Session;
@@ -38,6 +38,9 @@ pub struct Args {
     /// Do not keep the lines that are typed
     #[arg(long)]
     pub no_history: bool,
+    /// The answers.
+    #[command(flatten)]
+    pub answer: AnswerOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -101,16 +104,21 @@ pub fn run(args: &Args) -> Result<()> {
         greet(&loaded)?;
     }
     let mut progress = Progress::new("reading");
+    let mut session = Session::new(
+        &loaded.model,
+        args.model.kv,
+        loaded.ctx,
+        args.machine.ubatch as usize,
+    );
+    session.set_draft(args.answer.draft);
     let repl = Repl {
-        session: Session::new(
-            &loaded.model,
-            args.model.kv,
-            loaded.ctx,
-            args.machine.ubatch as usize,
-        ),
+        session,
         tokenizer: &loaded.tokenizer,
         template: &loaded.template,
         sampling: args.sampling.sampler(loaded.model.config.n_vocab)?,
+        constraint: args
+            .answer
+            .constraint(&loaded, false, args.machine.verbose)?,
         system: args.system.clone(),
         max_tokens: args
             .predict
@@ -140,6 +148,9 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let stats = repl.run()?;
     if stats.prompt_tokens > 0 {
+        if args.machine.verbose {
+            draft_line(&stats);
+        }
         closing_line(&stats, loaded.model.machine());
     }
     Ok(())

@@ -1,11 +1,16 @@
 //! Groups of options that several commands share, each defined once.
 
+use super::input::{note, read_text};
+use super::load::Loaded;
+use crate::chat::constraint::{Compiler, Constraint, Form};
+use crate::chat::draft::Draft;
 use crate::chat::sampler::{SamplerOptions, Setting, settings};
 use crate::error::Result;
 use crate::moe::KvType;
 use crate::simd::{TIERS, Tier};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// Which model, and how much of its context.
 #[derive(clap::Args, Clone, Debug)]
@@ -115,6 +120,62 @@ impl clap::FromArgMatches for SamplingOptions {
     }
 }
 
+/// The form that an answer must have, and how it is found.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
+pub struct AnswerOptions {
+    /// Answer with JSON that this schema accepts: a file, or the schema itself
+    #[arg(long, value_name = "SCHEMA", group = "form")]
+    pub json_schema: Option<String>,
+    /// Answer with a text of this grammar: a file in Lark's notation, or llama.cpp's GBNF
+    #[arg(long, value_name = "FILE", group = "form")]
+    pub grammar: Option<PathBuf>,
+    /// Answer with a text that this regular expression matches as a whole
+    #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]
+    pub regex: Option<String>,
+    /// Guess this many tokens ahead from repetitions in the text and check them in one pass: auto (as many as pay), a number
+    /// or off; the answer is the same
+    #[arg(long, value_name = "N", value_parser = parse_draft, default_value = "auto")]
+    pub draft: Draft,
+}
+
+impl AnswerOptions {
+    /// What holds the answers of a model to the form; nothing if none was asked for. `continuing`: see
+    /// [`Compiler::compile`].
+    ///
+    /// # Errors
+    /// If a file cannot be read; see [`Compiler::compile`].
+    pub fn constraint(
+        &self,
+        loaded: &Loaded,
+        continuing: bool,
+        verbose: bool,
+    ) -> Result<Option<Constraint>> {
+        let (form, source, text) = match (&self.json_schema, &self.grammar, &self.regex) {
+            (Some(schema), _, _) if schema.trim_start().starts_with('{') => {
+                (Form::JsonSchema, "--json-schema".into(), schema.clone())
+            }
+            (Some(file), _, _) => {
+                let file = PathBuf::from(file);
+                let text = read_text(Some(&file))?;
+                (Form::JsonSchema, file, text)
+            }
+            (_, Some(file), _) => (Form::Grammar, file.clone(), read_text(Some(file))?),
+            (_, _, Some(regex)) => (Form::Regex, "--regex".into(), regex.clone()),
+            (None, None, None) => return Ok(None),
+        };
+        let started = Instant::now();
+        let stop = loaded.template.stop_ids(&loaded.tokenizer);
+        let compiler = Compiler::new(&loaded.tokenizer, &stop)?;
+        let constraint = compiler.compile(form, source, &text, continuing)?;
+        if verbose {
+            let ms = started.elapsed().as_secs_f64() * 1e3;
+            note(format!("the form of the answer was compiled in {ms:.0} ms"));
+        }
+        Ok(Some(constraint))
+    }
+}
+
 /// A number of tokens; -1 is "all there are" in llama.cpp, and here.
 ///
 /// # Errors
@@ -142,6 +203,17 @@ pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
     };
     let n: u64 = digits.parse().map_err(|_| bad())?;
     n.checked_mul(unit).filter(|n| *n > 0).ok_or_else(bad)
+}
+
+fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
+    match text {
+        "auto" => Ok(Draft::Auto),
+        "off" | "0" => Ok(Draft::Off),
+        _ => match text.parse() {
+            Ok(n) if n <= 64 => Ok(Draft::Fixed(n)),
+            _ => Err("expected auto, off or a number up to 64".to_string()),
+        },
+    }
 }
 
 fn parse_kv(text: &str) -> std::result::Result<KvType, String> {

@@ -3,8 +3,8 @@
 use super::chat::hear_interrupts;
 use super::input::{note, read_text};
 use super::load::{Loaded, load};
-use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
-use super::report::{Progress, closing_line};
+use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, count};
+use super::report::{Progress, closing_line, draft_line};
 use crate::chat::repl::show;
 use crate::chat::sampler::{Sampler, unescape};
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
     pub stop: Vec<String>,
     /// Go on where the model would end its answer
-    #[arg(long)]
+    #[arg(long, conflicts_with = "form")]
     pub ignore_eos: bool,
     /// Continue the text itself, without the model's chat format
     #[arg(long)]
@@ -50,6 +50,9 @@ pub struct Args {
     /// Show each token with its probability and the K likeliest, a line for each
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub logprobs: usize,
+    /// The answer.
+    #[command(flatten)]
+    pub answer: AnswerOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -111,6 +114,9 @@ pub fn run(args: &Args) -> Result<()> {
     if args.show_prompt {
         return show_prompt(args, &loaded, &prompt);
     }
+    let constraint = args
+        .answer
+        .constraint(&loaded, args.raw, args.machine.verbose)?;
     let interrupted = hear_interrupts()?;
     let mut session = Session::new(
         &loaded.model,
@@ -118,6 +124,7 @@ pub fn run(args: &Args) -> Result<()> {
         loaded.ctx,
         args.machine.ubatch as usize,
     );
+    session.set_draft(args.answer.draft);
     let mut limits = Limits {
         max_tokens: args.predict.map(|n| n as usize),
         stop: loaded.template.stop_ids(tokenizer),
@@ -131,6 +138,7 @@ pub fn run(args: &Args) -> Result<()> {
             .extend(ends.map(|id| (id, f32::NEG_INFINITY)));
     }
     let mut sampler = Sampler::for_text(options, tokenizer);
+    sampler.constrain(constraint);
     if args.machine.verbose {
         note(format!("seed {}", sampler.seed()));
     }
@@ -186,6 +194,19 @@ pub fn run(args: &Args) -> Result<()> {
             "the context of {} tokens is full; a larger --ctx helps where the model allows it",
             session.limit()
         ));
+    }
+    if let Some(constraint) = sampler.constraint() {
+        if args.machine.verbose {
+            let tokens = answer.tokens.len().max(1) as f64;
+            let each = constraint.spent().as_secs_f64() * 1e6 / tokens;
+            note(format!("the form of the answer took {each:.0} µs a token"));
+        }
+        if !constraint.is_complete() {
+            note("the answer was cut before it had the form that it must have");
+        }
+    }
+    if args.machine.verbose {
+        draft_line(&answer.stats);
     }
     closing_line(&answer.stats, loaded.model.machine());
     if answer.finish == Finish::Interrupted {

@@ -2,7 +2,7 @@
 
 use super::editor::{KEYS, edited};
 use super::{Draft, Talk, note, put, show, turns};
-use crate::chat::sampler::{Sampler, SamplerOptions, settings};
+use crate::chat::sampler::{SamplerOptions, settings};
 use crate::chat::saved::{Saved, Shelf};
 use crate::chat::session::Stats;
 use crate::chat::template::Role;
@@ -488,7 +488,7 @@ fn set(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
     if !value.trim().is_empty() {
         options.set(name, value.trim())?;
         options.check(talk.repl.session.n_vocab())?;
-        talk.sampler = Sampler::for_text(options.clone(), talk.repl.tokenizer);
+        talk.sampler.configure(options.clone(), talk.repl.tokenizer);
     } else if !name.is_empty() && !settings().any(|setting| setting.is_called(name)) {
         return Err(Error::Usage(format!(
             "{name}: no such setting; /set lists them"
