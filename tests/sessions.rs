@@ -549,7 +549,7 @@ fn kill_and_go_on(times: u64) {
         child.wait().unwrap();
         let kept = messages(&file);
         let text = fs::read_to_string(&file).unwrap();
-        assert!(text.ends_with("\"}\n") && kept.len() % 2 == 0 && kept.len() / 2 > turns);
+        assert!(text.ends_with("\"}\n") && kept.len().is_multiple_of(2) && kept.len() / 2 > turns);
         turns = kept.len() / 2;
         for (i, turn) in kept.chunks(2).enumerate() {
             assert_eq!(turn[0]["content"], question(i).trim_end());

@@ -8,11 +8,12 @@
 //! cache was thrown away and computed again are matters of speed alone.
 
 use super::sampler::Sampler;
-use super::session::{Answer, Finish, Limits, LogitsHash, check_prompt};
+use super::session::{Answer, Finish, Limits, LogitsHash, check_prompt, rate};
 use crate::error::Result;
 use crate::moe::kv::KV_BLOCK;
 use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// A common beginning shorter than this is computed again: to wait for it would take longer.
@@ -59,7 +60,7 @@ struct Sequence {
     sampler: Sampler,
     limits: Limits,
     answer: Answer,
-    end: Option<Finish>,
+    end: Option<Result<Finish>>,
 }
 
 struct Kept {
@@ -74,8 +75,8 @@ pub struct Done {
     pub id: u64,
     /// Tokens of its prompt.
     pub prompt_tokens: usize,
-    /// What followed.
-    pub answer: Answer,
+    /// What followed, or why nothing more could.
+    pub answer: Result<Answer>,
 }
 
 /// What a batch has done so far.
@@ -97,6 +98,18 @@ pub struct Totals {
     pub hash: LogitsHash,
 }
 
+impl Totals {
+    /// Generated tokens per second, of the time that prompts took, too; 0 before there were any.
+    pub fn answer_rate(&self) -> f64 {
+        rate(self.answer_tokens as f64, self.time)
+    }
+
+    /// Bytes of weights read per second.
+    pub fn bandwidth(&self) -> f64 {
+        rate(self.weight_bytes as f64, self.time)
+    }
+}
+
 impl Sequence {
     /// Tokens that the cache does not hold yet.
     fn pending(&self) -> &[u32] {
@@ -108,7 +121,8 @@ impl Sequence {
         let (answer, tokens) = (&mut self.answer, &mut self.tokens);
         self.end = answer
             .grow(tokens, logits, &mut self.sampler, &self.limits)
-            .or_else(|| answer.ended(tokens.len(), &self.limits, ctx));
+            .map(|end| end.or_else(|| answer.ended(tokens.len(), &self.limits, ctx)))
+            .transpose();
     }
 }
 
@@ -175,7 +189,7 @@ impl<'m> Batch<'m> {
         self.waiting.push_back(Sequence {
             id,
             prompt_tokens: prompt.len(),
-            end: answer.ended(prompt.len(), &limits, self.room.ctx),
+            end: answer.ended(prompt.len(), &limits, self.room.ctx).map(Ok),
             tokens: prompt,
             kv: self.empty_cache(),
             fresh: true,
@@ -186,17 +200,18 @@ impl<'m> Batch<'m> {
         Ok(())
     }
 
-    /// One forward pass; returns the sequences that ended with it.
+    /// One forward pass; returns the sequences that ended with it. `on_token` is told each sequence's new
+    /// token; its answer `Break` ends that sequence.
     ///
     /// # Errors
     /// None that a caller could cause: [`Batch::add`] has checked what [`Model::forward`] checks.
-    pub fn step(&mut self) -> Result<Vec<Done>> {
+    pub fn step(&mut self, on_token: impl FnMut(u64, u32) -> ControlFlow<()>) -> Result<Vec<Done>> {
         let started = Instant::now();
         self.admit();
         self.share();
         let takes = self.plan();
         self.forward(&takes)?;
-        self.choose();
+        self.choose(on_token);
         let ended: Vec<_> = self.running.extract_if(.., |s| s.end.is_some()).collect();
         let done = ended.into_iter().map(|s| self.finish(s)).collect();
         self.totals.time += started.elapsed();
@@ -357,7 +372,7 @@ impl<'m> Batch<'m> {
     }
 
     /// The next token of every sequence whose logits were computed.
-    fn choose(&mut self) {
+    fn choose(&mut self, mut on_token: impl FnMut(u64, u32) -> ControlFlow<()>) {
         let ctx = self.room.ctx;
         let mut rows = self
             .scratch
@@ -372,11 +387,18 @@ impl<'m> Batch<'m> {
             .collect();
         let pool = &self.model.machine().pool;
         pool.enter(|| pool.each(&mut work, |_, (s, row)| s.grow(row, ctx)));
+        for (s, _) in work {
+            if !matches!(s.end, Some(Err(_) | Ok(Finish::Stop)))
+                && let Some(&token) = s.answer.tokens.last()
+                && on_token(s.id, token).is_break()
+            {
+                s.end = Some(Ok(Finish::Interrupted));
+            }
+        }
     }
 
     /// Keeps the prompt of a sequence that has ended, if another may begin like it.
     fn finish(&mut self, mut s: Sequence) -> Done {
-        s.answer.finish = s.end.expect("it has ended");
         self.totals.answer_tokens += s.answer.tokens.len();
         self.totals.hash.0 = self.totals.hash.0.wrapping_add(s.answer.stats.hash.0);
         let prompt = &s.tokens[..s.prompt_tokens];
@@ -391,10 +413,14 @@ impl<'m> Batch<'m> {
                 kv: s.kv.fork(prompt.len()),
             });
         }
+        let end = s.end.expect("it has ended");
         Done {
             id: s.id,
             prompt_tokens: s.prompt_tokens,
-            answer: s.answer,
+            answer: end.map(|finish| {
+                s.answer.finish = finish;
+                s.answer
+            }),
         }
     }
 }

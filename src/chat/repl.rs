@@ -265,6 +265,7 @@ impl Talk<'_> {
         self.saved = Some(saved);
         self.attached.clear();
         if !resumed.found {
+            note(format!("octet: a new session, {}", path.display()));
             return Ok(());
         }
         self.conversation = resumed.conversation;

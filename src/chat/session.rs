@@ -210,7 +210,7 @@ impl Stats {
     }
 }
 
-fn rate(n: f64, time: Duration) -> f64 {
+pub(super) fn rate(n: f64, time: Duration) -> f64 {
     if time.is_zero() {
         0.0
     } else {

@@ -158,7 +158,7 @@ fn help(_: &mut Talk<'_>, _: &str) -> Result<()> {
         .iter()
         .map(|c| (format!("{} {}", c.name, c.argument), c.help));
     let keys = KEYS.iter().map(|(key, help)| (key.to_string(), *help));
-    let row = |(name, help): (String, &str)| format!("{name:<16} {help}\n");
+    let row = |(name, help): (String, &str)| format!("{name:<20} {help}\n");
     let rows: String = commands.map(row).collect();
     show(&format!("{rows}\n{}", keys.map(row).collect::<String>()))
 }
