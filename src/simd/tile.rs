@@ -559,7 +559,9 @@ unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i3
     unsafe {
         let mut sums = [T::splat(0); N];
         for w in w.chunks_exact(16 * T::ROWS) {
-            T::dot16::<N, 4>(&mut sums, w.as_ptr(), &x);
+            let w = w.as_ptr().cast::<i32>();
+            let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
+            T::dot16::<N, 4>(&mut sums, w, x);
         }
         let mut total = 0i32;
         for sums in sums {
