@@ -1,7 +1,9 @@
-//! Files that appear whole or not at all: written under another name, flushed to the disk, then renamed.
+//! Files that survive a crash: they appear whole or not at all, written under another name, flushed to the disk, then
+//! renamed. And files for their owner's eyes alone.
 
 use crate::error::{Error, Result};
-use std::fs::{self, File};
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -31,6 +33,19 @@ impl WholeFile {
         }
         let file = File::create(part(&path)).map_err(Error::io(&path, "create"))?;
         let out = Some(BufWriter::new(file));
+        Ok(WholeFile { path, out })
+    }
+
+    /// Begins a file that only its owner may read. A link at `path` stays one: what it points to is replaced.
+    ///
+    /// # Errors
+    /// If it cannot be created.
+    pub fn create_private(path: &Path) -> Result<WholeFile> {
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        // A part that an interrupted run left may have anybody's permissions.
+        let _ = fs::remove_file(part(&path));
+        let file = private().create_new(true).open(part(&path));
+        let out = Some(BufWriter::new(file.map_err(Error::io(&path, "create"))?));
         Ok(WholeFile { path, out })
     }
 
@@ -70,9 +85,14 @@ impl Drop for WholeFile {
 
 /// The name of a file while it is written: `NAME.part`.
 pub fn part(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_os_string();
-    name.push(".part");
-    PathBuf::from(name)
+    beside(path, ".part")
+}
+
+/// `path` with something behind its name.
+pub fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(suffix);
+    name.into()
 }
 
 /// Gives `NAME.part` its name. [`sync_folder`] makes that last.
@@ -92,6 +112,87 @@ pub fn sync_folder(path: &Path) {
     if let Ok(folder) = File::open(folder) {
         let _ = folder.sync_all();
     }
+}
+
+/// Options to write a file that only its owner may read, should it be made.
+pub fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+}
+
+/// Makes a folder, with those above it, that only its owner may enter, if it is not there.
+///
+/// # Errors
+/// If the system refuses.
+pub fn private_folder(path: &Path) -> Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path).map_err(Error::io(path, "create"))
+}
+
+/// Takes a file for this process alone, until it is closed. `false`: another has it.
+pub fn lock(file: &File) -> bool {
+    match file.try_lock() {
+        Ok(()) => true,
+        Err(TryLockError::WouldBlock) => false,
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(_)) => true,
+    }
+}
+
+/// Folds bytes into a checksum: enough to tell bytes that reached the disk from those that did not.
+pub fn checksum(seed: u64, bytes: &[u8]) -> u64 {
+    // An odd number with bits all over it (the fraction of the golden ratio); four lanes hide its latency.
+    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+    let step = |h: u64, word: u64| (h ^ word).wrapping_mul(MIX).rotate_left(29);
+    let mut lanes = [seed, seed ^ 1, seed ^ 2, seed ^ 3];
+    let (words, rest) = bytes.as_chunks::<32>();
+    for words in words {
+        for (lane, word) in lanes.iter_mut().zip(words.as_chunks::<8>().0) {
+            *lane = step(*lane, u64::from_le_bytes(*word));
+        }
+    }
+    let rest = rest.iter().fold(0, |h, &b| step(h, b.into()));
+    lanes.into_iter().fold(step(rest, bytes.len() as u64), step)
+}
+
+/// A file's bytes, if it is a file and has at most `most`.
+///
+/// # Errors
+/// If it cannot be read, is a folder or a device, or is longer.
+pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let about = fs::metadata(path).map_err(Error::io(path, "read"))?;
+    if !about.is_file() {
+        let expected = "an ordinary file";
+        return Err(Error::invalid(
+            path,
+            "what to read",
+            expected,
+            "a folder or device",
+        ));
+    }
+    if about.len() > most {
+        let expected = format!("at most {most} bytes");
+        return Err(Error::invalid(path, "its length", expected, about.len()));
+    }
+    fs::read(path).map_err(Error::io(path, "read"))
+}
+
+/// Bytes of `file` as text.
+///
+/// # Errors
+/// [`Error::Invalid`] with the place of the first byte that is not UTF-8.
+pub fn utf8(file: &Path, bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        let found = format!("byte {:#04x} at offset {at}", e.as_bytes()[at]);
+        Error::invalid(file, "the text", "valid UTF-8", found)
+    })
 }
 
 #[cfg(test)]

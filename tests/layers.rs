@@ -10,8 +10,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
     ("gguf", &["quant", "error"]),
-    ("moe", &["error", "pool", "quant", "simd", "gguf"]),
-    ("chat", &["error", "gguf", "moe"]),
+    ("moe", &["error", "disk", "pool", "quant", "simd", "gguf"]),
+    ("chat", &["error", "disk", "gguf", "moe"]),
     (
         "cli",
         &[

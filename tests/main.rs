@@ -4,12 +4,19 @@ mod alloc;
 mod bench;
 mod chat;
 mod cli;
+mod constraint;
+mod draft;
+mod generation;
 mod gguf;
 mod hostile_model;
 mod imatrix;
 mod layers;
 mod model;
 mod quantize;
+mod scripted;
+mod sessions;
+#[cfg(unix)]
+mod terminal;
 
 use std::path::PathBuf;
 

@@ -1,8 +1,9 @@
 //! One sequence of tokens and what comes next: prefill, sampling, the end.
 
-use super::sampler::{Sampler, logprobs};
+use super::draft::{Draft, Drafter};
+use super::sampler::{Sampler, logprob, logprobs};
 use crate::error::{Error, Result};
-use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
+use crate::moe::{Kv, KvType, Model, Observer, Routes, Run, Scratch, Want};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,9 @@ pub struct Session<'m> {
     tokens: Vec<u32>,
     scratch: Scratch,
     ubatch: usize,
+    drafter: Drafter,
+    /// What the router did with tokens of answers, until somebody clears it.
+    pub routes: Routes,
 }
 
 /// When an answer ends and what is recorded on the way.
@@ -61,10 +65,83 @@ pub struct Answer {
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
+    /// The natural log of each token's probability, if the likeliest were asked for.
+    pub logprobs: Vec<f32>,
     /// For each token the likeliest `(id, natural log of probability)`, if asked for.
     pub top: Vec<Vec<(u32, f32)>>,
     /// What the machine did.
     pub stats: Stats,
+}
+
+impl Answer {
+    /// No token yet.
+    pub(super) fn new() -> Answer {
+        Answer {
+            tokens: Vec::new(),
+            finish: Finish::Length,
+            logprobs: Vec::new(),
+            top: Vec::new(),
+            stats: Stats::default(),
+        }
+    }
+
+    /// Whether the answer ends before its next token: by its limit, or because a cache of `ctx` tokens
+    /// cannot take the last of `sequence`.
+    pub(super) fn ended(&self, sequence: usize, limits: &Limits, ctx: usize) -> Option<Finish> {
+        if limits.max_tokens.is_some_and(|n| self.tokens.len() >= n) {
+            Some(Finish::Length)
+        } else if sequence > ctx {
+            Some(Finish::ContextFull)
+        } else {
+            None
+        }
+    }
+
+    /// Chooses the token after `sequence`, whose logits these are, and appends it to both. The token may
+    /// instead be the end.
+    pub(super) fn grow(
+        &mut self,
+        sequence: &mut Vec<u32>,
+        logits: &[f32],
+        sampler: &mut Sampler,
+        limits: &Limits,
+    ) -> Result<Option<Finish>> {
+        self.stats.hash.update(logits);
+        let token = sampler.sample(logits, sequence)?;
+        if limits.stop.contains(&token) {
+            return Ok(Some(Finish::Stop));
+        }
+        if limits.logprobs > 0 {
+            self.logprobs.push(logprob(logits, token));
+            self.top.push(logprobs(logits, limits.logprobs));
+        }
+        sequence.push(token);
+        self.tokens.push(token);
+        self.stats.answer_tokens += 1;
+        Ok(None)
+    }
+}
+
+/// Tells about the last token; whether that ends the answer.
+fn told(sequence: &[u32], on_event: &mut impl FnMut(Event) -> ControlFlow<()>) -> Option<Finish> {
+    let token = *sequence.last()?;
+    let ended = on_event(Event::Token(token)).is_break();
+    ended.then_some(Finish::Interrupted)
+}
+
+/// Whether a cache for `ctx` tokens can take a prompt and one token of an answer.
+///
+/// # Errors
+/// [`Error::ContextFull`], or [`Error::Prompt`] for a prompt without tokens.
+pub(super) fn check_prompt(prompt: &[u32], ctx: usize) -> Result<()> {
+    if prompt.is_empty() {
+        Err(Error::prompt("it is empty", "at least one token", "none"))
+    } else if prompt.len() >= ctx {
+        let want = prompt.len() + 1;
+        Err(Error::ContextFull { limit: ctx, want })
+    } else {
+        Ok(())
+    }
 }
 
 /// What the machine did, for the closing line.
@@ -76,10 +153,17 @@ pub struct Stats {
     pub prompt_time: Duration,
     /// Tokens that were generated.
     pub answer_tokens: usize,
-    /// Single-token forward passes among them (the first token comes out of the prompt's).
+    /// Tokens that came out of forward passes after the prompt's (which gives the first one), the end of an answer among
+    /// them.
     pub steps: usize,
+    /// Those passes.
+    pub passes: usize,
     /// Time of those passes.
     pub step_time: Duration,
+    /// Tokens that were guessed.
+    pub drafted: usize,
+    /// Guesses that were right.
+    pub accepted: usize,
     /// Bytes of weights that prompts and steps have read.
     pub weight_bytes: u64,
     /// Of those, bytes that the steps have read.
@@ -115,6 +199,9 @@ impl Stats {
         self.prompt_time += other.prompt_time;
         self.answer_tokens += other.answer_tokens;
         self.steps += other.steps;
+        self.passes += other.passes;
+        self.drafted += other.drafted;
+        self.accepted += other.accepted;
         self.step_time += other.step_time;
         self.weight_bytes += other.weight_bytes;
         self.step_bytes += other.step_bytes;
@@ -123,7 +210,7 @@ impl Stats {
     }
 }
 
-fn rate(n: f64, time: Duration) -> f64 {
+pub(super) fn rate(n: f64, time: Duration) -> f64 {
     if time.is_zero() {
         0.0
     } else {
@@ -168,7 +255,14 @@ impl<'m> Session<'m> {
             tokens: Vec::new(),
             scratch: Scratch::default(),
             ubatch: ubatch.max(1),
+            drafter: Drafter::new(model),
+            routes: Routes::new(&model.config),
         }
+    }
+
+    /// Says how many tokens to guess ahead ([`Draft::Auto`] at first); the answers are the same.
+    pub fn set_draft(&mut self, draft: Draft) {
+        self.drafter.mode = draft;
     }
 
     /// Most tokens it may hold.
@@ -186,6 +280,36 @@ impl<'m> Session<'m> {
         self.tokens.is_empty()
     }
 
+    /// Tokens of the model's vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        self.model.config.n_vocab
+    }
+
+    /// Its KV cache and the tokens in it.
+    pub fn cache(&self) -> (&Kv, &[u32]) {
+        (&self.kv, &self.tokens)
+    }
+
+    /// Forgets everything; `fill` puts into the empty cache what it has, and gives the tokens of that.
+    ///
+    /// # Errors
+    /// Those of `fill`; the session is empty then.
+    pub fn refill(&mut self, fill: impl FnOnce(&mut Kv) -> Result<Vec<u32>>) -> Result<()> {
+        self.tokens.clear();
+        self.kv.truncate(0);
+        match fill(&mut self.kv) {
+            Ok(tokens) => {
+                debug_assert_eq!(tokens.len(), self.kv.len());
+                self.tokens = tokens;
+                Ok(())
+            }
+            Err(e) => {
+                self.kv.truncate(0);
+                Err(e)
+            }
+        }
+    }
+
     /// Reads `prompt` (all of the sequence so far, from its first token) and generates what follows.
     ///
     /// # Errors
@@ -198,12 +322,8 @@ impl<'m> Session<'m> {
         limits: &Limits,
         mut on_event: impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Answer> {
-        let mut answer = Answer {
-            tokens: Vec::new(),
-            finish: Finish::Length,
-            top: Vec::new(),
-            stats: Stats::default(),
-        };
+        let mut answer = Answer::new();
+        sampler.begin();
         let before = self.scratch.weight_bytes;
         if !self.prefill(prompt, &mut answer.stats, &mut on_event)? {
             answer.finish = Finish::Interrupted;
@@ -211,42 +331,80 @@ impl<'m> Session<'m> {
             return Ok(answer);
         }
         let before_steps = self.scratch.weight_bytes;
-        let mut history = prompt.to_vec();
-        let most = limits.max_tokens.unwrap_or(usize::MAX);
-        while answer.tokens.len() < most {
-            let started = Instant::now();
-            if let Some(&last) = answer.tokens.last() {
-                if self.kv.len() >= self.kv.limit() {
-                    answer.finish = Finish::ContextFull;
-                    break;
+        let mut sequence = prompt.to_vec();
+        self.drafter.begin();
+        answer.finish = loop {
+            if let Some(finish) = answer.ended(sequence.len(), limits, self.limit()) {
+                break finish;
+            }
+            let finish = match self.tokens.len() < sequence.len() {
+                true => self.step(&mut sequence, &mut answer, sampler, limits, &mut on_event)?,
+                false => {
+                    let logits = self.scratch.logits();
+                    let finish = answer.grow(&mut sequence, logits, sampler, limits)?;
+                    finish.or_else(|| told(&sequence, &mut on_event))
                 }
-                self.forward(&[last], Want::Last)?;
+            };
+            if let Some(finish) = finish {
+                break finish;
             }
-            let logits = self.scratch.logits();
-            answer.stats.hash.update(logits);
-            let token = sampler.sample(logits, &history);
-            if !answer.tokens.is_empty() {
-                answer.stats.steps += 1;
-                answer.stats.step_time += started.elapsed();
-            }
-            if limits.stop.contains(&token) {
-                answer.finish = Finish::Stop;
-                break;
-            }
-            if limits.logprobs > 0 {
-                answer.top.push(logprobs(logits, limits.logprobs));
-            }
-            history.push(token);
-            answer.tokens.push(token);
-            if on_event(Event::Token(token)).is_break() {
-                answer.finish = Finish::Interrupted;
-                break;
-            }
-        }
-        answer.stats.answer_tokens = answer.tokens.len();
+        };
         answer.stats.step_bytes = self.scratch.weight_bytes - before_steps;
         answer.stats.weight_bytes = self.scratch.weight_bytes - before;
         Ok(answer)
+    }
+
+    /// One forward pass over the last token of `sequence` and guesses at what follows; the tokens that come out of it.
+    fn step(
+        &mut self,
+        sequence: &mut Vec<u32>,
+        answer: &mut Answer,
+        sampler: &mut Sampler,
+        limits: &Limits,
+        on_event: &mut impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Option<Finish>> {
+        let started = Instant::now();
+        let before = sequence.len();
+        // A pass gives one token more than it has guesses; all of them must be wanted, and fit.
+        let wanted = limits.max_tokens.unwrap_or(usize::MAX) - answer.tokens.len();
+        let room = (wanted - 1).min(self.limit() - before);
+        let guess = self.drafter.guess(sequence, room, sampler.constraint());
+        let mut batch = sequence[self.tokens.len()..].to_vec();
+        batch.extend(&guess.tokens);
+        self.forward(
+            &batch,
+            match guess.tokens.is_empty() {
+                true => Want::Last,
+                false => Want::All,
+            },
+            true,
+        )?;
+        let mut finish = None;
+        let rows = self
+            .scratch
+            .logits()
+            .chunks_exact(self.model.config.n_vocab);
+        let mut guesses = guess.tokens.iter();
+        for logits in rows {
+            finish = answer.grow(sequence, logits, sampler, limits)?;
+            answer.stats.steps += 1;
+            finish = finish.or_else(|| told(sequence, on_event));
+            let right = guesses.next() == sequence.last();
+            answer.stats.accepted += usize::from(right && finish.is_none());
+            if finish.is_some() || !right {
+                break;
+            }
+        }
+        // Guesses that were not drawn are forgotten. The last token was drawn and is not read yet, unless the end was drawn.
+        let read = sequence.len() - usize::from(finish != Some(Finish::Stop));
+        self.kv.truncate(read);
+        self.tokens.truncate(read);
+        let time = started.elapsed();
+        answer.stats.passes += 1;
+        answer.stats.drafted += guess.tokens.len();
+        answer.stats.step_time += time;
+        self.drafter.learn(&guess, sequence, before, time);
+        Ok(finish)
     }
 
     /// Makes the cache hold `prompt` and computes the logits after it. `false`: interrupted.
@@ -256,15 +414,7 @@ impl<'m> Session<'m> {
         stats: &mut Stats,
         on_event: &mut impl FnMut(Event) -> ControlFlow<()>,
     ) -> Result<bool> {
-        if prompt.is_empty() {
-            return Err(Error::prompt("it is empty", "at least one token", "none"));
-        }
-        if prompt.len() >= self.limit() {
-            return Err(Error::ContextFull {
-                limit: self.limit(),
-                want: prompt.len() + 1,
-            });
-        }
+        check_prompt(prompt, self.limit())?;
         // What the cache holds already is not computed again, but the last token is: it gives the logits.
         let same = self
             .tokens
@@ -287,6 +437,7 @@ impl<'m> Session<'m> {
                 } else {
                     Want::Nothing
                 },
+                false,
             )?;
             stats.prompt_tokens += part.len();
             stats.prompt_time = started.elapsed();
@@ -298,13 +449,19 @@ impl<'m> Session<'m> {
         Ok(true)
     }
 
-    fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
+    /// Runs the next tokens; `counted`: they are an answer's.
+    fn forward(&mut self, tokens: &[u32], want: Want, counted: bool) -> Result<()> {
+        let mut nobody = ();
+        let observer: &mut dyn Observer = match counted {
+            true => &mut self.routes,
+            false => &mut nobody,
+        };
         let mut runs = [Run {
             kv: &mut self.kv,
             tokens,
             want,
         }];
-        self.model.forward(&mut runs, &mut self.scratch)?;
+        self.model.observe(&mut runs, &mut self.scratch, observer)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }

@@ -35,7 +35,7 @@ use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 use crate::error::{Error, Result};
 
 /// What SentencePiece writes for a space.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 /// What SentencePiece prints for the unknown piece (its default `unk_surface`).
 const UNKNOWN_SURFACE: &str = " \u{2047} ";
 /// More pieces than any published vocabulary (256k) by a wide margin; bounds the memory a file can ask for.
@@ -374,6 +374,15 @@ impl Tokenizer {
         out
     }
 
+    /// The bytes that one id prints inside a text; none for a control piece.
+    pub fn piece_bytes(&self, id: u32) -> Vec<u8> {
+        let mut surface = Surface::new(self, false);
+        surface.at_start = false;
+        let mut out = Vec::new();
+        surface.push(id, &mut out);
+        out
+    }
+
     /// A stream that turns the ids of an answer into text as they come; the answer is a text of its own (its dummy
     /// space is removed).
     pub fn stream(&self) -> Stream<'_> {
@@ -467,6 +476,12 @@ impl Tokenizer {
     /// The id of the control piece with exactly this text, or `None`.
     pub fn control(&self, piece: &str) -> Option<u32> {
         self.id(piece).filter(|&id| self.is_control(id))
+    }
+
+    /// Whether the id is a piece of text, not a byte or a mark.
+    pub fn is_text(&self, id: u32) -> bool {
+        let kind = self.piece(id).map(|p| p.kind);
+        matches!(kind, Some(PieceKind::Normal | PieceKind::UserDefined))
     }
 
     /// Whether the id is a control piece.

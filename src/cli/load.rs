@@ -11,6 +11,7 @@ use crate::moe::{Machine, Model};
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The demo model's file name, in the repository's `models/`.
@@ -20,12 +21,14 @@ const DEMO: &str = "demo-Q4_K_M.gguf";
 pub struct Loaded {
     /// The file, for messages.
     pub path: PathBuf,
+    /// What the file says.
+    pub file: Gguf,
     /// Whether it is the demo model because nobody named another.
     pub demo: bool,
     /// The model.
     pub model: Model,
     /// Its vocabulary.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// Its prompt format.
     pub template: Template,
     /// Most tokens of a sequence.
@@ -106,9 +109,10 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     }
     Ok(Loaded {
         path,
+        file,
         demo,
         model: model_opened,
-        tokenizer,
+        tokenizer: Arc::new(tokenizer),
         template,
         ctx,
     })

@@ -1,10 +1,16 @@
 //! Groups of options that several commands share, each defined once.
 
-use crate::chat::sampler::SamplerOptions;
-use crate::error::{Error, Result};
+use super::input::{note, read_text};
+use super::load::Loaded;
+use crate::chat::constraint::{Compiler, Constraint, Form};
+use crate::chat::draft::Draft;
+use crate::chat::sampler::{SamplerOptions, Setting, settings};
+use crate::error::Result;
 use crate::moe::KvType;
 use crate::simd::{TIERS, Tier};
+use clap::{Arg, ArgAction, ArgMatches, Command};
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// Which model, and how much of its context.
 #[derive(clap::Args, Clone, Debug)]
@@ -39,77 +45,134 @@ pub struct MachineOptions {
     pub verbose: bool,
 }
 
-/// How the next token is chosen; names, meanings and defaults are llama.cpp's.
-#[derive(clap::Args, Clone, Debug)]
-#[command(next_help_heading = "Sampling")]
-pub struct SamplingOptions {
-    /// Temperature; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = finite, allow_negative_numbers = true)]
-    pub temp: f32,
-    /// Keep this many of the likeliest tokens; 0 keeps all
-    #[arg(long, value_name = "N", default_value_t = 40)]
-    pub top_k: usize,
-    /// Keep the likeliest tokens until their probabilities sum to this
-    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = finite)]
-    pub top_p: f32,
-    /// Keep tokens at least this likely relative to the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = finite)]
-    pub min_p: f32,
-    /// Divide the logits of recent tokens by this
-    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = finite)]
-    pub repeat_penalty: f32,
-    /// Recent tokens that the penalties look at; -1: all
-    #[arg(long, value_name = "N", default_value = "64", value_parser = count, allow_negative_numbers = true)]
-    pub repeat_last_n: u32,
-    /// Subtract this from the logit of every recent token
-    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
-    pub presence_penalty: f32,
-    /// Subtract this from a recent token's logit once per occurrence
-    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
-    pub frequency_penalty: f32,
-    /// Seed of the random numbers; the same seed gives the same text; -1 takes one from the clock
-    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
-    pub seed: i64,
-    /// Change a token's logit: ID+BIAS or ID-BIAS; may be repeated
-    #[arg(short = 'l', long, value_name = "ID±B", value_parser = parse_bias)]
-    pub logit_bias: Vec<(u32, f32)>,
-}
+/// How the next token is chosen: an option for each of the sampler's settings.
+#[derive(Clone, Debug, Default)]
+pub struct SamplingOptions(SamplerOptions);
 
 impl SamplingOptions {
     /// As the sampler wants them, for a vocabulary of `n_vocab` tokens.
     ///
     /// # Errors
-    /// [`Error::Usage`] for the bias of a token that the vocabulary does not have.
+    /// See [`SamplerOptions::check`].
     pub fn sampler(&self, n_vocab: usize) -> Result<SamplerOptions> {
-        if let Some((id, _)) = self
-            .logit_bias
-            .iter()
-            .find(|(id, _)| *id as usize >= n_vocab)
-        {
-            return Err(Error::Usage(format!(
-                "--logit-bias {id}: no such token (expected ids below {n_vocab}, found {id})"
-            )));
-        }
-        Ok(SamplerOptions {
-            temp: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            repeat_last_n: self.repeat_last_n as usize,
-            presence_penalty: self.presence_penalty,
-            frequency_penalty: self.frequency_penalty,
-            seed: u64::try_from(self.seed).ok(),
-            logit_bias: self.logit_bias.clone(),
-        })
+        self.0.check(n_vocab)?;
+        Ok(self.0.clone())
     }
 }
 
-/// A float that is a number: `nan` and `inf` parse as f32 but make no sense as a setting.
-fn finite(text: &str) -> std::result::Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(x) if x.is_finite() => Ok(x),
-        _ => Err("expected a number".to_string()),
+impl clap::Args for SamplingOptions {
+    fn augment_args(command: Command) -> Command {
+        let defaults = SamplerOptions::default();
+        let option = |setting: &'static Setting| {
+            // What is wrong with a value is said where it was written.
+            let valid = |text: &str| {
+                let text = text.to_string();
+                let set = setting.set(&mut SamplerOptions::default(), &text);
+                set.map(|()| text)
+            };
+            let arg = Arg::new(setting.name)
+                .long(setting.name)
+                .aliases(setting.aliases)
+                .value_name(setting.value)
+                .help(match setting.is_list() {
+                    true => setting.help.to_string(),
+                    false => format!("{} [default: {}]", setting.help, setting.get(&defaults)),
+                })
+                .allow_hyphen_values(true)
+                .value_parser(valid);
+            match setting.is_list() {
+                true => arg.action(ArgAction::Append),
+                false => arg,
+            }
+        };
+        command
+            .next_help_heading("Sampling")
+            .args(settings().map(option))
+            .mut_arg("logit-bias", |arg| arg.short('l'))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        SamplingOptions::augment_args(command)
+    }
+}
+
+impl clap::FromArgMatches for SamplingOptions {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<SamplingOptions, clap::Error> {
+        let mut options = SamplingOptions::default();
+        options.update_from_arg_matches(matches)?;
+        Ok(options)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        for setting in settings() {
+            let Some(values) = matches.get_many::<String>(setting.name) else {
+                continue;
+            };
+            // What is given replaces a list's default.
+            let first = setting.is_list().then_some("none");
+            for text in first.into_iter().chain(values.map(String::as_str)) {
+                setting
+                    .set(&mut self.0, text)
+                    .map_err(|e| clap::Error::raw(clap::error::ErrorKind::InvalidValue, e))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The form that an answer must have, and how it is found.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
+pub struct AnswerOptions {
+    /// Answer with JSON that this schema accepts: a file, or the schema itself
+    #[arg(long, value_name = "SCHEMA", group = "form")]
+    pub json_schema: Option<String>,
+    /// Answer with a text of this grammar: a file in Lark's notation, or llama.cpp's GBNF
+    #[arg(long, value_name = "FILE", group = "form")]
+    pub grammar: Option<PathBuf>,
+    /// Answer with a text that this regular expression matches as a whole
+    #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]
+    pub regex: Option<String>,
+    /// Guess this many tokens ahead from repetitions in the text and check them in one pass: auto (as many as pay), a number
+    /// or off; the answer is the same
+    #[arg(long, value_name = "N", value_parser = parse_draft, default_value = "auto")]
+    pub draft: Draft,
+}
+
+impl AnswerOptions {
+    /// What holds the answers of a model to the form; nothing if none was asked for. `continuing`: see
+    /// [`Compiler::compile`].
+    ///
+    /// # Errors
+    /// If a file cannot be read; see [`Compiler::compile`].
+    pub fn constraint(
+        &self,
+        loaded: &Loaded,
+        continuing: bool,
+        verbose: bool,
+    ) -> Result<Option<Constraint>> {
+        let (form, source, text) = match (&self.json_schema, &self.grammar, &self.regex) {
+            (Some(schema), _, _) if schema.trim_start().starts_with('{') => {
+                (Form::JsonSchema, "--json-schema".into(), schema.clone())
+            }
+            (Some(file), _, _) => {
+                let file = PathBuf::from(file);
+                let text = read_text(Some(&file))?;
+                (Form::JsonSchema, file, text)
+            }
+            (_, Some(file), _) => (Form::Grammar, file.clone(), read_text(Some(file))?),
+            (_, _, Some(regex)) => (Form::Regex, "--regex".into(), regex.clone()),
+            (None, None, None) => return Ok(None),
+        };
+        let started = Instant::now();
+        let stop = loaded.template.stop_ids(&loaded.tokenizer);
+        let compiler = Compiler::new(&loaded.tokenizer, &stop)?;
+        let constraint = compiler.compile(form, source, &text, continuing)?;
+        if verbose {
+            let ms = started.elapsed().as_secs_f64() * 1e3;
+            note(format!("the form of the answer was compiled in {ms:.0} ms"));
+        }
+        Ok(Some(constraint))
     }
 }
 
@@ -123,6 +186,33 @@ pub fn count(text: &str) -> std::result::Result<u32, String> {
         _ => text
             .parse()
             .map_err(|_| "expected a number of tokens, or -1 for all".to_string()),
+    }
+}
+
+/// `4G`, `500M`: powers of 1000, as llama.cpp has them.
+///
+/// # Errors
+/// If the text is no such size, or 0.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let bad = || "expected a size such as 4G or 500M".to_string();
+    let (digits, unit) = match text.char_indices().last().ok_or_else(bad)? {
+        (at, 'K' | 'k') => (&text[..at], 1_000),
+        (at, 'M' | 'm') => (&text[..at], 1_000_000),
+        (at, 'G' | 'g') => (&text[..at], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let n: u64 = digits.parse().map_err(|_| bad())?;
+    n.checked_mul(unit).filter(|n| *n > 0).ok_or_else(bad)
+}
+
+fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
+    match text {
+        "auto" => Ok(Draft::Auto),
+        "off" | "0" => Ok(Draft::Off),
+        _ => match text.parse() {
+            Ok(n) if n <= 64 => Ok(Draft::Fixed(n)),
+            _ => Err("expected auto, off or a number up to 64".to_string()),
+        },
     }
 }
 
@@ -149,16 +239,4 @@ pub fn parse_tier(text: &str) -> std::result::Result<Tier, String> {
         .find(|row| row.name == text)
         .map(|row| row.tier)
         .ok_or_else(|| format!("expected one of {}", names.join(", ")))
-}
-
-fn parse_bias(text: &str) -> std::result::Result<(u32, f32), String> {
-    let bad = || "expected ID+BIAS or ID-BIAS, such as 29871-1.5".to_string();
-    let at = text.find(['+', '-']).ok_or_else(bad)?;
-    let id = text[..at].parse().map_err(|_| bad())?;
-    let bias: f32 = text[at..].parse().map_err(|_| bad())?;
-    if bias.is_nan() {
-        Err(bad())
-    } else {
-        Ok((id, bias))
-    }
 }

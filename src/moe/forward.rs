@@ -99,6 +99,22 @@ impl Model {
         &self.machine
     }
 
+    /// Whether the vocabulary has all of `tokens`.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] if not.
+    pub fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let n_vocab = self.config.n_vocab;
+        match tokens.iter().find(|id| **id as usize >= n_vocab) {
+            None => Ok(()),
+            Some(id) => Err(Error::prompt(
+                "a token is outside the vocabulary",
+                format!("ids below {n_vocab}"),
+                id,
+            )),
+        }
+    }
+
     /// Runs a batch and returns the wanted logits, `(rows wanted, n_vocab)`, in the order of the runs.
     ///
     /// The logits of a token depend on its sequence alone: the same bits for every batch, thread count
@@ -121,19 +137,8 @@ impl Model {
         scratch: &'s mut Scratch,
         observer: &mut dyn Observer,
     ) -> Result<&'s [f32]> {
-        for run in runs.iter_mut() {
-            if let Some(id) = run
-                .tokens
-                .iter()
-                .find(|id| **id as usize >= self.config.n_vocab)
-            {
-                let expected = format!("ids below {}", self.config.n_vocab);
-                return Err(Error::prompt(
-                    "a token is outside the vocabulary",
-                    expected,
-                    id,
-                ));
-            }
+        for run in runs.iter() {
+            self.check_tokens(run.tokens)?;
         }
         for run in runs.iter_mut() {
             run.kv.reserve(run.tokens.len())?;

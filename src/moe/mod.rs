@@ -8,9 +8,11 @@ pub mod experts;
 pub mod forward;
 pub mod importance;
 pub mod kv;
+pub mod kv_file;
 pub mod linear;
 pub mod observe;
 pub mod router;
+pub mod routes;
 pub mod weights;
 
 pub use config::Config;
@@ -18,6 +20,7 @@ pub use forward::{Model, Run, Scratch, Want};
 pub use importance::Collector;
 pub use kv::{Kv, KvType};
 pub use observe::{Observer, Site};
+pub use routes::Routes;
 
 use crate::error::Result;
 use crate::pool::Pool;

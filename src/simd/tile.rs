@@ -376,12 +376,14 @@ unsafe fn start_of_32<T: Tile, B: IntBlock, const N: usize>(x: [&Chunk; N], b: u
     let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
-        let zero = T::splat(0);
-        if bias == 0 {
-            return [zero; N];
+        let mut isum = [T::splat(0); N];
+        if bias != 0 {
+            let out = T::splat((-bias & 0xffff) | (-bias << 16));
+            for t in 0..N {
+                isum[t] = T::pair(isum[t], out, x[t].sums[2 * b..].as_ptr());
+            }
         }
-        let out = T::splat((-bias & 0xffff) | (-bias << 16));
-        x.map(|x| T::pair(zero, out, x.sums[2 * b..].as_ptr()))
+        isum
     }
 }
 
@@ -557,7 +559,8 @@ unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i3
     unsafe {
         let mut sums = [T::splat(0); N];
         for w in w.chunks_exact(16 * T::ROWS) {
-            let w = [0, 1, 2, 3].map(|j| T::load(w[4 * T::ROWS * j..].as_ptr().cast()));
+            let w = w.as_ptr().cast::<i32>();
+            let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
             T::dot16::<N, 4>(&mut sums, w, x);
         }
         let mut total = 0i32;

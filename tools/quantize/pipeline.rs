@@ -13,14 +13,14 @@
 //! tensor whose bytes are really there; nothing needs to be flushed on the way.
 
 use std::cell::RefCell;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use octet::disk::{part, rename_part, sync_folder};
+use octet::disk::{self, part, rename_part, sync_folder};
 use octet::error::{Error, Result};
 use octet::pool::Pool;
 use octet::quant::Format;
@@ -532,7 +532,7 @@ impl<'a> Sink<'a> {
         let path = self.path();
         let (file, _) = self.file.as_mut().expect("opened above");
         file.write_all(bytes).map_err(Error::io(&path, "write"))?;
-        self.sum = checksum(self.sum, bytes);
+        self.sum = disk::checksum(self.sum, bytes);
         Ok(())
     }
 
@@ -558,22 +558,6 @@ impl<'a> Sink<'a> {
     }
 }
 
-/// Folds bytes into a checksum: enough to tell bytes that reached the disk from those that did not.
-fn checksum(seed: u64, bytes: &[u8]) -> u64 {
-    // An odd number with bits all over it (the fraction of the golden ratio); four lanes hide its latency.
-    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
-    let step = |h: u64, word: u64| (h ^ word).wrapping_mul(MIX).rotate_left(29);
-    let mut lanes = [seed, seed ^ 1, seed ^ 2, seed ^ 3];
-    let (words, rest) = bytes.as_chunks::<32>();
-    for words in words {
-        for (lane, word) in lanes.iter_mut().zip(words.as_chunks::<8>().0) {
-            *lane = step(*lane, u64::from_le_bytes(*word));
-        }
-    }
-    let rest = rest.iter().fold(0, |h, &b| step(h, b.into()));
-    lanes.into_iter().fold(step(rest, bytes.len() as u64), step)
-}
-
 /// The journal of a run.
 struct Journal {
     path: PathBuf,
@@ -583,9 +567,7 @@ struct Journal {
 }
 
 fn journal_path(outputs: &[Output]) -> PathBuf {
-    let mut name = outputs[0].files[0].path.as_os_str().to_os_string();
-    name.push(".resume");
-    PathBuf::from(name)
+    disk::beside(&outputs[0].files[0].path, ".resume")
 }
 
 /// Whether a run that ended early left something for `--resume`.
@@ -648,16 +630,11 @@ impl Journal {
             .truncate(false)
             .open(&path)
             .map_err(Error::io(first, "create"))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::Usage(format!(
-                    "{}: another quantize is writing this file",
-                    first.display()
-                )));
-            }
-            // Some network file systems have no locks.
-            Err(TryLockError::Error(_)) => {}
+        if !disk::lock(&file) {
+            return Err(Error::Usage(format!(
+                "{}: another quantize is writing this file",
+                first.display()
+            )));
         }
         let mut journal = Journal {
             path: path.clone(),
@@ -797,7 +774,7 @@ fn tensor_sum(output: &Output, i: usize, t: &SourceTensor) -> io::Result<u64> {
     for rows in slabs(t) {
         bytes.resize(((rows.end - rows.start) * row) as usize, 0);
         file.read_exact(&mut bytes)?;
-        sum = checksum(sum, &bytes);
+        sum = disk::checksum(sum, &bytes);
     }
     Ok(sum)
 }
