@@ -281,6 +281,7 @@ pub fn run(args: &Args) -> Result<()> {
     let same = |a: &Case, b: &Case| (a.model, a.tier, a.threads) == (b.model, b.tier, b.threads);
     for cases in cases.chunk_by(same) {
         let machine = Machine::new(cases[0].threads, Some(cases[0].tier))?;
+        let limits = limits(&machine);
         let model = Model::open(&files[cases[0].model], machine)?;
         for case in cases {
             let measured = measure(&model, case, args.repetitions, |tokens| {
@@ -288,7 +289,6 @@ pub fn run(args: &Args) -> Result<()> {
                 progress.set(done, total);
             })?;
             progress.clear();
-            let limits = limits(model.machine(), &measured);
             if args.json {
                 documents.push(document(case, &names, limits, &measured));
                 continue;
@@ -316,13 +316,11 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What the machine can do at most, as it is known; measured again if more was seen.
-fn limits(machine: &Machine, measured: &Measured) -> Limits {
-    let phases = || [&measured.prefill, &measured.decode].into_iter().flatten();
-    let most = |of: fn(&Phase) -> f64| 1e9 * phases().map(of).fold(0.0, f64::max);
+/// What the machine can do at most: measured now, or more if more is remembered.
+fn limits(machine: &Machine) -> Limits {
     Limits {
-        read_gb_s: bandwidth(&machine.pool, most(|p| p.gb_s)) / 1e9,
-        int8_gmac_s: int8_peak(machine, most(|p| p.gmac_s)) / 1e9,
+        read_gb_s: bandwidth(&machine.pool, f64::INFINITY) / 1e9,
+        int8_gmac_s: int8_peak(machine, f64::INFINITY) / 1e9,
     }
 }
 
