@@ -5,6 +5,7 @@ pub mod gguf_vocab;
 pub mod jinja;
 mod json;
 pub mod repl;
+pub mod request;
 pub mod sampler;
 mod schema;
 pub mod session;

@@ -81,6 +81,14 @@ impl Answer {
         }
     }
 
+    /// Each token with its probability and the likeliest in its place, if they were asked for.
+    pub fn each(&self) -> impl Iterator<Item = (u32, f32, &[(u32, f32)])> {
+        let told = self.logprobs.iter().zip(&self.top);
+        let ids = self.tokens.iter();
+        ids.zip(told)
+            .map(|(id, (logprob, top))| (*id, *logprob, top.as_slice()))
+    }
+
     /// Whether the answer ends before its next token: by its limit, or because a cache of `ctx` tokens
     /// cannot take the last of `sequence`.
     pub(super) fn ended(&self, sequence: usize, limits: &Limits, ctx: usize) -> Option<Finish> {

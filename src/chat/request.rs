@@ -1,0 +1,441 @@
+//! Requests in JSON, in OpenAI's form or our own, and answers in OpenAI's form.
+
+use super::sampler::{SamplerOptions, settings};
+use super::session::{Answer, Finish, Limits};
+use super::template::{Message, Role, Template, brief};
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+
+/// What a request that does not say gets.
+#[derive(Clone, Debug)]
+pub struct Defaults {
+    /// System text for a `prompt`.
+    pub system: Option<String>,
+    /// Whether a `prompt` is continued as it is, without the model's chat format.
+    pub raw: bool,
+    /// Most tokens of an answer; `None`: as many as the context holds.
+    pub max_tokens: Option<usize>,
+    /// How tokens are chosen.
+    pub sampling: SamplerOptions,
+}
+
+/// What the answer looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `chat.completion`: a message.
+    Chat,
+    /// `text_completion`: the text that follows.
+    Text,
+}
+
+/// A request that can be run.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What the answer looks like.
+    pub form: Form,
+    /// The whole prompt.
+    pub prompt: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: SamplerOptions,
+    /// When the answer ends, and what is recorded.
+    pub limits: Limits,
+    /// How many of the likeliest tokens the answer tells, if it tells probabilities.
+    pub logprobs: Option<usize>,
+}
+
+/// Fields that OpenAI's clients send and that change nothing here.
+const IGNORED: &[&str] = &[
+    "model",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+];
+
+/// OpenAI's most; what is recorded takes memory.
+const MAX_LOGPROBS: usize = 20;
+
+/// A line of a batch: who asks, and what.
+pub struct Line<'v> {
+    /// The line's own name for itself.
+    pub custom_id: Option<&'v str>,
+    /// What is asked: a request, or what is wrong with the line.
+    pub body: Result<Body<'v>>,
+}
+
+/// The fields of a request.
+pub struct Body<'v> {
+    fields: Vec<(&'v str, &'v Value)>,
+    /// What OpenAI's URL asks for; `None`: it is our own form.
+    form: Option<Form>,
+}
+
+impl<'v> Line<'v> {
+    /// Takes a line apart: `{"custom_id", "method", "url", "body"}`, or a request with or without `custom_id`.
+    pub fn new(value: &'v Value) -> Line<'v> {
+        let Value::Object(line) = value else {
+            return Line {
+                custom_id: None,
+                body: Err(Error::request("the line", "an object", brief(value))),
+            };
+        };
+        let custom_id = line.get("custom_id").filter(|id| !id.is_null());
+        let body = match custom_id {
+            Some(id) if !id.is_string() => {
+                Err(Error::request("custom_id", "a string", brief(id)))
+            }
+            _ if line.contains_key("body") => openai(line),
+            _ => Ok(Body {
+                fields: fields(line).filter(|(key, _)| *key != "custom_id").collect(),
+                form: None,
+            }),
+        };
+        Line {
+            custom_id: custom_id.and_then(Value::as_str),
+            body,
+        }
+    }
+}
+
+/// Fields that say something; null is as good as nothing.
+fn fields(object: &Map<String, Value>) -> impl Iterator<Item = (&str, &Value)> {
+    object
+        .iter()
+        .map(|(key, value)| (key.as_str(), value))
+        .filter(|(_, value)| !value.is_null())
+}
+
+/// A line of OpenAI's batch form.
+fn openai(line: &Map<String, Value>) -> Result<Body<'_>> {
+    const KEYS: [&str; 4] = ["custom_id", "method", "url", "body"];
+    if let Some((key, _)) = fields(line).find(|(key, _)| !KEYS.contains(key)) {
+        let found = format!("the field {}", brief(&key.into()));
+        return Err(Error::request("the line", KEYS.join(", "), found));
+    }
+    let form = match line.get("url").and_then(Value::as_str) {
+        Some("/v1/chat/completions") => Form::Chat,
+        Some("/v1/completions") => Form::Text,
+        _ => {
+            let found = brief(line.get("url").unwrap_or(&Value::Null));
+            let expected = "/v1/chat/completions or /v1/completions";
+            return Err(Error::request("url", expected, found));
+        }
+    };
+    match line.get("method") {
+        None | Some(Value::Null) => {}
+        Some(method) if method == "POST" => {}
+        Some(method) => return Err(Error::request("method", "POST", brief(method))),
+    }
+    match &line["body"] {
+        Value::Object(body) => Ok(Body {
+            fields: fields(body).collect(),
+            form: Some(form),
+        }),
+        other => Err(Error::request("body", "an object", brief(other))),
+    }
+}
+
+/// What the fields of a body said, before the prompt is made.
+struct Said<'v> {
+    prompt: Option<&'v Value>,
+    messages: Option<&'v Value>,
+    system: Option<String>,
+    raw: bool,
+    logprobs: Option<usize>,
+    top_logprobs: Option<usize>,
+    max_tokens: Option<usize>,
+    sampling: SamplerOptions,
+}
+
+impl Request {
+    /// The request of a line.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for a field that is not known or cannot be what it is, [`Error::Prompt`] if the messages
+    /// make no prompt.
+    pub fn new(
+        body: &Body<'_>,
+        defaults: &Defaults,
+        tokenizer: &Tokenizer,
+        template: &Template,
+        n_vocab: usize,
+    ) -> Result<Request> {
+        let mut said = Said {
+            prompt: None,
+            messages: None,
+            system: defaults.system.clone(),
+            raw: defaults.raw,
+            logprobs: None,
+            top_logprobs: None,
+            max_tokens: defaults.max_tokens,
+            sampling: defaults.sampling.clone(),
+        };
+        for (key, value) in &body.fields {
+            said.field(key, value, body.form)?;
+        }
+        said.sampling.check(n_vocab)?;
+        let logprobs = match (said.logprobs, said.top_logprobs) {
+            (None, Some(k)) if k > 0 => {
+                return Err(Error::request("top_logprobs", "logprobs, too", k));
+            }
+            (logprobs, top) => logprobs.map(|k| top.unwrap_or(k)),
+        };
+        let (form, prompt) = said.prompt(body.form, tokenizer, template)?;
+        Ok(Request {
+            form,
+            prompt,
+            sampling: said.sampling,
+            limits: Limits {
+                max_tokens: said.max_tokens,
+                stop: template.stop_ids(tokenizer),
+                logprobs: logprobs.map_or(0, |k| k.max(1)),
+            },
+            logprobs,
+        })
+    }
+}
+
+impl<'v> Said<'v> {
+    /// Takes one field in. `form`: OpenAI's forms do not have all of our fields.
+    fn field(&mut self, key: &str, value: &'v Value, form: Option<Form>) -> Result<()> {
+        let bad = |expected: &str| Err(Error::request(key, expected, brief(value)));
+        let number = |most: u64| value.as_u64().filter(|n| *n <= most);
+        match key {
+            "prompt" => self.prompt = Some(value),
+            "messages" => self.messages = Some(value),
+            "system" if form.is_none() => match value.as_str() {
+                Some(text) => self.system = Some(text.to_string()),
+                None => return bad("a string"),
+            },
+            "raw" if form.is_none() => match value.as_bool() {
+                Some(raw) => self.raw = raw,
+                None => return bad("true or false"),
+            },
+            "predict" | "n_predict" | "max_tokens" | "max_completion_tokens" => {
+                self.max_tokens = match number(u64::from(u32::MAX)) {
+                    Some(n) => Some(n as usize),
+                    None if value.as_i64() == Some(-1) => None,
+                    None => return bad("a number of tokens"),
+                };
+            }
+            "logprobs" | "top_logprobs" => {
+                let k = match value {
+                    Value::Bool(tell) => tell.then_some(0),
+                    _ => match number(MAX_LOGPROBS as u64) {
+                        Some(k) => Some(k as usize),
+                        None => return bad(&format!("true, false or 0 to {MAX_LOGPROBS}")),
+                    },
+                };
+                match key {
+                    "logprobs" => self.logprobs = k,
+                    _ => self.top_logprobs = k,
+                }
+            }
+            "n" if value != 1 => return bad("1"),
+            "stream" if value != false => return bad("false"),
+            "n" | "stream" => {}
+            _ if IGNORED.contains(&key) => {}
+            "temperature" => self.setting("temp", key, value)?,
+            _ if settings().any(|s| s.is_called(key)) => self.setting(key, key, value)?,
+            _ => {
+                let found = format!("the field {}", brief(&key.into()));
+                return Err(Error::request("its fields", "only known ones", found));
+            }
+        }
+        Ok(())
+    }
+
+    /// A sampler's setting: a number, a string, or a list of strings; biases may be an object.
+    fn setting(&mut self, name: &str, key: &str, value: &Value) -> Result<()> {
+        let plain = |value: &Value| match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        };
+        let signed = |(id, bias): (&String, &Value)| {
+            let bias = plain(bias)?;
+            let plus = if bias.starts_with('-') { "" } else { "+" };
+            Some(format!("{id}{plus}{bias}"))
+        };
+        let texts: Option<Vec<String>> = match value {
+            Value::Array(list) => list.iter().map(plain).collect(),
+            Value::Object(biases) => biases.iter().map(signed).collect(),
+            one => plain(one).map(|text| vec![text]),
+        };
+        let bad = |expected: &str| Error::request(key, expected, brief(value));
+        let texts = texts.ok_or_else(|| bad("a number, or text"))?;
+        let setting = settings()
+            .find(|s| s.is_called(name))
+            .ok_or_else(|| bad("a setting"))?;
+        // A list replaces what was there.
+        let first = setting.is_list().then_some("none");
+        for text in first.into_iter().chain(texts.iter().map(String::as_str)) {
+            setting
+                .set(&mut self.sampling, text)
+                .map_err(|e| bad(e.strip_prefix("expected ").unwrap_or(&e)))?;
+        }
+        Ok(())
+    }
+
+    /// The prompt's tokens.
+    fn prompt(
+        &self,
+        form: Option<Form>,
+        tokenizer: &Tokenizer,
+        template: &Template,
+    ) -> Result<(Form, Vec<u32>)> {
+        let messages = match (self.messages, self.prompt, form) {
+            (Some(messages), None, None | Some(Form::Chat)) => Message::list_from_json(messages)?,
+            (None, Some(prompt), None | Some(Form::Text)) => {
+                if let Some(ids) = prompt.as_array() {
+                    let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
+                    let ids = ids.iter().map(id).collect::<Option<_>>();
+                    let bad = || Error::request("prompt", "text or token ids", brief(prompt));
+                    return Ok((Form::Text, ids.ok_or_else(bad)?));
+                }
+                let Some(text) = prompt.as_str() else {
+                    return Err(Error::request("prompt", "text or token ids", brief(prompt)));
+                };
+                if self.raw || form.is_some() {
+                    return Ok((Form::Text, tokenizer.raw_prompt(text)));
+                }
+                let system = self.system.iter().map(|s| Message::new(Role::System, s));
+                system.chain([Message::new(Role::User, text)]).collect()
+            }
+            (Some(_), Some(_), _) => {
+                return Err(Error::request("the prompt", "messages or prompt", "both"));
+            }
+            (_, _, form) => {
+                let expected = match form {
+                    None => "messages or prompt",
+                    Some(Form::Chat) => "messages",
+                    Some(Form::Text) => "prompt",
+                };
+                return Err(Error::request("the prompt", expected, "none"));
+            }
+        };
+        Ok((Form::Chat, template.encode(tokenizer, &messages, None)?))
+    }
+}
+
+/// What all answers of a run have in common.
+pub struct Answerer<'a> {
+    /// The model's name.
+    pub model: String,
+    /// Changes whenever answers might.
+    pub fingerprint: String,
+    /// The vocabulary.
+    pub tokenizer: &'a Tokenizer,
+}
+
+/// A request's answer, and what is needed to tell it.
+pub struct Told<'a> {
+    /// What the answer is called.
+    pub id: String,
+    /// What it looks like.
+    pub form: Form,
+    /// How many of the likeliest tokens it tells.
+    pub logprobs: Option<usize>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// The seed that repeats it.
+    pub seed: u64,
+    /// Its text.
+    pub text: &'a str,
+    /// The answer.
+    pub answer: &'a Answer,
+}
+
+impl Answerer<'_> {
+    /// The body of OpenAI's response. `created` is 0: an answer does not depend on the time.
+    pub fn body(&self, told: &Told<'_>) -> Value {
+        let answer = told.answer;
+        let (object, prefix) = match told.form {
+            Form::Chat => ("chat.completion", "chatcmpl"),
+            Form::Text => ("text_completion", "cmpl"),
+        };
+        let logprobs = told.logprobs.map(|k| match told.form {
+            Form::Chat => self.chat_logprobs(answer, k),
+            Form::Text => self.text_logprobs(answer, k),
+        });
+        let finish = match answer.finish {
+            Finish::Stop => "stop",
+            Finish::Length | Finish::ContextFull | Finish::Interrupted => "length",
+        };
+        let mut choice = json!({"index": 0});
+        match told.form {
+            Form::Chat => {
+                choice["message"] =
+                    json!({"role": "assistant", "content": told.text, "refusal": null});
+            }
+            Form::Text => choice["text"] = told.text.into(),
+        }
+        choice["logprobs"] = logprobs.into();
+        choice["finish_reason"] = finish.into();
+        json!({
+            "id": format!("{prefix}-{}", told.id),
+            "object": object,
+            "created": 0,
+            "model": self.model,
+            "choices": [choice],
+            "usage": {
+                "prompt_tokens": told.prompt_tokens,
+                "completion_tokens": answer.tokens.len(),
+                "total_tokens": told.prompt_tokens + answer.tokens.len(),
+            },
+            "system_fingerprint": self.fingerprint,
+            "octet": {"seed": told.seed, "logits_hash": answer.stats.hash.to_string()},
+        })
+    }
+
+    fn chat_logprobs(&self, answer: &Answer, k: usize) -> Value {
+        let entry = |id: u32, logprob: f32| {
+            let bytes = self.tokenizer.piece_bytes(id);
+            json!({"token": self.token(id), "logprob": logprob, "bytes": bytes})
+        };
+        let content = answer.each().map(|(id, logprob, top)| {
+            let mut token = entry(id, logprob);
+            token["top_logprobs"] = top[..k.min(top.len())]
+                .iter()
+                .map(|(id, p)| entry(*id, *p))
+                .collect();
+            token
+        });
+        json!({"content": content.collect::<Vec<_>>(), "refusal": null})
+    }
+
+    /// Offsets are characters of the answer's pieces, put together.
+    fn text_logprobs(&self, answer: &Answer, k: usize) -> Value {
+        let (mut tokens, mut offsets, mut tops) = (Vec::new(), Vec::new(), Vec::new());
+        let mut offset = 0;
+        for (id, _, top) in answer.each() {
+            let token = self.token(id);
+            offsets.push(offset);
+            offset += token.chars().count();
+            tokens.push(token);
+            let top = top[..k.min(top.len())].iter();
+            tops.push(
+                top.map(|(id, p)| (self.token(*id), json!(p)))
+                    .collect::<Map<_, _>>(),
+            );
+        }
+        json!({
+            "tokens": tokens,
+            "token_logprobs": answer.logprobs,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        })
+    }
+
+    /// A token as text; part of a character is written `<0xNN>`, a mark by its name.
+    fn token(&self, id: u32) -> String {
+        let bytes = self.tokenizer.piece_bytes(id);
+        match String::from_utf8(bytes) {
+            Ok(text) if !text.is_empty() => text,
+            _ => self.tokenizer.piece(id).map_or_else(String::new, |p| p.text.clone()),
+        }
+    }
+}
