@@ -32,18 +32,18 @@ fn bf16() -> String {
 // Running the program
 
 /// A home of its own for the program, so that no test sees the user's files or another test's.
-struct Home(TempDir);
+pub(crate) struct Home(TempDir);
 
 /// What a run gave.
 #[derive(Debug)]
-struct Output {
-    code: Option<i32>,
-    stdout: Vec<u8>,
-    stderr: String,
+pub(crate) struct Output {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: String,
 }
 
 impl Home {
-    fn new() -> Home {
+    pub(crate) fn new() -> Home {
         let home = Home(TempDir::new().unwrap());
         // The machine's bandwidth is measured once; tests that do not look at it need not wait.
         fs::create_dir_all(home.path("cache/octet")).unwrap();
@@ -57,18 +57,18 @@ impl Home {
         home
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
+    pub(crate) fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
         let path = self.path(name);
         fs::write(&path, bytes).unwrap();
         path.to_str().unwrap().to_string()
     }
 
     /// The program, ready to be started.
-    fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_octet"));
         command
             .args(args)
@@ -83,11 +83,11 @@ impl Home {
     }
 
     /// Runs the program to its end, with `input` on standard input.
-    fn octet_with(&self, args: &[&str], input: impl AsRef<[u8]>) -> Output {
+    pub(crate) fn octet_with(&self, args: &[&str], input: impl AsRef<[u8]>) -> Output {
         finish(self.command(args), input)
     }
 
-    fn octet(&self, args: &[&str]) -> Output {
+    pub(crate) fn octet(&self, args: &[&str]) -> Output {
         self.octet_with(args, "")
     }
 }
@@ -106,14 +106,14 @@ fn finish(command: Command, input: impl AsRef<[u8]>) -> Output {
 impl Output {
     /// Standard output of a run that must have worked.
     #[track_caller]
-    fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         assert_eq!(self.code, Some(0), "{}", self.stderr);
         std::str::from_utf8(&self.stdout).unwrap()
     }
 
     /// Its only JSON document.
     #[track_caller]
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let text = self.text();
         let document = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
         assert!(
@@ -125,7 +125,7 @@ impl Output {
 
     /// Its JSON documents, one a line.
     #[track_caller]
-    fn json_lines(&self) -> Vec<Value> {
+    pub(crate) fn json_lines(&self) -> Vec<Value> {
         let text = std::str::from_utf8(&self.stdout).unwrap();
         text.lines()
             .map(|l| serde_json::from_str(l).unwrap())
@@ -134,7 +134,7 @@ impl Output {
 
     /// The one line that a failed run says; nothing is on standard output.
     #[track_caller]
-    fn error(&self, code: i32) -> &str {
+    pub(crate) fn error(&self, code: i32) -> &str {
         assert_eq!(self.code, Some(code), "{}", self.stderr);
         assert!(self.stdout.is_empty());
         let line = self.stderr.strip_suffix('\n').unwrap();
@@ -1626,9 +1626,9 @@ fn wrong_usage_exits_2() {
     for args in [
         &["frobnicate"][..],
         &["run", "--frobnicate"],
-        &["run", "-p", "x", "-f", "y"],
+        &["run", "-p", "x", "--stop", ""],
         &["run", "-p", "x", "--raw", "-s", "y"],
-        &["run", "-p", "x", "--logprobs", "3"],
+        &["run", "-p", "x", "--logprobs", "-3"],
         &["run", "-p", "x", "-n", "-2"],
         &["run", "-p", "x", "--repeat-last-n", "1.5"],
         &["run", "-p", "x", "-n", "many"],

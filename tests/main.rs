@@ -3,6 +3,7 @@
 mod alloc;
 mod chat;
 mod cli;
+mod generation;
 mod gguf;
 mod hostile_model;
 mod layers;

@@ -9,5 +9,6 @@ pub mod request;
 pub mod sampler;
 mod schema;
 pub mod session;
+pub mod stops;
 pub mod template;
 pub mod tokenizer;

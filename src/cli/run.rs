@@ -2,13 +2,15 @@
 
 use super::chat::hear_interrupts;
 use super::input::{note, read_text};
-use super::load::load;
+use super::load::{Loaded, load};
 use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line};
 use crate::chat::repl::show;
-use crate::chat::sampler::Sampler;
+use crate::chat::sampler::{Sampler, unescape};
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
+use crate::chat::stops::AnswerText;
 use crate::chat::template::{Message, Role};
+use crate::chat::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 use serde_json::json;
 use std::ops::ControlFlow;
@@ -19,31 +21,34 @@ use std::sync::atomic::Ordering;
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// The prompt [default: standard input]
-    #[arg(
-        short,
-        long,
-        value_name = "TEXT",
-        conflicts_with = "file",
-        allow_hyphen_values = true
-    )]
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
-    /// A file with the prompt; - is standard input
+    /// A file with the prompt; - is standard input; may be repeated, and --prompt comes after it
     #[arg(short, long, value_name = "FILE")]
-    pub file: Option<PathBuf>,
+    pub file: Vec<PathBuf>,
     /// System text: how the model should behave
     #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
     /// Most tokens of the answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = count, allow_negative_numbers = true)]
     pub predict: Option<u32>,
+    /// End the answer before this text (\n is a line break); may be repeated
+    #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+    /// Go on where the model would end its answer
+    #[arg(long)]
+    pub ignore_eos: bool,
     /// Continue the text itself, without the model's chat format
     #[arg(long)]
     pub raw: bool,
+    /// Show the token ids and pieces of the prompt instead of answering it
+    #[arg(long)]
+    pub show_prompt: bool,
     /// One JSON document on standard output instead of text
     #[arg(long)]
     pub json: bool,
-    /// With --json: the K likeliest tokens and their log probabilities at each step
-    #[arg(long, value_name = "K", requires = "json", default_value_t = 0)]
+    /// Show each token with its probability and the K likeliest, a line for each
+    #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub logprobs: usize,
     /// Which model.
     #[command(flatten)]
@@ -56,18 +61,43 @@ pub struct Args {
     pub sampling: SamplingOptions,
 }
 
+/// A text that ends an answer.
+fn stop(text: &str) -> std::result::Result<String, String> {
+    match unescape(text) {
+        Some(text) if !text.is_empty() => Ok(text),
+        Some(_) => Err("expected a text, found none".into()),
+        None => Err("expected only \\n, \\r, \\t, \\\" and \\\\ with a backslash".into()),
+    }
+}
+
+/// The files in order, then the prompt, each on lines of its own.
+fn prompt_text(args: &Args) -> Result<String> {
+    let mut texts = Vec::new();
+    for file in &args.file {
+        texts.push(read_text(Some(file))?);
+    }
+    texts.extend(args.prompt.clone());
+    if texts.is_empty() {
+        texts.push(read_text(None)?);
+    }
+    let last = texts.len() - 1;
+    for text in &mut texts[..last] {
+        if !text.ends_with('\n') {
+            text.push('\n');
+        }
+    }
+    Ok(texts.concat())
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// If the model cannot be loaded, the prompt cannot be read or does not fit; [`Error::Interrupted`] after Ctrl-C.
 pub fn run(args: &Args) -> Result<()> {
-    let text = match &args.prompt {
-        Some(text) => text.clone(),
-        None => read_text(args.file.as_deref())?,
-    };
+    let text = prompt_text(args)?;
     let loaded = load(&args.model, &args.machine)?;
     let tokenizer = &loaded.tokenizer;
-    let prompt = match args.raw {
+    let prompt: Vec<u32> = match args.raw {
         true => {
             let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
             bos.into_iter().chain(tokenizer.encode(&text)).collect()
@@ -78,6 +108,9 @@ pub fn run(args: &Args) -> Result<()> {
             loaded.template.encode(tokenizer, &messages, None)?
         }
     };
+    if args.show_prompt {
+        return show_prompt(args, &loaded, &prompt);
+    }
     let interrupted = hear_interrupts()?;
     let mut session = Session::new(
         &loaded.model,
@@ -85,23 +118,35 @@ pub fn run(args: &Args) -> Result<()> {
         loaded.ctx,
         args.machine.ubatch as usize,
     );
-    let limits = Limits {
+    let mut limits = Limits {
         max_tokens: args.predict.map(|n| n as usize),
         stop: loaded.template.stop_ids(tokenizer),
         logprobs: args.logprobs,
     };
+    let mut options = args.sampling.sampler(loaded.model.config.n_vocab)?;
+    if args.ignore_eos {
+        let ends = limits.stop.drain(..);
+        options
+            .logit_bias
+            .extend(ends.map(|id| (id, f32::NEG_INFINITY)));
+    }
+    let mut sampler = Sampler::for_text(options, tokenizer);
+    if args.machine.verbose {
+        note(format!("seed {}", sampler.seed()));
+    }
     // A chat answer begins anew; raw text goes on where the prompt ends, so its first space counts.
-    let mut stream = if args.raw {
-        tokenizer.stream_continuing()
-    } else {
-        tokenizer.stream()
+    let stream = match args.raw {
+        true => tokenizer.stream_continuing(),
+        false => tokenizer.stream(),
     };
-    let mut answer_text = String::new();
+    let mut answer_text = AnswerText::new(stream, &args.stop);
+    let mut said = String::new();
     let mut progress = Progress::new("reading the prompt");
     let mut failed = None;
+    let streamed = !args.json && args.logprobs == 0;
     let mut say = |text: String| {
-        let result = if args.json { Ok(()) } else { show(&text) };
-        answer_text.push_str(&text);
+        let result = if streamed { show(&text) } else { Ok(()) };
+        said.push_str(&text);
         match result {
             Ok(()) => ControlFlow::Continue(()),
             Err(e) => {
@@ -110,31 +155,29 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     };
-    let options = args.sampling.sampler(loaded.model.config.n_vocab)?;
-    let mut sampler = Sampler::for_text(options, tokenizer);
-    if args.machine.verbose {
-        note(format!("seed {}", sampler.seed()));
-    }
-    let answer = session.answer(&prompt, &mut sampler, &limits, |event| {
+    let mut answer = session.answer(&prompt, &mut sampler, &limits, |event| {
         match event {
             Event::Prompt { done, total } => progress.set(done, total),
-            Event::Token(id) => say(stream.push(id))?,
+            Event::Token(id) => say(answer_text.push(id))?,
         }
-        if interrupted.load(Ordering::Relaxed) {
+        if interrupted.load(Ordering::Relaxed) || answer_text.stopped() {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
         }
     })?;
-    let _ = say(stream.flush());
+    let _ = say(answer_text.flush());
     if let Some(e) = failed {
         return Err(e);
     }
+    if answer_text.stopped() {
+        answer.finish = Finish::Stop;
+    }
     if args.json {
-        show(&format!(
-            "{}\n",
-            document(&prompt, &answer, &answer_text, args.logprobs > 0)
-        ))?;
+        let document = document(&prompt, &answer, &said, args.logprobs > 0);
+        show(&format!("{document}\n"))?;
+    } else if args.logprobs > 0 {
+        show_logprobs(tokenizer, &answer)?;
     } else if std::io::IsTerminal::is_terminal(&std::io::stdout()) {
         show("\n")?;
     }
@@ -150,6 +193,74 @@ pub fn run(args: &Args) -> Result<()> {
     } else {
         Ok(())
     }
+}
+
+/// A line for each token of a prompt: its id and its piece.
+fn show_prompt(args: &Args, loaded: &Loaded, prompt: &[u32]) -> Result<()> {
+    let pieces = prompt.iter().map(|&id| loaded.tokenizer.piece(id));
+    if args.json {
+        let texts: Vec<_> = pieces.map(|piece| piece.map(|p| &p.text)).collect();
+        return show(&format!(
+            "{}\n",
+            json!({ "prompt_tokens": prompt, "pieces": texts })
+        ));
+    }
+    let mut lines = String::new();
+    for (id, piece) in prompt.iter().zip(pieces) {
+        let (text, kind) = match piece {
+            Some(Piece { text, kind, .. }) => (text.as_str(), *kind),
+            None => ("", PieceKind::Unused),
+        };
+        let kind = match kind {
+            PieceKind::Normal => "",
+            PieceKind::Control => "control",
+            PieceKind::Byte => "byte",
+            PieceKind::UserDefined => "user-defined",
+            PieceKind::Unknown => "unknown",
+            PieceKind::Unused => "unused",
+        };
+        let line = format!("{id:>6}  {:<16} {kind}", text.escape_debug().to_string());
+        lines += line.trim_end();
+        lines.push('\n');
+    }
+    show(&lines)?;
+    note(format!(
+        "{} tokens of a context of {}; {}",
+        prompt.len(),
+        loaded.ctx,
+        match args.raw {
+            true => "raw text".to_string(),
+            false => format!("prompt format {}", loaded.template.name()),
+        }
+    ));
+    Ok(())
+}
+
+/// A line for each token of an answer: its probability, its text, and those of the likeliest.
+fn show_logprobs(tokenizer: &Tokenizer, answer: &Answer) -> Result<()> {
+    let text = |id: u32| {
+        let bytes = match tokenizer.is_control(id) {
+            true => tokenizer.decode_with(&[id], true),
+            false => tokenizer.piece_bytes(id),
+        };
+        format!("{:?}", String::from_utf8_lossy(&bytes))
+    };
+    let percent = |logprob: f32| 100.0 * logprob.exp();
+    let mut lines = String::new();
+    let chosen = answer.tokens.iter().zip(&answer.logprobs);
+    for ((&id, &logprob), top) in chosen.zip(&answer.top) {
+        let top = top
+            .iter()
+            .map(|&(id, p)| format!("{} {:.1}%", text(id), percent(p)));
+        let top: Vec<_> = top.collect();
+        lines += &format!(
+            "{:>5.1}%  {:<16} of  {}\n",
+            percent(logprob),
+            text(id),
+            top.join("  ")
+        );
+    }
+    show(&lines)
 }
 
 fn document(prompt: &[u32], answer: &Answer, text: &str, top: bool) -> serde_json::Value {

@@ -13,7 +13,7 @@ mod settings;
 
 pub use candidates::{Candidate, Candidates, logprob, logprobs};
 pub use dry::Breakers;
-pub use settings::{Order, Setting};
+pub use settings::{Order, Setting, unescape};
 
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -369,12 +369,6 @@ pub static STEPS: &[Step] = &[
         },
     },
 ];
-
-impl Step {
-    fn all() -> impl Iterator<Item = &'static Step> {
-        STEPS.iter()
-    }
-}
 
 impl fmt::Debug for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

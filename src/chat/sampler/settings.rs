@@ -3,7 +3,7 @@
 //! The command line, its help, `/set` in a conversation and the fields of a batch line all go through
 //! [`Setting`]; the rows stand beside the samplers that they belong to ([`super::STEPS`]).
 
-use super::{SamplerOptions, Step};
+use super::{STEPS, SamplerOptions, Step};
 
 /// One thing that a user may set.
 pub struct Setting {
@@ -181,7 +181,8 @@ fn list(entries: impl Iterator<Item = String>) -> String {
     }
 }
 
-fn unescape(text: &str) -> Option<String> {
+/// A text in which `\n`, `\r`, `\t`, `\"` and `\\` stand for what a command line can hardly say; `None` for another backslash.
+pub fn unescape(text: &str) -> Option<String> {
     let mut chars = text.chars();
     let mut out = String::new();
     while let Some(c) = chars.next() {
@@ -210,10 +211,11 @@ impl Value for Order {
         let steps = names.filter(|name| !name.is_empty() && *name != "none");
         let steps = steps.map(|name| {
             let name = name.replace('-', "_");
-            Step::all()
+            STEPS
+                .iter()
                 .find(|step| step.name == name || step.aliases.contains(&name.as_str()))
                 .ok_or_else(|| {
-                    let names: Vec<_> = Step::all().map(|step| step.name).collect();
+                    let names: Vec<_> = STEPS.iter().map(|step| step.name).collect();
                     format!(
                         "expected some of {} separated by ;, found {name}",
                         names.join(";")
