@@ -8,11 +8,12 @@
 //! cache was thrown away and computed again are matters of speed alone.
 
 use super::sampler::Sampler;
-use super::session::{Answer, Finish, Limits, LogitsHash, check_prompt};
+use super::session::{Answer, Finish, Limits, LogitsHash, check_prompt, rate};
 use crate::error::Result;
 use crate::moe::kv::KV_BLOCK;
 use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// A common beginning shorter than this is computed again: to wait for it would take longer.
@@ -95,6 +96,18 @@ pub struct Totals {
     pub weight_bytes: u64,
     /// Of all sequences that have ended, whatever their order.
     pub hash: LogitsHash,
+}
+
+impl Totals {
+    /// Generated tokens per second, of the time that prompts took, too; 0 before there were any.
+    pub fn answer_rate(&self) -> f64 {
+        rate(self.answer_tokens as f64, self.time)
+    }
+
+    /// Bytes of weights read per second.
+    pub fn bandwidth(&self) -> f64 {
+        rate(self.weight_bytes as f64, self.time)
+    }
 }
 
 impl Sequence {
@@ -186,17 +199,18 @@ impl<'m> Batch<'m> {
         Ok(())
     }
 
-    /// One forward pass; returns the sequences that ended with it.
+    /// One forward pass; returns the sequences that ended with it. `on_token` is told each sequence's new
+    /// token; its answer `Break` ends that sequence.
     ///
     /// # Errors
     /// None that a caller could cause: [`Batch::add`] has checked what [`Model::forward`] checks.
-    pub fn step(&mut self) -> Result<Vec<Done>> {
+    pub fn step(&mut self, on_token: impl FnMut(u64, u32) -> ControlFlow<()>) -> Result<Vec<Done>> {
         let started = Instant::now();
         self.admit();
         self.share();
         let takes = self.plan();
         self.forward(&takes)?;
-        self.choose();
+        self.choose(on_token);
         let ended: Vec<_> = self.running.extract_if(.., |s| s.end.is_some()).collect();
         let done = ended.into_iter().map(|s| self.finish(s)).collect();
         self.totals.time += started.elapsed();
@@ -357,7 +371,7 @@ impl<'m> Batch<'m> {
     }
 
     /// The next token of every sequence whose logits were computed.
-    fn choose(&mut self) {
+    fn choose(&mut self, mut on_token: impl FnMut(u64, u32) -> ControlFlow<()>) {
         let ctx = self.room.ctx;
         let mut rows = self
             .scratch
@@ -372,6 +386,14 @@ impl<'m> Batch<'m> {
             .collect();
         let pool = &self.model.machine().pool;
         pool.enter(|| pool.each(&mut work, |_, (s, row)| s.grow(row, ctx)));
+        for (s, _) in work {
+            if s.end != Some(Finish::Stop)
+                && let Some(&token) = s.answer.tokens.last()
+                && on_token(s.id, token).is_break()
+            {
+                s.end = Some(Finish::Interrupted);
+            }
+        }
     }
 
     /// Keeps the prompt of a sequence that has ended, if another may begin like it.

@@ -16,6 +16,10 @@ pub struct Defaults {
     pub raw: bool,
     /// Most tokens of an answer; `None`: as many as the context holds.
     pub max_tokens: Option<usize>,
+    /// Texts before which an answer ends.
+    pub stops: Vec<String>,
+    /// Whether an answer goes on where the model would end it.
+    pub ignore_ends: bool,
     /// How tokens are chosen.
     pub sampling: SamplerOptions,
 }
@@ -40,6 +44,8 @@ pub struct Request {
     pub sampling: SamplerOptions,
     /// When the answer ends, and what is recorded.
     pub limits: Limits,
+    /// Texts before which it ends, too.
+    pub stops: Vec<String>,
     /// How many of the likeliest tokens the answer tells, if it tells probabilities.
     pub logprobs: Option<usize>,
 }
@@ -84,12 +90,12 @@ impl<'v> Line<'v> {
         };
         let custom_id = line.get("custom_id").filter(|id| !id.is_null());
         let body = match custom_id {
-            Some(id) if !id.is_string() => {
-                Err(Error::request("custom_id", "a string", brief(id)))
-            }
+            Some(id) if !id.is_string() => Err(Error::request("custom_id", "a string", brief(id))),
             _ if line.contains_key("body") => openai(line),
             _ => Ok(Body {
-                fields: fields(line).filter(|(key, _)| *key != "custom_id").collect(),
+                fields: fields(line)
+                    .filter(|(key, _)| *key != "custom_id")
+                    .collect(),
                 form: None,
             }),
         };
@@ -112,8 +118,11 @@ fn fields(object: &Map<String, Value>) -> impl Iterator<Item = (&str, &Value)> {
 fn openai(line: &Map<String, Value>) -> Result<Body<'_>> {
     const KEYS: [&str; 4] = ["custom_id", "method", "url", "body"];
     if let Some((key, _)) = fields(line).find(|(key, _)| !KEYS.contains(key)) {
-        let found = format!("the field {}", brief(&key.into()));
-        return Err(Error::request("the line", KEYS.join(", "), found));
+        return Err(Error::request(
+            "a field",
+            KEYS.join(", "),
+            brief(&key.into()),
+        ));
     }
     let form = match line.get("url").and_then(Value::as_str) {
         Some("/v1/chat/completions") => Form::Chat,
@@ -142,12 +151,10 @@ fn openai(line: &Map<String, Value>) -> Result<Body<'_>> {
 struct Said<'v> {
     prompt: Option<&'v Value>,
     messages: Option<&'v Value>,
-    system: Option<String>,
-    raw: bool,
     logprobs: Option<usize>,
     top_logprobs: Option<usize>,
-    max_tokens: Option<usize>,
-    sampling: SamplerOptions,
+    /// The defaults, and what the fields changed.
+    rest: Defaults,
 }
 
 impl Request {
@@ -166,17 +173,14 @@ impl Request {
         let mut said = Said {
             prompt: None,
             messages: None,
-            system: defaults.system.clone(),
-            raw: defaults.raw,
             logprobs: None,
             top_logprobs: None,
-            max_tokens: defaults.max_tokens,
-            sampling: defaults.sampling.clone(),
+            rest: defaults.clone(),
         };
         for (key, value) in &body.fields {
             said.field(key, value, body.form)?;
         }
-        said.sampling.check(n_vocab)?;
+        said.rest.sampling.check(n_vocab)?;
         let logprobs = match (said.logprobs, said.top_logprobs) {
             (None, Some(k)) if k > 0 => {
                 return Err(Error::request("top_logprobs", "logprobs, too", k));
@@ -184,15 +188,21 @@ impl Request {
             (logprobs, top) => logprobs.map(|k| top.unwrap_or(k)),
         };
         let (form, prompt) = said.prompt(body.form, tokenizer, template)?;
+        let mut rest = said.rest;
+        let mut limits = Limits {
+            max_tokens: rest.max_tokens,
+            stop: template.stop_ids(tokenizer),
+            logprobs: logprobs.map_or(0, |k| k.max(1)),
+        };
+        if rest.ignore_ends {
+            limits.ignore_ends(&mut rest.sampling);
+        }
         Ok(Request {
             form,
             prompt,
-            sampling: said.sampling,
-            limits: Limits {
-                max_tokens: said.max_tokens,
-                stop: template.stop_ids(tokenizer),
-                logprobs: logprobs.map_or(0, |k| k.max(1)),
-            },
+            sampling: rest.sampling,
+            limits,
+            stops: rest.stops,
             logprobs,
         })
     }
@@ -207,15 +217,29 @@ impl<'v> Said<'v> {
             "prompt" => self.prompt = Some(value),
             "messages" => self.messages = Some(value),
             "system" if form.is_none() => match value.as_str() {
-                Some(text) => self.system = Some(text.to_string()),
+                Some(text) => self.rest.system = Some(text.to_string()),
                 None => return bad("a string"),
             },
             "raw" if form.is_none() => match value.as_bool() {
-                Some(raw) => self.raw = raw,
+                Some(raw) => self.rest.raw = raw,
                 None => return bad("true or false"),
             },
+            "ignore_eos" => match value.as_bool() {
+                Some(ignore) => self.rest.ignore_ends = ignore,
+                None => return bad("true or false"),
+            },
+            "stop" => {
+                let list = value
+                    .as_array()
+                    .map_or(std::slice::from_ref(value), Vec::as_slice);
+                let text = |v: &Value| Some(v.as_str().filter(|t| !t.is_empty())?.to_string());
+                match list.iter().map(text).collect() {
+                    Some(stops) => self.rest.stops = stops,
+                    None => return bad("a text, or a list of texts"),
+                }
+            }
             "predict" | "n_predict" | "max_tokens" | "max_completion_tokens" => {
-                self.max_tokens = match number(u64::from(u32::MAX)) {
+                self.rest.max_tokens = match number(u64::from(u32::MAX)) {
                     Some(n) => Some(n as usize),
                     None if value.as_i64() == Some(-1) => None,
                     None => return bad("a number of tokens"),
@@ -241,8 +265,8 @@ impl<'v> Said<'v> {
             "temperature" => self.setting("temp", key, value)?,
             _ if settings().any(|s| s.is_called(key)) => self.setting(key, key, value)?,
             _ => {
-                let found = format!("the field {}", brief(&key.into()));
-                return Err(Error::request("its fields", "only known ones", found));
+                let expected = "one that octet knows";
+                return Err(Error::request("a field", expected, brief(&key.into())));
             }
         }
         Ok(())
@@ -274,7 +298,7 @@ impl<'v> Said<'v> {
         let first = setting.is_list().then_some("none");
         for text in first.into_iter().chain(texts.iter().map(String::as_str)) {
             setting
-                .set(&mut self.sampling, text)
+                .set(&mut self.rest.sampling, text)
                 .map_err(|e| bad(e.strip_prefix("expected ").unwrap_or(&e)))?;
         }
         Ok(())
@@ -299,10 +323,14 @@ impl<'v> Said<'v> {
                 let Some(text) = prompt.as_str() else {
                     return Err(Error::request("prompt", "text or token ids", brief(prompt)));
                 };
-                if self.raw || form.is_some() {
+                if self.rest.raw || form.is_some() {
                     return Ok((Form::Text, tokenizer.raw_prompt(text)));
                 }
-                let system = self.system.iter().map(|s| Message::new(Role::System, s));
+                let system = self
+                    .rest
+                    .system
+                    .iter()
+                    .map(|s| Message::new(Role::System, s));
                 system.chain([Message::new(Role::User, text)]).collect()
             }
             (Some(_), Some(_), _) => {
@@ -435,7 +463,10 @@ impl Answerer<'_> {
         let bytes = self.tokenizer.piece_bytes(id);
         match String::from_utf8(bytes) {
             Ok(text) if !text.is_empty() => text,
-            _ => self.tokenizer.piece(id).map_or_else(String::new, |p| p.text.clone()),
+            _ => self
+                .tokenizer
+                .piece(id)
+                .map_or_else(String::new, |p| p.text.clone()),
         }
     }
 }

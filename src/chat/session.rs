@@ -1,6 +1,6 @@
 //! One sequence of tokens and what comes next: prefill, sampling, the end.
 
-use super::sampler::{Sampler, logprob, logprobs};
+use super::sampler::{Sampler, SamplerOptions, logprob, logprobs};
 use crate::error::{Error, Result};
 use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
 use std::ops::ControlFlow;
@@ -25,6 +25,15 @@ pub struct Limits {
     pub stop: Vec<u32>,
     /// Likeliest tokens to record for each token of the answer.
     pub logprobs: usize,
+}
+
+impl Limits {
+    /// Lets answers go on where the model would end them.
+    pub fn ignore_ends(&mut self, options: &mut SamplerOptions) {
+        let ends = self.stop.drain(..);
+        let banned = ends.map(|id| (id, f32::NEG_INFINITY));
+        options.logit_bias.extend(banned);
+    }
 }
 
 /// What a session tells while it works; the answer `Break` stops it.
@@ -197,7 +206,7 @@ impl Stats {
     }
 }
 
-fn rate(n: f64, time: Duration) -> f64 {
+pub(super) fn rate(n: f64, time: Duration) -> f64 {
     if time.is_zero() {
         0.0
     } else {

@@ -92,8 +92,10 @@ impl<R: BufRead> BoundedLines<R> {
             let feed = part.iter().position(|b| *b == b'\n');
             let text = &part[..feed.unwrap_or(part.len())];
             head.extend_from_slice(&text[..text.len().min(self.most - head.len())]);
-            end.tail.extend_from_slice(&text[text.len().saturating_sub(LineEnd::TAIL)..]);
-            end.tail.drain(..end.tail.len().saturating_sub(LineEnd::TAIL));
+            end.tail
+                .extend_from_slice(&text[text.len().saturating_sub(LineEnd::TAIL)..]);
+            end.tail
+                .drain(..end.tail.len().saturating_sub(LineEnd::TAIL));
             end.bytes += text.len() as u64;
             end.fed = feed.is_some();
             let used = text.len() + usize::from(end.fed);

@@ -468,7 +468,12 @@ fn check(path: &Path, held: &Held, mode: &Mode) -> Result<()> {
     }
     if held.id.line > mode.most_lines {
         let found = format!("line {}", held.id.line);
-        return Err(Error::invalid(path, "the file", "lines of this input", found));
+        return Err(Error::invalid(
+            path,
+            "the file",
+            "lines of this input",
+            found,
+        ));
     }
     Ok(())
 }

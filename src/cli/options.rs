@@ -1,6 +1,6 @@
 //! Groups of options that several commands share, each defined once.
 
-use crate::chat::sampler::{SamplerOptions, Setting, settings};
+use crate::chat::sampler::{SamplerOptions, Setting, settings, unescape};
 use crate::error::Result;
 use crate::moe::KvType;
 use crate::simd::{TIERS, Tier};
@@ -38,6 +38,26 @@ pub struct MachineOptions {
     /// Tell more on stderr
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+/// What is asked of an answer.
+#[derive(clap::Args, Clone, Debug)]
+pub struct AnswerOptions {
+    /// System text: how the model should behave
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Most tokens of the answer [default: as many as the context holds]
+    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = count, allow_negative_numbers = true)]
+    pub predict: Option<u32>,
+    /// End the answer before this text (\n is a line break); may be repeated
+    #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+    /// Go on where the model would end its answer
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Continue the text itself, without the model's chat format
+    #[arg(long)]
+    pub raw: bool,
 }
 
 /// How the next token is chosen: an option for each of the sampler's settings.
@@ -125,6 +145,15 @@ pub fn count(text: &str) -> std::result::Result<u32, String> {
         _ => text
             .parse()
             .map_err(|_| "expected a number of tokens, or -1 for all".to_string()),
+    }
+}
+
+/// A text that ends an answer.
+fn stop(text: &str) -> std::result::Result<String, String> {
+    match unescape(text) {
+        Some(text) if !text.is_empty() => Ok(text),
+        Some(_) => Err("expected a text, found none".into()),
+        None => Err("expected only \\n, \\r, \\t, \\\" and \\\\ with a backslash".into()),
     }
 }
 

@@ -115,22 +115,20 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
 
 /// The same for a batch.
 pub fn batch_closing_line(lines: &str, totals: &Totals, machine: &Machine) {
-    let seconds = totals.time.as_secs_f64().max(1e-9);
     let shared = match totals.shared_tokens {
         0 => String::new(),
         n => format!(" and {n} shared"),
     };
     let parts = vec![
-        format!("{lines} in {seconds:.1} s"),
+        format!("{lines} in {:.1} s", totals.time.as_secs_f64()),
         format!("prompts {}{shared}", tokens(totals.prompt_tokens)),
         format!(
             "answers {} at {:.1} tok/s",
             tokens(totals.answer_tokens),
-            totals.answer_tokens as f64 / seconds
+            totals.answer_rate()
         ),
     ];
-    let bandwidth = totals.weight_bytes as f64 / seconds;
-    closing(parts, machine, bandwidth, &totals.hash);
+    closing(parts, machine, totals.bandwidth(), &totals.hash);
 }
 
 /// What all closing lines end with: the machine's bandwidth and `used` of it, tier, threads, logits.

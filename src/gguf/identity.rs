@@ -21,7 +21,10 @@ impl Gguf {
         }
         hash.update(self.file_bytes().to_le_bytes());
         let tensors: &[Tensor] = self.tensors();
-        for tensor in tensors.iter().step_by(tensors.len().div_ceil(TENSORS).max(1)) {
+        for tensor in tensors
+            .iter()
+            .step_by(tensors.len().div_ceil(TENSORS).max(1))
+        {
             let bytes = self.bytes(tensor);
             let start = bytes.len().saturating_sub(SAMPLE) / 2;
             hash.update(&bytes[start..bytes.len().min(start + SAMPLE)]);

@@ -239,7 +239,11 @@ impl Gguf {
     /// Everything before the first tensor of each file.
     pub(super) fn headers(&self) -> impl Iterator<Item = &[u8]> {
         self.shards.iter().enumerate().map(|(i, shard)| {
-            let starts = self.tensors.iter().filter(|t| t.shard == i).map(|t| t.offset);
+            let starts = self
+                .tensors
+                .iter()
+                .filter(|t| t.shard == i)
+                .map(|t| t.offset);
             // An open file's tensors lie inside its map.
             let end = starts.min().map_or(shard.map.len(), |at| at as usize);
             &shard.map[..end]
