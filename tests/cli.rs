@@ -20,7 +20,7 @@ use crate::data;
 use crate::hostile_model::{File, Layout, Small, encode};
 
 /// Longer than anything takes on a slow and busy machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
 
@@ -214,7 +214,7 @@ fn ids(v: &Value) -> Vec<u32> {
     serde_json::from_value(v.clone()).unwrap()
 }
 
-fn reference() -> Vec<Value> {
+pub(crate) fn reference() -> Vec<Value> {
     let bytes = fs::read(data("demo-reference.json")).unwrap();
     let value: Value = serde_json::from_slice(&bytes).unwrap();
     value["prompts"].as_array().unwrap().clone()
@@ -788,7 +788,7 @@ fn a_line_that_is_no_text_is_an_error() {
 // Signals and broken pipes
 
 #[cfg(unix)]
-fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let ok = Command::new("kill")
         .args(["-s", name, &child.id().to_string()])
         .status()
@@ -797,7 +797,7 @@ fn signal(child: &Child, name: &str) {
 }
 
 /// Waits for the end of a process, but not for ever.
-fn wait(child: &mut Child) -> std::process::ExitStatus {
+pub(crate) fn wait(child: &mut Child) -> std::process::ExitStatus {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match child.try_wait().unwrap() {

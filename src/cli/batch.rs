@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> Result<()> {
     let lines = Lines::check(args)?;
     let loaded = load(&args.model, &args.machine)?;
     let options = args.sampling.sampler(loaded.model.config.n_vocab)?;
-    let identity = Gguf::open(&loaded.path)?.identity();
+    let file = Gguf::open(&loaded.path)?;
     let mut defaults = Defaults {
         system: args.answer.system.clone(),
         raw: args.answer.raw,
@@ -88,8 +88,9 @@ pub fn run(args: &Args) -> Result<()> {
         sampling: options,
     };
     let settings = hash(&format!(
-        "{} {identity:?} {} {:?} {} {defaults:?}",
+        "{} {:?} {} {:?} {} {defaults:?}",
         env!("CARGO_PKG_VERSION"),
+        file.identity(),
         loaded.ctx,
         args.model.kv,
         args.unordered,
@@ -108,7 +109,7 @@ pub fn run(args: &Args) -> Result<()> {
     let total = lines.count(&finished, args)?;
     let name = loaded.path.file_stem().unwrap_or(loaded.path.as_os_str());
     let mut work = Work {
-        batch: Batch::new(&loaded.model, room(args, &loaded)),
+        batch: Batch::new(&loaded.model, room(args, loaded.ctx, file.file_bytes())),
         flights: HashMap::new(),
         answerer: Answerer {
             model: name.to_string_lossy().into_owned(),
@@ -285,15 +286,14 @@ impl<'a> Lines<'a> {
 }
 
 /// How much may run at once.
-fn room(args: &Args, loaded: &Loaded) -> Room {
+fn room(args: &Args, ctx: usize, model_bytes: u64) -> Room {
     let bytes = args.kv_ram.unwrap_or_else(|| {
-        let model = std::fs::metadata(&loaded.path).map_or(0, |m| m.len());
-        let free = free_memory().unwrap_or(0).saturating_sub(model) / 2;
+        let free = free_memory().unwrap_or(0).saturating_sub(model_bytes) / 2;
         free.clamp(*KV_RAM.start(), *KV_RAM.end())
     });
     Room {
         kv: args.model.kv,
-        ctx: loaded.ctx,
+        ctx,
         ubatch: args.machine.ubatch as usize,
         sequences: usize::from(args.parallel),
         kv_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
