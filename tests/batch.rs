@@ -106,7 +106,7 @@ fn neighbours_memory_and_threads_change_no_answer() {
         assert_eq!(got.len(), want.len());
         for (got, want) in got.iter().zip(&want) {
             let how = format!("{sequences} sequences, request {}", got.id);
-            let got = &got.answer;
+            let got = got.answer.as_ref().unwrap();
             assert_eq!(got.tokens, want.tokens, "{how}");
             assert_eq!(got.finish, want.finish, "{how}");
             assert_eq!(got.stats.hash, want.stats.hash, "{how}");

@@ -497,7 +497,7 @@ fn run(path: &Path, cap: Option<Tier>) -> Result<Vec<f32>> {
     });
     let logits = forward(&model, &TOKENS, TOKENS.len())?;
     for row in logits.chunks(model.config.n_vocab) {
-        let id = sampler.sample(row, &TOKENS);
+        let id = sampler.sample(row, &TOKENS)?;
         assert!((id as usize) < model.config.n_vocab);
         let _ = tokenizer.decode(&[id]);
     }

@@ -4,6 +4,7 @@ mod alloc;
 mod batch;
 mod chat;
 mod cli;
+mod constraint;
 mod generation;
 mod gguf;
 mod hostile_model;

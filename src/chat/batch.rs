@@ -60,7 +60,7 @@ struct Sequence {
     sampler: Sampler,
     limits: Limits,
     answer: Answer,
-    end: Option<Finish>,
+    end: Option<Result<Finish>>,
 }
 
 struct Kept {
@@ -75,8 +75,8 @@ pub struct Done {
     pub id: u64,
     /// Tokens of its prompt.
     pub prompt_tokens: usize,
-    /// What followed.
-    pub answer: Answer,
+    /// What followed, or why nothing more could.
+    pub answer: Result<Answer>,
 }
 
 /// What a batch has done so far.
@@ -121,7 +121,8 @@ impl Sequence {
         let (answer, tokens) = (&mut self.answer, &mut self.tokens);
         self.end = answer
             .grow(tokens, logits, &mut self.sampler, &self.limits)
-            .or_else(|| answer.ended(tokens.len(), &self.limits, ctx));
+            .map(|end| end.or_else(|| answer.ended(tokens.len(), &self.limits, ctx)))
+            .transpose();
     }
 }
 
@@ -188,7 +189,7 @@ impl<'m> Batch<'m> {
         self.waiting.push_back(Sequence {
             id,
             prompt_tokens: prompt.len(),
-            end: answer.ended(prompt.len(), &limits, self.room.ctx),
+            end: answer.ended(prompt.len(), &limits, self.room.ctx).map(Ok),
             tokens: prompt,
             kv: self.empty_cache(),
             fresh: true,
@@ -387,18 +388,17 @@ impl<'m> Batch<'m> {
         let pool = &self.model.machine().pool;
         pool.enter(|| pool.each(&mut work, |_, (s, row)| s.grow(row, ctx)));
         for (s, _) in work {
-            if s.end != Some(Finish::Stop)
+            if !matches!(s.end, Some(Err(_) | Ok(Finish::Stop)))
                 && let Some(&token) = s.answer.tokens.last()
                 && on_token(s.id, token).is_break()
             {
-                s.end = Some(Finish::Interrupted);
+                s.end = Some(Ok(Finish::Interrupted));
             }
         }
     }
 
     /// Keeps the prompt of a sequence that has ended, if another may begin like it.
     fn finish(&mut self, mut s: Sequence) -> Done {
-        s.answer.finish = s.end.expect("it has ended");
         self.totals.answer_tokens += s.answer.tokens.len();
         self.totals.hash.0 = self.totals.hash.0.wrapping_add(s.answer.stats.hash.0);
         let prompt = &s.tokens[..s.prompt_tokens];
@@ -413,10 +413,14 @@ impl<'m> Batch<'m> {
                 kv: s.kv.fork(prompt.len()),
             });
         }
+        let end = s.end.expect("it has ended");
         Done {
             id: s.id,
             prompt_tokens: s.prompt_tokens,
-            answer: s.answer,
+            answer: end.map(|finish| {
+                s.answer.finish = finish;
+                s.answer
+            }),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! From people to tokens and back.
 
 pub mod batch;
+pub mod constraint;
 pub mod gguf_vocab;
 pub mod jinja;
 mod json;

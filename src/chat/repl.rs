@@ -2,6 +2,7 @@
 //!
 //! Given lines from elsewhere (a pipe on standard input), the same loop answers them one by one.
 
+use super::constraint::Constraint;
 use super::sampler::{Sampler, SamplerOptions};
 use super::session::{Event, Finish, Limits, Session, Stats};
 use super::template::{Message, Role, Template};
@@ -28,6 +29,8 @@ pub struct Repl<'a> {
     pub template: &'a Template,
     /// How tokens are chosen.
     pub sampling: SamplerOptions,
+    /// The form that each answer must have, if any.
+    pub constraint: Option<Constraint>,
     /// The system text, if any.
     pub system: Option<String>,
     /// Most tokens of an answer.
@@ -99,6 +102,7 @@ impl Repl<'_> {
             stats: Stats::default(),
             repl: self,
         };
+        talk.sampler.constrain(talk.repl.constraint.take());
         match talk.repl.lines.take() {
             Some(lines) => talk.talk_over_lines(lines)?,
             None => talk.talk_at_terminal()?,

@@ -1,5 +1,6 @@
 //! Requests in JSON, in OpenAI's form or our own, and answers in OpenAI's form.
 
+use super::constraint::Form;
 use super::sampler::{SamplerOptions, settings};
 use super::session::{Answer, Finish, Limits};
 use super::template::{Message, Role, Template, brief};
@@ -20,13 +21,15 @@ pub struct Defaults {
     pub stops: Vec<String>,
     /// Whether an answer goes on where the model would end it.
     pub ignore_ends: bool,
+    /// The form that an answer must have, and its text.
+    pub form: Option<(Form, String)>,
     /// How tokens are chosen.
     pub sampling: SamplerOptions,
 }
 
-/// What the answer looks like.
+/// What an answer is, to OpenAI's clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum Object {
     /// `chat.completion`: a message.
     Chat,
     /// `text_completion`: the text that follows.
@@ -37,7 +40,7 @@ pub enum Form {
 #[derive(Clone, Debug)]
 pub struct Request {
     /// What the answer looks like.
-    pub form: Form,
+    pub object: Object,
     /// The whole prompt.
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
@@ -46,6 +49,8 @@ pub struct Request {
     pub limits: Limits,
     /// Texts before which it ends, too.
     pub stops: Vec<String>,
+    /// The form that it must have, and its text.
+    pub form: Option<(Form, String)>,
     /// How many of the likeliest tokens the answer tells, if it tells probabilities.
     pub logprobs: Option<usize>,
 }
@@ -75,8 +80,8 @@ pub struct Line<'v> {
 /// The fields of a request.
 pub struct Body<'v> {
     fields: Vec<(&'v str, &'v Value)>,
-    /// What OpenAI's URL asks for; `None`: it is our own form.
-    form: Option<Form>,
+    /// What OpenAI's URL asks for; `None`: the request is in our own form.
+    object: Option<Object>,
 }
 
 impl<'v> Line<'v> {
@@ -96,7 +101,7 @@ impl<'v> Line<'v> {
                 fields: fields(line)
                     .filter(|(key, _)| *key != "custom_id")
                     .collect(),
-                form: None,
+                object: None,
             }),
         };
         Line {
@@ -124,9 +129,9 @@ fn openai(line: &Map<String, Value>) -> Result<Body<'_>> {
             brief(&key.into()),
         ));
     }
-    let form = match line.get("url").and_then(Value::as_str) {
-        Some("/v1/chat/completions") => Form::Chat,
-        Some("/v1/completions") => Form::Text,
+    let object = match line.get("url").and_then(Value::as_str) {
+        Some("/v1/chat/completions") => Object::Chat,
+        Some("/v1/completions") => Object::Text,
         _ => {
             let found = brief(line.get("url").unwrap_or(&Value::Null));
             let expected = "/v1/chat/completions or /v1/completions";
@@ -141,7 +146,7 @@ fn openai(line: &Map<String, Value>) -> Result<Body<'_>> {
     match &line["body"] {
         Value::Object(body) => Ok(Body {
             fields: fields(body).collect(),
-            form: Some(form),
+            object: Some(object),
         }),
         other => Err(Error::request("body", "an object", brief(other))),
     }
@@ -178,7 +183,7 @@ impl Request {
             rest: defaults.clone(),
         };
         for (key, value) in &body.fields {
-            said.field(key, value, body.form)?;
+            said.field(key, value, body.object)?;
         }
         said.rest.sampling.check(n_vocab)?;
         let logprobs = match (said.logprobs, said.top_logprobs) {
@@ -187,40 +192,66 @@ impl Request {
             }
             (logprobs, top) => logprobs.map(|k| top.unwrap_or(k)),
         };
-        let (form, prompt) = said.prompt(body.form, tokenizer, template)?;
+        let (object, prompt) = said.prompt(body.object, tokenizer, template)?;
         let mut rest = said.rest;
         let mut limits = Limits {
             max_tokens: rest.max_tokens,
             stop: template.stop_ids(tokenizer),
             logprobs: logprobs.map_or(0, |k| k.max(1)),
         };
+        if rest.ignore_ends && rest.form.is_some() {
+            let expected = "false for an answer that must have a form";
+            return Err(Error::request("ignore_eos", expected, true));
+        }
         if rest.ignore_ends {
             limits.ignore_ends(&mut rest.sampling);
         }
         Ok(Request {
-            form,
+            object,
             prompt,
             sampling: rest.sampling,
             limits,
             stops: rest.stops,
+            form: rest.form,
             logprobs,
         })
     }
 }
 
+/// The form that OpenAI's `response_format` asks for.
+fn response_format(value: &Value) -> Result<Option<(Form, String)>> {
+    let schema = match value["type"].as_str() {
+        Some("text") => return Ok(None),
+        Some("json_object") => json!({"type": "object"}),
+        Some("json_schema") => value["json_schema"]["schema"].clone(),
+        _ => {
+            let expected = "the type text, json_object or json_schema";
+            return Err(Error::request("response_format", expected, brief(value)));
+        }
+    };
+    if schema.is_null() {
+        return Err(Error::request(
+            "response_format",
+            "a schema in json_schema",
+            "none",
+        ));
+    }
+    Ok(Some((Form::JsonSchema, schema.to_string())))
+}
+
 impl<'v> Said<'v> {
-    /// Takes one field in. `form`: OpenAI's forms do not have all of our fields.
-    fn field(&mut self, key: &str, value: &'v Value, form: Option<Form>) -> Result<()> {
+    /// Takes one field in. `openai`: OpenAI's requests do not have all of our fields.
+    fn field(&mut self, key: &str, value: &'v Value, openai: Option<Object>) -> Result<()> {
         let bad = |expected: &str| Err(Error::request(key, expected, brief(value)));
         let number = |most: u64| value.as_u64().filter(|n| *n <= most);
         match key {
             "prompt" => self.prompt = Some(value),
             "messages" => self.messages = Some(value),
-            "system" if form.is_none() => match value.as_str() {
+            "system" if openai.is_none() => match value.as_str() {
                 Some(text) => self.rest.system = Some(text.to_string()),
                 None => return bad("a string"),
             },
-            "raw" if form.is_none() => match value.as_bool() {
+            "raw" if openai.is_none() => match value.as_bool() {
                 Some(raw) => self.rest.raw = raw,
                 None => return bad("true or false"),
             },
@@ -257,6 +288,24 @@ impl<'v> Said<'v> {
                     "logprobs" => self.logprobs = k,
                     _ => self.top_logprobs = k,
                 }
+            }
+            "response_format" => self.rest.form = response_format(value)?,
+            "json_schema" if openai.is_none() => {
+                let text = value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), String::from);
+                self.rest.form = Some((Form::JsonSchema, text));
+            }
+            "grammar" | "regex" if openai.is_none() => {
+                let Some(text) = value.as_str() else {
+                    return bad("a text");
+                };
+                let form = if key == "regex" {
+                    Form::Regex
+                } else {
+                    Form::Lark
+                };
+                self.rest.form = Some((form, text.to_string()));
             }
             "n" if value != 1 => return bad("1"),
             "stream" if value != false => return bad("false"),
@@ -307,24 +356,24 @@ impl<'v> Said<'v> {
     /// The prompt's tokens.
     fn prompt(
         &self,
-        form: Option<Form>,
+        openai: Option<Object>,
         tokenizer: &Tokenizer,
         template: &Template,
-    ) -> Result<(Form, Vec<u32>)> {
-        let messages = match (self.messages, self.prompt, form) {
-            (Some(messages), None, None | Some(Form::Chat)) => Message::list_from_json(messages)?,
-            (None, Some(prompt), None | Some(Form::Text)) => {
+    ) -> Result<(Object, Vec<u32>)> {
+        let messages = match (self.messages, self.prompt, openai) {
+            (Some(messages), None, None | Some(Object::Chat)) => Message::list_from_json(messages)?,
+            (None, Some(prompt), None | Some(Object::Text)) => {
                 if let Some(ids) = prompt.as_array() {
                     let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
                     let ids = ids.iter().map(id).collect::<Option<_>>();
                     let bad = || Error::request("prompt", "text or token ids", brief(prompt));
-                    return Ok((Form::Text, ids.ok_or_else(bad)?));
+                    return Ok((Object::Text, ids.ok_or_else(bad)?));
                 }
                 let Some(text) = prompt.as_str() else {
                     return Err(Error::request("prompt", "text or token ids", brief(prompt)));
                 };
-                if self.rest.raw || form.is_some() {
-                    return Ok((Form::Text, tokenizer.raw_prompt(text)));
+                if self.rest.raw || openai.is_some() {
+                    return Ok((Object::Text, tokenizer.raw_prompt(text)));
                 }
                 let system = self
                     .rest
@@ -336,16 +385,16 @@ impl<'v> Said<'v> {
             (Some(_), Some(_), _) => {
                 return Err(Error::request("the prompt", "messages or prompt", "both"));
             }
-            (_, _, form) => {
-                let expected = match form {
+            (_, _, openai) => {
+                let expected = match openai {
                     None => "messages or prompt",
-                    Some(Form::Chat) => "messages",
-                    Some(Form::Text) => "prompt",
+                    Some(Object::Chat) => "messages",
+                    Some(Object::Text) => "prompt",
                 };
                 return Err(Error::request("the prompt", expected, "none"));
             }
         };
-        Ok((Form::Chat, template.encode(tokenizer, &messages, None)?))
+        Ok((Object::Chat, template.encode(tokenizer, &messages, None)?))
     }
 }
 
@@ -364,7 +413,7 @@ pub struct Told<'a> {
     /// What the answer is called.
     pub id: String,
     /// What it looks like.
-    pub form: Form,
+    pub object: Object,
     /// How many of the likeliest tokens it tells.
     pub logprobs: Option<usize>,
     /// Tokens of the prompt.
@@ -381,25 +430,25 @@ impl Answerer<'_> {
     /// The body of OpenAI's response. `created` is 0: an answer does not depend on the time.
     pub fn body(&self, told: &Told<'_>) -> Value {
         let answer = told.answer;
-        let (object, prefix) = match told.form {
-            Form::Chat => ("chat.completion", "chatcmpl"),
-            Form::Text => ("text_completion", "cmpl"),
+        let (object, prefix) = match told.object {
+            Object::Chat => ("chat.completion", "chatcmpl"),
+            Object::Text => ("text_completion", "cmpl"),
         };
-        let logprobs = told.logprobs.map(|k| match told.form {
-            Form::Chat => self.chat_logprobs(answer, k),
-            Form::Text => self.text_logprobs(answer, k),
+        let logprobs = told.logprobs.map(|k| match told.object {
+            Object::Chat => self.chat_logprobs(answer, k),
+            Object::Text => self.text_logprobs(answer, k),
         });
         let finish = match answer.finish {
             Finish::Stop => "stop",
             Finish::Length | Finish::ContextFull | Finish::Interrupted => "length",
         };
         let mut choice = json!({"index": 0});
-        match told.form {
-            Form::Chat => {
+        match told.object {
+            Object::Chat => {
                 choice["message"] =
                     json!({"role": "assistant", "content": told.text, "refusal": null});
             }
-            Form::Text => choice["text"] = told.text.into(),
+            Object::Text => choice["text"] = told.text.into(),
         }
         choice["logprobs"] = logprobs.into();
         choice["finish_reason"] = finish.into();

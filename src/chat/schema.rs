@@ -1,4 +1,4 @@
-//! Whether a tool's parameters are a JSON Schema (draft 7).
+//! Whether a tool's parameters, or the form of an answer, are a JSON Schema (draft 7).
 //!
 //! The prompt formats with tools refuse a tool whose `parameters` are no valid schema, so the meta-schema
 //! (<https://json-schema.org/draft-07/schema>) is written down here as one table of keywords.
@@ -78,12 +78,8 @@ const TYPES: [&str; 7] = [
 /// What is wrong with a schema: (where, expected, found).
 pub(super) type Fault = (String, &'static str, String);
 
-/// Checks a schema against draft 7's meta-schema.
-pub(super) fn check(schema: &Value) -> Result<(), Fault> {
-    check_at(schema, "parameters")
-}
-
-fn check_at(schema: &Value, place: &str) -> Result<(), Fault> {
+/// Checks a schema, which a fault calls `place`, against draft 7's meta-schema.
+pub(super) fn check(schema: &Value, place: &str) -> Result<(), Fault> {
     let map = match schema {
         Value::Bool(_) => return Ok(()),
         Value::Object(map) => map,
@@ -112,7 +108,7 @@ impl Rule {
             values
                 .iter()
                 .enumerate()
-                .try_for_each(|(i, v)| check_at(v, &format!("{place}.{i}")))
+                .try_for_each(|(i, v)| check(v, &format!("{place}.{i}")))
         };
         let (good, expected) = match self {
             Rule::Text => (value.is_string(), "a string"),
@@ -126,7 +122,7 @@ impl Rule {
                 "an integer from 0",
             ),
             Rule::List => (value.is_array(), "a list"),
-            Rule::Schema => return check_at(value, place),
+            Rule::Schema => return check(value, place),
             Rule::SchemaList => match value.as_array().filter(|list| !list.is_empty()) {
                 Some(list) => return each(list),
                 None => (false, "a list of schemas"),
@@ -134,7 +130,7 @@ impl Rule {
             Rule::SchemaOrList => match value.as_array() {
                 Some(list) if list.is_empty() => (false, "a schema or a list of schemas"),
                 Some(list) => return each(list),
-                None => return check_at(value, place),
+                None => return check(value, place),
             },
             Rule::SchemaMap | Rule::PatternMap => match value.as_object() {
                 Some(map) => {
@@ -146,7 +142,7 @@ impl Rule {
                                 &Value::from(key.as_str()),
                             );
                         }
-                        check_at(schema, &format!("{place}.{key}"))?;
+                        check(schema, &format!("{place}.{key}"))?;
                     }
                     return Ok(());
                 }
@@ -158,7 +154,7 @@ impl Rule {
                     return map
                         .iter()
                         .filter(|(_, v)| !is_text_set(v))
-                        .try_for_each(|(key, v)| check_at(v, &format!("{place}.{key}")));
+                        .try_for_each(|(key, v)| check(v, &format!("{place}.{key}")));
                 }
                 None => (false, "an object"),
             },
@@ -252,7 +248,7 @@ mod tests {
             json!({"dependencies": {"a": ["b"], "c": {"not": {}}}, "x-own": 3, "pattern": "^[a-z]+(x|\\d)*$"}),
             json!({"patternProperties": {"^a": {}}, "anyOf": [{}], "default": 3, "const": null, "required": []}),
         ] {
-            assert_eq!(check(&good), Ok(()), "{good}");
+            assert_eq!(check(&good, "parameters"), Ok(()), "{good}");
         }
         for (bad, place) in [
             (json!(3), "parameters"),
@@ -298,7 +294,7 @@ mod tests {
             (json!({"description": 3}), "parameters.description"),
             (json!({"uniqueItems": 1}), "parameters.uniqueItems"),
         ] {
-            assert_eq!(check(&bad).unwrap_err().0, place, "{bad}");
+            assert_eq!(check(&bad, "parameters").unwrap_err().0, place, "{bad}");
         }
     }
 }

@@ -118,11 +118,11 @@ impl Answer {
         logits: &[f32],
         sampler: &mut Sampler,
         limits: &Limits,
-    ) -> Option<Finish> {
+    ) -> Result<Option<Finish>> {
         self.stats.hash.update(logits);
-        let token = sampler.sample(logits, sequence);
+        let token = sampler.sample(logits, sequence)?;
         if limits.stop.contains(&token) {
-            return Some(Finish::Stop);
+            return Ok(Some(Finish::Stop));
         }
         if limits.logprobs > 0 {
             self.logprobs.push(logprob(logits, token));
@@ -131,7 +131,7 @@ impl Answer {
         sequence.push(token);
         self.tokens.push(token);
         self.stats.answer_tokens += 1;
-        None
+        Ok(None)
     }
 }
 
@@ -300,7 +300,7 @@ impl<'m> Session<'m> {
             if step {
                 self.forward(&sequence[self.tokens.len()..], Want::Last)?;
             }
-            let finish = answer.grow(&mut sequence, self.scratch.logits(), sampler, limits);
+            let finish = answer.grow(&mut sequence, self.scratch.logits(), sampler, limits)?;
             if step {
                 answer.stats.steps += 1;
                 answer.stats.step_time += started.elapsed();

@@ -550,7 +550,7 @@ fn check_tool(tool: &Value) -> Result<()> {
     match &function["parameters"] {
         Value::Null => Ok(()),
         parameters @ Value::Object(_) => {
-            schema::check(parameters).map_err(|(place, expected, found)| {
+            schema::check(parameters, "parameters").map_err(|(place, expected, found)| {
                 Error::prompt(
                     format!("the JSON Schema of tool {name}: {place}"),
                     expected,

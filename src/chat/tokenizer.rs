@@ -35,7 +35,7 @@ use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 use crate::error::{Error, Result};
 
 /// What SentencePiece writes for a space.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 /// What SentencePiece prints for the unknown piece (its default `unk_surface`).
 const UNKNOWN_SURFACE: &str = " \u{2047} ";
 /// More pieces than any published vocabulary (256k) by a wide margin; bounds the memory a file can ask for.
@@ -482,6 +482,12 @@ impl Tokenizer {
     /// The id of the control piece with exactly this text, or `None`.
     pub fn control(&self, piece: &str) -> Option<u32> {
         self.id(piece).filter(|&id| self.is_control(id))
+    }
+
+    /// Whether the id is a piece of text, not a byte or a mark.
+    pub fn is_text(&self, id: u32) -> bool {
+        let kind = self.piece(id).map(|p| p.kind);
+        matches!(kind, Some(PieceKind::Normal | PieceKind::UserDefined))
     }
 
     /// Whether the id is a control piece.

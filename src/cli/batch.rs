@@ -4,10 +4,13 @@ use super::chat::hear_interrupts;
 use super::input::{BoundedLines, note};
 use super::journal::{Finished, Id, Journal, Mode};
 use super::load::{Loaded, load};
-use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, parse_size};
+use super::options::{
+    AnswerOptions, FormOptions, MachineOptions, ModelOptions, SamplingOptions, parse_size,
+};
 use super::report::{Progress, batch_closing_line};
 use crate::chat::batch::{Batch, Done, Room};
-use crate::chat::request::{Answerer, Defaults, Form, Line, Request, Told};
+use crate::chat::constraint::{Compiler, Constraint, Form};
+use crate::chat::request::{Answerer, Defaults, Line, Object, Request, Told};
 use crate::chat::sampler::Sampler;
 use crate::chat::session::Finish;
 use crate::chat::stops::AnswerText;
@@ -49,6 +52,9 @@ pub struct Args {
     /// What requests get that do not say.
     #[command(flatten)]
     pub answer: AnswerOptions,
+    /// The form of the answers.
+    #[command(flatten)]
+    pub form: FormOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -85,6 +91,7 @@ pub fn run(args: &Args) -> Result<()> {
         max_tokens: args.answer.predict.map(|n| n as usize),
         stops: args.answer.stop.clone(),
         ignore_ends: args.answer.ignore_eos,
+        form: args.form.read()?.map(|(form, _, text)| (form, text)),
         sampling: options,
     };
     let settings = hash(&format!(
@@ -119,6 +126,7 @@ pub fn run(args: &Args) -> Result<()> {
         done: finished.lines,
         failed: finished.failed,
         loaded: &loaded,
+        forms: Forms::default(),
         defaults,
         settings,
         seed,
@@ -199,7 +207,7 @@ fn is_blank(line: &[u8]) -> bool {
 
 /// The hash of a line that may be longer than what is in memory of it.
 fn line_hash(line: &[u8], bytes: u64) -> u64 {
-    match bytes as usize > line.len() {
+    match bytes > line.len() as u64 {
         false => hash(line.trim_ascii_end()),
         true => hash(&[line, &bytes.to_le_bytes()].concat()),
     }
@@ -312,7 +320,7 @@ fn free_memory() -> Option<u64> {
 struct Flight<'a> {
     id: Id,
     custom_id: Option<String>,
-    form: Form,
+    object: Object,
     logprobs: Option<usize>,
     seed: u64,
     text: AnswerText<'a>,
@@ -342,9 +350,54 @@ impl From<Error> for Refusal {
     }
 }
 
+/// Forms of answers. Lines of one file often ask for the same one, and compiling it takes longer than a token.
+#[derive(Default)]
+struct Forms {
+    compiler: Option<Compiler>,
+    /// The last ones, the longest unused first.
+    compiled: Vec<(Form, String, bool, Constraint)>,
+}
+
+impl Forms {
+    fn get(
+        &mut self,
+        loaded: &Loaded,
+        form: Form,
+        text: String,
+        continuing: bool,
+    ) -> Result<Constraint> {
+        const KEPT: usize = 8;
+        let same = |(f, t, c, _): &(Form, String, bool, Constraint)| {
+            (*f, t.as_str(), *c) == (form, text.as_str(), continuing)
+        };
+        let known = match self.compiled.iter().position(same) {
+            Some(at) => self.compiled.remove(at),
+            None => {
+                let compiler = match self.compiler.take() {
+                    Some(compiler) => compiler,
+                    None => {
+                        let stop = loaded.template.stop_ids(&loaded.tokenizer);
+                        Compiler::new(&loaded.tokenizer, &stop)?
+                    }
+                };
+                let compiler = self.compiler.insert(compiler);
+                let constraint = compiler.compile(form, "the request", &text, continuing)?;
+                (form, text, continuing, constraint)
+            }
+        };
+        if self.compiled.len() == KEPT {
+            self.compiled.remove(0);
+        }
+        let constraint = known.3.clone();
+        self.compiled.push(known);
+        Ok(constraint)
+    }
+}
+
 /// All that is under way.
 struct Work<'a> {
     loaded: &'a Loaded,
+    forms: Forms,
     defaults: Defaults,
     answerer: Answerer<'a>,
     settings: u64,
@@ -414,20 +467,24 @@ impl Work<'_> {
         let mut sampling = request.sampling;
         let own = || hash(&format!("seed {} line {}", self.seed, id.line));
         let seed = *sampling.seed.get_or_insert_with(own);
-        let sampler = Sampler::for_text(sampling, tokenizer);
+        let mut sampler = Sampler::for_text(sampling, tokenizer);
+        if let Some((form, text)) = request.form {
+            let continuing = request.object == Object::Text;
+            sampler.constrain(Some(self.forms.get(self.loaded, form, text, continuing)?));
+        }
         self.batch
             .add(id.line, request.prompt, sampler, request.limits)?;
         // A message begins anew; what follows a text goes on where it ends.
-        let stream = match request.form {
-            Form::Chat => tokenizer.stream(),
-            Form::Text => tokenizer.stream_continuing(),
+        let stream = match request.object {
+            Object::Chat => tokenizer.stream(),
+            Object::Text => tokenizer.stream_continuing(),
         };
         self.flights.insert(
             id.line,
             Flight {
                 id,
                 custom_id: custom_id.take(),
-                form: request.form,
+                object: request.object,
                 logprobs: request.logprobs,
                 seed,
                 text: AnswerText::new(stream, request.stops),
@@ -456,22 +513,26 @@ impl Work<'_> {
         self.journal.sync()
     }
 
-    fn answer(&mut self, mut done: Done) -> Result<()> {
+    fn answer(&mut self, done: Done) -> Result<()> {
         let Some(mut flight) = self.flights.remove(&done.id) else {
             return Ok(());
         };
+        let mut answer = match done.answer {
+            Ok(answer) => answer,
+            Err(e) => return self.refuse(flight.id, flight.custom_id, &e.into()),
+        };
         flight.said += &flight.text.flush();
         if flight.text.stopped() {
-            done.answer.finish = Finish::Stop;
+            answer.finish = Finish::Stop;
         }
         let body = self.answerer.body(&Told {
             id: flight.id.to_string(),
-            form: flight.form,
+            object: flight.object,
             logprobs: flight.logprobs,
             prompt_tokens: done.prompt_tokens,
             seed: flight.seed,
             text: &flight.said,
-            answer: &done.answer,
+            answer: &answer,
         });
         self.write(flight.id, flight.custom_id, 200, body, Value::Null)
     }

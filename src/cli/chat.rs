@@ -1,7 +1,7 @@
 //! `octet chat`: talk with a model.
 
 use super::load::{Loaded, load};
-use super::options::{MachineOptions, ModelOptions, SamplingOptions, count};
+use super::options::{FormOptions, MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line, state_folder};
 use crate::chat::repl::Repl;
 use crate::chat::repl::show;
@@ -19,6 +19,9 @@ pub struct Args {
     /// Most tokens of an answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
     pub predict: Option<u32>,
+    /// The form of each answer.
+    #[command(flatten)]
+    pub form: FormOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -85,6 +88,7 @@ pub fn run(args: &Args) -> Result<()> {
         tokenizer: &loaded.tokenizer,
         template: &loaded.template,
         sampling: args.sampling.sampler(loaded.model.config.n_vocab)?,
+        constraint: args.form.constraint(&loaded, false, args.machine.verbose)?,
         system: args.system.clone(),
         max_tokens: args
             .predict

@@ -11,6 +11,7 @@ use crate::moe::{KvType, Machine, Model};
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The demo model's file name, in the repository's `models/`.
@@ -25,7 +26,7 @@ pub struct Loaded {
     /// The model.
     pub model: Model,
     /// Its vocabulary.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// Its prompt format.
     pub template: Template,
     /// Most tokens of a sequence.
@@ -111,7 +112,7 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
         path,
         demo,
         model: model_opened,
-        tokenizer,
+        tokenizer: Arc::new(tokenizer),
         template,
         ctx,
     })

@@ -1,11 +1,15 @@
 //! Groups of options that several commands share, each defined once.
 
+use super::input::{note, read_text};
+use super::load::Loaded;
+use crate::chat::constraint::{Compiler, Constraint, Form};
 use crate::chat::sampler::{SamplerOptions, Setting, settings, unescape};
 use crate::error::Result;
 use crate::moe::KvType;
 use crate::simd::{TIERS, Tier};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// Which model, and how much of its context.
 #[derive(clap::Args, Clone, Debug)]
@@ -53,7 +57,7 @@ pub struct AnswerOptions {
     #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
     pub stop: Vec<String>,
     /// Go on where the model would end its answer
-    #[arg(long)]
+    #[arg(long, conflicts_with = "form")]
     pub ignore_eos: bool,
     /// Continue the text itself, without the model's chat format
     #[arg(long)]
@@ -132,6 +136,71 @@ impl clap::FromArgMatches for SamplingOptions {
             }
         }
         Ok(())
+    }
+}
+
+/// The form that an answer must have.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Form of the answer")]
+#[group(id = "form", multiple = false)]
+pub struct FormOptions {
+    /// Answer with JSON that this schema accepts: a file, or the schema itself
+    #[arg(long, value_name = "SCHEMA", group = "form")]
+    pub json_schema: Option<String>,
+    /// Answer with a text of this grammar: a file in Lark's notation, or llama.cpp's GBNF
+    #[arg(long, value_name = "FILE", group = "form")]
+    pub grammar: Option<PathBuf>,
+    /// Answer with a text that this regular expression matches as a whole
+    #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]
+    pub regex: Option<String>,
+}
+
+impl FormOptions {
+    /// The form that was asked for, where it was, and its text.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn read(&self) -> Result<Option<(Form, PathBuf, String)>> {
+        Ok(Some(
+            match (&self.json_schema, &self.grammar, &self.regex) {
+                (Some(schema), _, _) if schema.trim_start().starts_with('{') => {
+                    (Form::JsonSchema, "--json-schema".into(), schema.clone())
+                }
+                (Some(file), _, _) => {
+                    let file = PathBuf::from(file);
+                    let text = read_text(Some(&file))?;
+                    (Form::JsonSchema, file, text)
+                }
+                (_, Some(file), _) => (Form::Lark, file.clone(), read_text(Some(file))?),
+                (_, _, Some(regex)) => (Form::Regex, "--regex".into(), regex.clone()),
+                (None, None, None) => return Ok(None),
+            },
+        ))
+    }
+
+    /// What holds the answers of a model to the form; nothing if none was asked for. `continuing`: see
+    /// [`Compiler::compile`].
+    ///
+    /// # Errors
+    /// If a file cannot be read; see [`Compiler::compile`].
+    pub fn constraint(
+        &self,
+        loaded: &Loaded,
+        continuing: bool,
+        verbose: bool,
+    ) -> Result<Option<Constraint>> {
+        let Some((form, source, text)) = self.read()? else {
+            return Ok(None);
+        };
+        let started = Instant::now();
+        let stop = loaded.template.stop_ids(&loaded.tokenizer);
+        let compiler = Compiler::new(&loaded.tokenizer, &stop)?;
+        let constraint = compiler.compile(form, source, &text, continuing)?;
+        if verbose {
+            let ms = started.elapsed().as_secs_f64() * 1e3;
+            note(format!("the form of the answer was compiled in {ms:.0} ms"));
+        }
+        Ok(Some(constraint))
     }
 }
 

@@ -3,7 +3,7 @@
 use super::chat::hear_interrupts;
 use super::input::{note, read_text};
 use super::load::{Loaded, load};
-use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions};
+use super::options::{AnswerOptions, FormOptions, MachineOptions, ModelOptions, SamplingOptions};
 use super::report::{Progress, closing_line};
 use crate::chat::repl::show;
 use crate::chat::sampler::Sampler;
@@ -38,6 +38,9 @@ pub struct Args {
     /// Show each token with its probability and the K likeliest, a line for each
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub logprobs: usize,
+    /// The form of the answer.
+    #[command(flatten)]
+    pub form: FormOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -91,6 +94,9 @@ pub fn run(args: &Args) -> Result<()> {
     if args.show_prompt {
         return show_prompt(args, &loaded, &prompt);
     }
+    let constraint = args
+        .form
+        .constraint(&loaded, args.answer.raw, args.machine.verbose)?;
     let interrupted = hear_interrupts()?;
     let mut session = Session::new(
         &loaded.model,
@@ -108,6 +114,7 @@ pub fn run(args: &Args) -> Result<()> {
         limits.ignore_ends(&mut options);
     }
     let mut sampler = Sampler::for_text(options, tokenizer);
+    sampler.constrain(constraint);
     if args.machine.verbose {
         note(format!("seed {}", sampler.seed()));
     }
@@ -163,6 +170,16 @@ pub fn run(args: &Args) -> Result<()> {
             "the context of {} tokens is full; a larger --ctx helps where the model allows it",
             session.limit()
         ));
+    }
+    if let Some(constraint) = sampler.constraint() {
+        if args.machine.verbose {
+            let tokens = answer.tokens.len().max(1) as f64;
+            let each = constraint.spent().as_secs_f64() * 1e6 / tokens;
+            note(format!("the form of the answer took {each:.0} µs a token"));
+        }
+        if !constraint.is_complete() {
+            note("the answer was cut before it had the form that it must have");
+        }
     }
     closing_line(&answer.stats, loaded.model.machine());
     if answer.finish == Finish::Interrupted {

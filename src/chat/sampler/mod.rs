@@ -15,6 +15,7 @@ pub use candidates::{Candidate, Candidates, logprob, logprobs};
 pub use dry::Breakers;
 pub use settings::{Order, Setting, unescape};
 
+use super::constraint::Constraint;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use std::fmt;
@@ -426,6 +427,8 @@ pub struct Sampler {
     seed: u64,
     /// Mirostat's state: the surprise that it lets pass, in bits.
     mu: f64,
+    /// The form that answers must have.
+    constraint: Option<Constraint>,
     candidates: Candidates,
 }
 
@@ -444,9 +447,26 @@ impl Sampler {
             rng: Rng::new(seed),
             seed,
             mu: f64::from(2.0 * options.mirostat_ent),
+            constraint: None,
             candidates: Candidates::default(),
             options,
         }
+    }
+
+    /// Gives every answer from the next on a form that it must have, or none.
+    pub fn constrain(&mut self, constraint: Option<Constraint>) {
+        self.constraint = constraint;
+    }
+
+    /// Takes other options. The random numbers go on unless the seed is another.
+    pub fn configure(&mut self, options: SamplerOptions, tokenizer: &Tokenizer) {
+        let keeps = options.seed == self.options.seed;
+        let mut sampler = Sampler::for_text(options, tokenizer);
+        if keeps {
+            (sampler.rng, sampler.seed) = (self.rng.clone(), self.seed);
+        }
+        sampler.constraint = self.constraint.take();
+        *self = sampler;
     }
 
     /// A sampler for the tokens of a vocabulary.
@@ -474,13 +494,32 @@ impl Sampler {
     /// Begins another answer: what was learned about the last one is forgotten, the random numbers go on.
     pub fn begin(&mut self) {
         self.mu = f64::from(2.0 * self.options.mirostat_ent);
+        if let Some(constraint) = &mut self.constraint {
+            constraint.begin();
+        }
+    }
+
+    /// Where the answer stands in the form that it must have, if there is one.
+    pub fn constraint(&mut self) -> Option<&mut Constraint> {
+        self.constraint.as_mut()
     }
 
     /// The next token. `logits`: one per token of the vocabulary; `history`: the tokens so far, oldest first (the
     /// penalties look at its end). NaN is taken as minus infinity. Without any logits the answer is 0.
-    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
+    ///
+    /// # Errors
+    /// If the answer must have a form that cannot be followed (see [`Constraint::mask`]).
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
         let (options, candidates) = (&self.options, &mut self.candidates);
-        candidates.fill(logits, |_| true);
+        match &mut self.constraint {
+            None => candidates.fill(logits, |_| true),
+            Some(constraint) => {
+                let mask = constraint.mask()?;
+                candidates.fill(logits, |id| {
+                    (id as usize) < mask.len() && mask.is_allowed(id)
+                });
+            }
+        }
         candidates.bias(&options.logit_bias);
         if options.mirostat {
             candidates.temperature(options.temp);
@@ -502,13 +541,16 @@ impl Sampler {
             _ => self.rng.unit(),
         };
         let Some((id, probability)) = candidates.draw(luck) else {
-            return 0;
+            return Ok(0);
         };
         if options.mirostat {
             let error = -libm::log2(probability) - f64::from(options.mirostat_ent);
             self.mu -= f64::from(options.mirostat_lr) * error;
         }
-        id
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(id)?;
+        }
+        Ok(id)
     }
 }
 

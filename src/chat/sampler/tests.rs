@@ -114,7 +114,7 @@ fn penalties_count_the_recent_tokens_only() {
             repeat_last_n: last_n,
             ..Default::default()
         });
-        s.sample(&[4.0, 3.0, 2.0], &[0, 1])
+        s.sample(&[4.0, 3.0, 2.0], &[0, 1]).unwrap()
     };
     assert_eq!(
         (choose(0), choose(1), choose(2), choose(usize::MAX)),
@@ -136,10 +136,10 @@ fn dry_grows_with_the_length_of_the_repetition() {
         dry_multiplier: 10.0,
         ..Default::default()
     });
-    assert_eq!(s.sample(&[0.0, 1.0, 5.0], &[0, 1, 2, 0, 1]), 1);
-    assert_eq!(s.sample(&[0.0, 1.0, 5.0], &[0, 1, 2, 1]), 2);
+    assert_eq!(s.sample(&[0.0, 1.0, 5.0], &[0, 1, 2, 0, 1]).unwrap(), 1);
+    assert_eq!(s.sample(&[0.0, 1.0, 5.0], &[0, 1, 2, 1]).unwrap(), 2);
     s.options.dry_penalty_last_n = 4;
-    assert_eq!(s.sample(&[0.0, 1.0, 5.0], &[0, 1, 2, 0, 1]), 2);
+    assert_eq!(s.sample(&[0.0, 1.0, 5.0], &[0, 1, 2, 0, 1]).unwrap(), 2);
 }
 
 #[test]
@@ -207,7 +207,9 @@ fn xtc_happens_as_often_as_asked() {
             ..Default::default()
         });
         let values = [0.6f32.ln(), 0.4f32.ln()];
-        let second = (0..10_000).filter(|_| s.sample(&values, &[]) == 1).count();
+        let second = (0..10_000)
+            .filter(|_| s.sample(&values, &[]).unwrap() == 1)
+            .count();
         second as f64 / 10_000.0
     };
     assert_eq!(
@@ -262,10 +264,10 @@ fn mirostat_cuts_by_surprise_and_corrects_itself() {
         seed: Some(1),
         ..Default::default()
     });
-    let first = s.sample(&[0.0; 64], &[]);
+    let first = s.sample(&[0.0; 64], &[]).unwrap();
     assert!((s.mu - 16.2).abs() < 1e-6, "{}", s.mu);
     // The chain is not in use: top-k 1 would always take token 0.
-    assert!((0..50).any(|_| s.sample(&[0.0; 64], &[]) != first));
+    assert!((0..50).any(|_| s.sample(&[0.0; 64], &[]).unwrap() != first));
     s.begin();
     assert_eq!(s.mu, 16.0);
     // In the long run the surprise is what was asked for.
@@ -275,7 +277,7 @@ fn mirostat_cuts_by_surprise_and_corrects_itself() {
     let total: f64 = (0..4000)
         .map(|_| {
             let before = s.mu;
-            s.sample(&values, &[]);
+            s.sample(&values, &[]).unwrap();
             (before - s.mu) / 0.1 + 3.0
         })
         .sum();
@@ -385,7 +387,9 @@ fn samplers_run_in_the_order_that_is_asked_for() {
             ..Default::default()
         };
         o.set("samplers", order).unwrap();
-        Sampler::new(o).sample(&[0.6f32.ln(), 0.4f32.ln()], &[])
+        Sampler::new(o)
+            .sample(&[0.6f32.ln(), 0.4f32.ln()], &[])
+            .unwrap()
     };
     // XTC takes the best away, unless top-k has left nothing else.
     assert_eq!((choose("xtc;top_k"), choose("top_k;xtc")), (1, 0));
@@ -399,9 +403,9 @@ fn greedy_takes_the_lowest_of_equals_and_needs_no_luck() {
     };
     let mut s = Sampler::new(options);
     for _ in 0..10 {
-        assert_eq!(s.sample(&[0.0, 7.0, -0.0, 7.0], &[]), 1);
+        assert_eq!(s.sample(&[0.0, 7.0, -0.0, 7.0], &[]).unwrap(), 1);
     }
-    assert_eq!(s.sample(&[-0.0, 0.0], &[]), 0);
+    assert_eq!(s.sample(&[-0.0, 0.0], &[]).unwrap(), 0);
 }
 
 #[test]
@@ -415,14 +419,14 @@ fn strange_logits_are_survived() {
                 seed: Some(1),
                 ..Default::default()
             });
-            assert_eq!(s.sample(&[f32::NAN, 1.0, f32::NAN], &[]), 1);
-            assert_eq!(s.sample(&[0.0, INF, 3.0], &[]), 1);
-            assert_eq!(s.sample(&[-INF, -INF, 3.0], &[]), 2);
-            assert!(s.sample(&[-INF, -INF], &[]) < 2);
-            assert!(s.sample(&[f32::NAN; 3], &[0, 9]) < 3);
-            assert!(s.sample(&[INF, INF], &[]) < 2);
-            assert_eq!(s.sample(&[5.0], &[]), 0);
-            assert_eq!(s.sample(&[], &[1]), 0);
+            assert_eq!(s.sample(&[f32::NAN, 1.0, f32::NAN], &[]).unwrap(), 1);
+            assert_eq!(s.sample(&[0.0, INF, 3.0], &[]).unwrap(), 1);
+            assert_eq!(s.sample(&[-INF, -INF, 3.0], &[]).unwrap(), 2);
+            assert!(s.sample(&[-INF, -INF], &[]).unwrap() < 2);
+            assert!(s.sample(&[f32::NAN; 3], &[0, 9]).unwrap() < 3);
+            assert!(s.sample(&[INF, INF], &[]).unwrap() < 2);
+            assert_eq!(s.sample(&[5.0], &[]).unwrap(), 0);
+            assert_eq!(s.sample(&[], &[1]).unwrap(), 0);
         }
     }
     let mut s = Sampler::new(SamplerOptions {
@@ -433,7 +437,7 @@ fn strange_logits_are_survived() {
         frequency_penalty: f32::NAN,
         ..Default::default()
     });
-    assert!(s.sample(&[1.0, 2.0], &[0, 1, 1]) < 2);
+    assert!(s.sample(&[1.0, 2.0], &[0, 1, 1]).unwrap() < 2);
 }
 
 #[test]
@@ -443,9 +447,14 @@ fn bias_adds_and_bans() {
         logit_bias: vec![(0, 5.0), (9, 1.0)],
         ..Default::default()
     };
-    assert_eq!(Sampler::new(options.clone()).sample(&[0.0, 3.0], &[]), 0);
+    assert_eq!(
+        Sampler::new(options.clone())
+            .sample(&[0.0, 3.0], &[])
+            .unwrap(),
+        0
+    );
     options.logit_bias = vec![(1, f32::NEG_INFINITY)];
-    assert_eq!(Sampler::new(options).sample(&[0.0, 3.0], &[]), 0);
+    assert_eq!(Sampler::new(options).sample(&[0.0, 3.0], &[]).unwrap(), 0);
 }
 
 #[test]
@@ -462,7 +471,7 @@ fn draws_follow_the_distribution_and_the_seed() {
     let draw = |options: &SamplerOptions| {
         let mut s = Sampler::new(options.clone());
         (0..10_000)
-            .map(|_| s.sample(&logits, &[]))
+            .map(|_| s.sample(&logits, &[]).unwrap())
             .collect::<Vec<_>>()
     };
     let first = draw(&options);

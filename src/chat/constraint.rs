@@ -1,0 +1,336 @@
+//! Answers that must have a form: a JSON schema, a grammar or a regular expression decides after each token which tokens may
+//! come next.
+//!
+//! The parsing is the crate llguidance's. What is ours: the vocabulary as it wants it, limits for hostile grammars, errors
+//! of one line, and the dummy space that an answer's first token may begin with.
+
+use super::schema;
+use super::tokenizer::{PieceKind, SPACE, Tokenizer};
+use crate::error::{Error, Result};
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
+use llguidance::{Matcher, ParserFactory};
+use serde_json::{Map, Value, json};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What describes the form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A JSON Schema: the answer is a JSON value that it accepts.
+    JsonSchema,
+    /// A grammar in llguidance's dialect of Lark; it begins at the rule `start`.
+    Lark,
+    /// A regular expression (of the crate `regex`) for the whole answer.
+    Regex,
+}
+
+impl Form {
+    /// What a user calls a text of this form.
+    fn name(self) -> &'static str {
+        match self {
+            Form::JsonSchema => "the JSON schema",
+            Form::Lark => "the grammar",
+            Form::Regex => "the regular expression",
+        }
+    }
+}
+
+/// Longer sources are refused: a schema of this size is already larger than any published one.
+const MAX_SOURCE: usize = 8 << 20;
+
+/// Bounds for grammars of any origin. A mask stays below about 20 ms and the states below about 100 MB.
+fn limits() -> ParserLimits {
+    ParserLimits {
+        max_lexer_states: 50_000,
+        verbose_errors: false,
+        ..ParserLimits::default()
+    }
+}
+
+/// The vocabulary as the parser sees it.
+struct Vocabulary {
+    trie: TokTrie,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl TokenizerEnv for Vocabulary {
+    fn tok_trie(&self) -> &TokTrie {
+        &self.trie
+    }
+
+    fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<u32> {
+        match std::str::from_utf8(bytes) {
+            Ok(text) => self.tokenizer.encode_with(text, false, true),
+            Err(_) => self.trie.greedy_tokenize(bytes),
+        }
+    }
+}
+
+/// Compiles grammars for one vocabulary. Making one takes a while (a tenth of a second for 32,000 tokens), so that it
+/// is made when the first grammar comes.
+pub struct Compiler {
+    factory: ParserFactory,
+    /// Tokens that begin with a space, and the tokens without, if there are any.
+    spaced: Arc<Vec<(u32, Option<u32>)>>,
+}
+
+impl Compiler {
+    /// For answers that end with one of `stop`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a vocabulary without a token that ends an answer.
+    pub fn new(tokenizer: &Arc<Tokenizer>, stop: &[u32]) -> Result<Compiler> {
+        let words: Vec<Vec<u8>> = (0..tokenizer.len() as u32)
+            .map(|id| word(tokenizer, id))
+            .collect();
+        let stop: Vec<u32> = stop
+            .iter()
+            .copied()
+            .filter(|id| (*id as usize) < words.len())
+            .collect();
+        let unusable = |what: &str, found: String| {
+            Error::unsupported(tokenizer.source(), "an answer with a grammar", what, found)
+        };
+        let Some(&eos) = stop.first() else {
+            let found = "a vocabulary without one".to_string();
+            return Err(unusable("a token that ends an answer", found));
+        };
+        let info = TokRxInfo::new(words.len() as u32, eos);
+        let trie = TokTrie::from(&info, &words).with_eos_tokens(&stop);
+        let vocabulary: TokEnv = Arc::new(Vocabulary {
+            trie,
+            tokenizer: tokenizer.clone(),
+        });
+        let mut factory = ParserFactory::new_simple(&vocabulary)
+            .map_err(|e| unusable("a usual vocabulary", one_line(Form::Lark, &e.to_string())))?;
+        *factory.limits_mut() = limits();
+        factory.quiet();
+        let without = |text: &str| tokenizer.id(text).filter(|&id| tokenizer.is_text(id));
+        let spaced = (0u32..)
+            .zip(tokenizer.pieces())
+            .filter(|(id, _)| tokenizer.is_text(*id))
+            .filter_map(|(id, piece)| Some((id, without(piece.text.strip_prefix(SPACE)?))));
+        Ok(Compiler {
+            spaced: Arc::new(spaced.collect()),
+            factory,
+        })
+    }
+
+    /// Compiles `text`; `source` names it in messages. `continuing`: the answer goes on in a text, so that its
+    /// first space counts; else that space is not part of it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the place in `text`.
+    pub fn compile(
+        &self,
+        form: Form,
+        source: impl AsRef<Path>,
+        text: &str,
+        continuing: bool,
+    ) -> Result<Constraint> {
+        let source = source.as_ref().to_path_buf();
+        let wrong =
+            |expected: &str, found: String| Error::invalid(&source, form.name(), expected, found);
+        if text.len() > MAX_SOURCE {
+            let expected = format!("at most {MAX_SOURCE} bytes");
+            return Err(wrong(&expected, format!("{} bytes", text.len())));
+        }
+        let grammar = match form {
+            Form::Regex => TopLevelGrammar::from_regex(text),
+            Form::Lark => TopLevelGrammar::from_lark(text.to_string()),
+            Form::JsonSchema => {
+                let schema: Value =
+                    serde_json::from_str(text).map_err(|e| wrong("JSON", e.to_string()))?;
+                schema::check(&schema, "schema").map_err(|(place, expected, found)| {
+                    wrong(&format!("{expected} at {place}"), found)
+                })?;
+                TopLevelGrammar::from_json_schema(with_short_gaps(schema))
+            }
+        };
+        let parser = self.factory.create_parser(grammar);
+        let parser = parser
+            .map_err(|e| wrong("one that can be followed", one_line(form, &e.to_string())))?;
+        let fresh = Matcher::new(Ok(parser));
+        if let Some(e) = fresh.get_error() {
+            return Err(wrong("one that can be followed", one_line(form, &e)));
+        }
+        let mut constraint = Constraint {
+            now: fresh.deep_clone(),
+            fresh,
+            source,
+            form,
+            mask: None,
+            spaced: self.spaced.clone(),
+            strips: !continuing,
+            at_start: !continuing,
+            spent: Duration::ZERO,
+        };
+        // A grammar that allows nothing at all is told now.
+        constraint.mask()?;
+        Ok(constraint)
+    }
+}
+
+/// What a token prints, as the parser wants it: control pieces by name behind a mark, nothing for pieces that no grammar can ask for.
+fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
+    let mark = TokTrie::SPECIAL_TOKEN_MARKER;
+    match tokenizer.piece(id) {
+        Some(piece) if piece.kind == PieceKind::Control => {
+            [&[mark], piece.text.as_bytes()].concat()
+        }
+        Some(piece) if matches!(piece.kind, PieceKind::Unknown | PieceKind::Unused) => Vec::new(),
+        _ => match tokenizer.piece_bytes(id) {
+            bytes if bytes.first() == Some(&mark) => Vec::new(),
+            bytes => bytes,
+        },
+    }
+}
+
+/// The schema, with a bound for the white space between the parts of a value: one space, or a line break and an
+/// indentation. Without, a model may write line breaks for ever.
+fn with_short_gaps(schema: Value) -> Value {
+    let mut schema = match schema {
+        Value::Object(map) => map,
+        Value::Bool(false) => return json!({ "not": {} }),
+        _ => Map::new(),
+    };
+    schema
+        .entry("x-guidance")
+        .or_insert_with(|| json!({ "whitespace_pattern": r" |\n {0,32}" }));
+    Value::Object(schema)
+}
+
+/// The parser's own words in one line: the place, and the fault itself where a quotation comes before it.
+fn one_line(form: Form, text: &str) -> String {
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or("an unknown fault");
+    if first.contains("NoExtension") {
+        return "a form that no token can say".to_string();
+    }
+    let fault = lines.find_map(|line| line.strip_prefix("error: "));
+    let line = match fault {
+        // The place is one in the grammar that was made of the expression.
+        Some(fault) if form == Form::Regex => fault.to_string(),
+        Some(fault) => first.replace("(in regex): regex parse error:", fault),
+        None => first.to_string(),
+    };
+    // "at 3(14): " is line 3, column 14.
+    let place = regex::Regex::new(r"^(at )?(\d+)\((\d+)\): ").expect("a valid expression");
+    let line = place.replace(&line, "line $2, column $3: ");
+    match line.char_indices().nth(200) {
+        Some((at, _)) => format!("{}…", &line[..at]),
+        None => line.into_owned(),
+    }
+}
+
+/// Where an answer stands in its grammar.
+#[derive(Clone)]
+pub struct Constraint {
+    /// The file of the grammar, or the option, for messages.
+    source: PathBuf,
+    form: Form,
+    /// Before the first token, to begin again.
+    fresh: Matcher,
+    now: Matcher,
+    /// Tokens that may come next, once it was asked.
+    mask: Option<SimpleVob>,
+    spaced: Arc<Vec<(u32, Option<u32>)>>,
+    /// Whether the first space of the answer is not part of it.
+    strips: bool,
+    /// Whether that space may still come.
+    at_start: bool,
+    spent: Duration,
+}
+
+impl Constraint {
+    /// Begins another answer.
+    pub fn begin(&mut self) {
+        self.now = self.fresh.deep_clone();
+        self.at_start = self.strips;
+        self.mask = None;
+        self.spent = Duration::ZERO;
+    }
+
+    /// The tokens that may come next; the end of the answer is among them only where the grammar allows it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the grammar is too complex to be followed, or allows what no token can say.
+    pub fn mask(&mut self) -> Result<&SimpleVob> {
+        if self.mask.is_none() {
+            let started = Instant::now();
+            let mut mask = self.now.compute_mask_or_eos().map_err(|e| self.fault(e))?;
+            if self.at_start {
+                let plain = mask.clone();
+                for &(spaced, without) in self.spaced.iter() {
+                    let allowed = without.is_some_and(|id| plain.is_allowed(id));
+                    mask.set(spaced as usize, allowed);
+                }
+            }
+            self.mask = Some(mask);
+            self.spent += started.elapsed();
+        }
+        Ok(self.mask.as_ref().expect("just filled"))
+    }
+
+    /// Goes on behind a token that was chosen.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the grammar is too complex to be followed.
+    pub fn accept(&mut self, id: u32) -> Result<()> {
+        let mut id = id;
+        if self.at_start
+            && let Ok(at) = self.spaced.binary_search_by_key(&id, |(spaced, _)| *spaced)
+        {
+            id = self.spaced[at].1.unwrap_or(id);
+        }
+        self.at_start = false;
+        self.mask = None;
+        match self.now.is_stopped() {
+            // Only the end of the answer was left.
+            true => Ok(()),
+            false => self.now.consume_token(id).map_err(|e| self.fault(e)),
+        }
+    }
+
+    /// Time that the masks of this answer took.
+    pub fn spent(&self) -> Duration {
+        self.spent
+    }
+
+    /// The tokens that must come next, whatever the model says; often none.
+    pub fn forced(&mut self) -> Vec<u32> {
+        match self.now.is_stopped() {
+            true => Vec::new(),
+            false => self.now.compute_ff_tokens(),
+        }
+    }
+
+    /// How many of `tokens` the grammar allows from here on.
+    pub fn allows(&mut self, tokens: &[u32]) -> usize {
+        self.now.validate_tokens(tokens).unwrap_or(0)
+    }
+
+    /// Whether the answer may end here.
+    pub fn is_complete(&mut self) -> bool {
+        self.now.is_stopped() || self.now.is_accepting().unwrap_or(false)
+    }
+
+    fn fault(&self, e: impl fmt::Display) -> Error {
+        let found = one_line(self.form, &e.to_string());
+        Error::invalid(
+            &self.source,
+            self.form.name(),
+            "one that can be followed",
+            found,
+        )
+    }
+}
+
+impl fmt::Debug for Constraint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Constraint({})", self.source.display())
+    }
+}
