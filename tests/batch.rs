@@ -136,7 +136,7 @@ fn caches_that_share_a_beginning_go_their_own_ways() {
         let mut second = first.fork(len);
         assert_eq!(second.len(), len);
         assert_eq!(Kv::bytes_together([&first, &second]), first.bytes());
-        let own = second.growth(1);
+        let own = second.growth(20);
         let got = run(&mut second, &tokens[10..30]);
         assert_eq!(Kv::bytes_together([&first, &second]), first.bytes() + own);
         let mut alone = new();
@@ -871,4 +871,75 @@ fn a_hundred_thousand_lines_in_bounded_memory() {
     let short: u64 = peak(2_000);
     let long = peak(100_000);
     assert!(long < short + 4096, "{short} KiB, then {long} KiB");
+}
+
+/// A line's schema holds its answer, beside lines without; the same answer as alone.
+#[test]
+fn answers_have_the_form_that_their_lines_ask_for() {
+    let home = Home::new();
+    let schema = json!({
+        "type": "object", "required": ["name", "age"], "additionalProperties": false,
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    });
+    let ask = json!([{"role": "user", "content": "Who is there?"}]);
+    let strict = json!({"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": true}});
+    let lines = [
+        json!({"url": "/v1/chat/completions", "body": {"messages": ask, "response_format": strict, "seed": 4}}),
+        json!({"prompt": "Who is there?", "json_schema": schema, "seed": 4}),
+        json!({"prompt": "Who is there?", "regex": "(yes|no), [a-z]{3}", "seed": 4}),
+        json!({"prompt": "Once upon a time", "raw": true, "predict": 9}),
+        json!({"prompt": "Who is there?", "json_schema": {"type": "nonsense"}}),
+        json!({"prompt": "Who is there?", "regex": "a", "ignore_eos": true}),
+        json!({"url": "/v1/chat/completions", "body": {"messages": ask, "response_format": {"type": "xml"}}}),
+    ];
+    home.write("in.jsonl", lines.map(|l| l.to_string()).join("\n"));
+    let run = |parallel: &str| {
+        let out = batch(&home, &["--parallel", parallel, "--force", "-n", "60"]);
+        assert_eq!(out.code, Some(1), "{}", out.stderr);
+        json_lines(&fs::read(home.path("out.jsonl")).unwrap())
+    };
+    let results = run("7");
+    assert_eq!(run("1"), results);
+    let choice = |i: usize| &results[i]["response"]["body"]["choices"][0];
+    let text = |i: usize| choice(i)["message"]["content"].as_str().unwrap();
+    let person: Value = serde_json::from_str(text(0)).unwrap();
+    assert!(
+        person["name"].is_string() && person["age"].as_u64().unwrap() < 100,
+        "{person}"
+    );
+    assert_eq!(choice(0)["finish_reason"], "stop");
+    assert_eq!(text(0), text(1));
+    assert!(
+        ["yes, ", "no, "].iter().any(|t| text(2).starts_with(t)),
+        "{}",
+        text(2)
+    );
+    let single = home
+        .octet(&[
+            "run",
+            "--json",
+            "-p",
+            "Who is there?",
+            "--seed",
+            "4",
+            "--json-schema",
+            &schema.to_string(),
+            "-n",
+            "60",
+        ])
+        .json();
+    assert_eq!(single["text"], text(1));
+    assert_eq!(
+        single["logits_hash"],
+        results[1]["response"]["body"]["octet"]["logits_hash"]
+    );
+    assert!(choice(3)["text"].is_string());
+    for (i, words) in [
+        (4, "the JSON schema"),
+        (5, "ignore_eos"),
+        (6, "response_format"),
+    ] {
+        let message = results[i]["error"]["message"].as_str().unwrap();
+        assert!(message.contains(words), "{message}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::chat::hear_interrupts;
 use super::input::{BoundedLines, note};
-use super::journal::{Finished, Id, Journal, Mode};
+use super::journal::{Finished, Id, Journal, LineSum, Mode};
 use super::load::{Loaded, load};
 use super::options::{
     AnswerOptions, FormOptions, MachineOptions, ModelOptions, SamplingOptions, parse_size,
@@ -20,10 +20,12 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufReader, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 /// Answer a file of requests, many at once: a line of JSON in, a line of JSON out.
 #[derive(clap::Args, Clone, Debug)]
@@ -133,7 +135,7 @@ pub fn run(args: &Args) -> Result<()> {
         journal,
         verbose: args.machine.verbose,
     };
-    let mut input = lines.open()?;
+    let mut input = Input::open(&lines)?;
     let mut progress = Progress::of("answering", "prompts");
     let mut line = Vec::new();
     let mut number = 0;
@@ -146,14 +148,16 @@ pub fn run(args: &Args) -> Result<()> {
             if !more || !room {
                 break;
             }
-            let failure = Error::io(&args.input, "read");
-            let Some(end) = input.next(&mut line).map_err(failure)? else {
-                more = false;
-                break;
-            };
-            number += 1;
-            if !is_blank(&line) && !finished.has(number) {
-                work.take(number, &line, end.bytes)?;
+            let next = input.next(&mut line, work.batch.is_empty());
+            match next.map_err(Error::io(&args.input, "read"))? {
+                Next::Line(bytes) => {
+                    number += 1;
+                    if !is_blank(&line) && !finished.has(number) {
+                        work.take(number, &line, bytes)?;
+                    }
+                }
+                Next::NotYet => break,
+                Next::End => more = false,
             }
         }
         work.step()?;
@@ -247,14 +251,12 @@ impl<'a> Lines<'a> {
         Ok(Lines { path, bytes })
     }
 
-    fn open(&self) -> Result<BoundedLines<Box<dyn BufRead>>> {
-        let reader: Box<dyn BufRead> = match self.path == Path::new("-") {
-            true => Box::new(std::io::stdin().lock()),
-            false => {
-                let file = File::open(self.path).map_err(Error::io(self.path, "open"))?;
-                Box::new(BufReader::with_capacity(1 << 16, file))
-            }
+    fn open(&self) -> Result<BoundedLines<BufReader<Box<dyn Read + Send>>>> {
+        let reader: Box<dyn Read + Send> = match self.path == Path::new("-") {
+            true => Box::new(std::io::stdin()),
+            false => Box::new(File::open(self.path).map_err(Error::io(self.path, "open"))?),
         };
+        let reader = BufReader::with_capacity(1 << 16, reader);
         Ok(BoundedLines::new(reader, MAX_LINE))
     }
 
@@ -265,7 +267,7 @@ impl<'a> Lines<'a> {
         }
         let mut lines = self.open()?;
         let (mut line, mut number, mut total) = (Vec::new(), 0, 0);
-        let (mut same, mut sum) = (0, 0u64);
+        let (mut same, mut sum) = (0, LineSum::default());
         while let Some(end) = lines
             .next(&mut line)
             .map_err(Error::io(self.path, "read"))?
@@ -277,7 +279,7 @@ impl<'a> Lines<'a> {
             // In order, what is done comes first.
             if finished.has(number) && (args.unordered || same == total) {
                 same += 1;
-                sum = sum.wrapping_add(line_hash(&line, end.bytes));
+                sum.add(number, line_hash(&line, end.bytes));
             }
             total += 1;
         }
@@ -290,6 +292,71 @@ impl<'a> Lines<'a> {
             ));
         }
         Ok(Some(total))
+    }
+}
+
+/// Lines as they are wanted, from a file, or as they come, from a pipe: whoever writes there may take their time,
+/// and what runs goes on meanwhile.
+enum Input {
+    File(BoundedLines<BufReader<Box<dyn Read + Send>>>),
+    Pipe(Receiver<std::io::Result<(Vec<u8>, u64)>>),
+}
+
+/// What an [`Input`] has.
+enum Next {
+    /// A line of so many bytes.
+    Line(u64),
+    /// Nothing yet.
+    NotYet,
+    /// No more lines.
+    End,
+}
+
+impl Input {
+    fn open(lines: &Lines<'_>) -> Result<Input> {
+        let mut reader = lines.open()?;
+        if lines.bytes.is_some() {
+            return Ok(Input::File(reader));
+        }
+        let (send, receive) = sync_channel(2);
+        std::thread::spawn(move || {
+            loop {
+                let mut line = Vec::new();
+                let next = match reader.next(&mut line) {
+                    Ok(Some(end)) => Ok((line, end.bytes)),
+                    Ok(None) => break,
+                    Err(e) => Err(e),
+                };
+                // Nobody listens any more, or nothing more can be read.
+                let failed = next.is_err();
+                if send.send(next).is_err() || failed {
+                    break;
+                }
+            }
+        });
+        Ok(Input::Pipe(receive))
+    }
+
+    /// Puts the next line into `line`. `idle`: there is time to wait for it.
+    fn next(&mut self, line: &mut Vec<u8>, idle: bool) -> std::io::Result<Next> {
+        match self {
+            Input::File(lines) => Ok(lines
+                .next(line)?
+                .map_or(Next::End, |end| Next::Line(end.bytes))),
+            Input::Pipe(lines) => {
+                // Ctrl-C is heard in between.
+                let patience = Duration::from_millis(if idle { 100 } else { 1 });
+                match lines.recv_timeout(patience) {
+                    Ok(next) => {
+                        let (text, bytes) = next?;
+                        *line = text;
+                        Ok(Next::Line(bytes))
+                    }
+                    Err(RecvTimeoutError::Timeout) => Ok(Next::NotYet),
+                    Err(RecvTimeoutError::Disconnected) => Ok(Next::End),
+                }
+            }
+        }
     }
 }
 

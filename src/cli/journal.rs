@@ -107,8 +107,21 @@ pub struct Finished {
     pub lines: u64,
     /// How many of them failed.
     pub failed: u64,
-    /// The sum of their texts' hashes, which shows whether the lines are still the same.
-    sum: u64,
+    /// Shows whether the lines are still the same.
+    sum: LineSum,
+}
+
+/// A sum over lines, their numbers and texts, in any order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LineSum(u64);
+
+impl LineSum {
+    /// Adds a line with this hash of its text.
+    pub fn add(&mut self, line: u64, text: u64) {
+        // A factor for each place, so that lines that changed places change the sum.
+        let place = line ^ 0x9e37_79b9_7f4a_7c15;
+        self.0 = self.0.wrapping_add(text.wrapping_mul(place));
+    }
 }
 
 impl Finished {
@@ -124,11 +137,11 @@ impl Finished {
         self.bits[at] |= 1 << (held.id.line % 64);
         self.lines += 1;
         self.failed += u64::from(held.failed);
-        self.sum = self.sum.wrapping_add(held.id.text);
+        self.sum.add(held.id.line, held.id.text);
     }
 
-    /// Whether these lines, numbers and hashes of texts, are those that are done.
-    pub fn are(&self, lines: u64, sum: u64) -> bool {
+    /// Whether so many lines with this sum are those that are done.
+    pub fn are(&self, lines: u64, sum: LineSum) -> bool {
         (self.lines, self.sum) == (lines, sum)
     }
 }
