@@ -4,7 +4,7 @@ use super::Machine;
 use crate::gguf::Bytes;
 use crate::pool::Part;
 use crate::quant::Format;
-use crate::quant::act::{ActKind, Acts};
+use crate::quant::act::{ActKind, Acts, CHUNK, Chunk, Slots};
 use crate::simd::{Rows, Tokens};
 use std::ops::Range;
 
@@ -66,10 +66,10 @@ impl Input {
                 ActKind::Q8 => &mut self.q8,
                 ActKind::Q8K => &mut self.q8k,
             };
-            acts.reset(kind, x.len() / k, k);
-            machine.pool.each(&mut acts.tokens_mut(), |t, out| {
-                machine.kernels.prepare(kind, &x[t * k..][..k], out);
-            });
+            match acts.reset(kind, x.len() / k, k) {
+                Slots::F32(out) => out.copy_from_slice(x),
+                Slots::Int(chunks) => quantize(machine, kind, x, k, chunks),
+            }
         }
     }
 
@@ -82,6 +82,29 @@ impl Input {
         }
     }
 }
+
+/// Fills `chunks (k / 256, n_tok)` from `x (n_tok, k)`.
+fn quantize(machine: &Machine, kind: ActKind, x: &[f32], k: usize, chunks: &mut [Chunk]) {
+    let n_tok = x.len() / k;
+    let row = |i: usize, out: &mut [Chunk]| {
+        for (x, out) in x.chunks_exact(k).zip(out) {
+            let part = &x[CHUNK * i..k.min(CHUNK * (i + 1))];
+            machine.kernels.quantize(kind, part, out);
+        }
+    };
+    if n_tok < ALONE {
+        chunks
+            .chunks_mut(n_tok.max(1))
+            .enumerate()
+            .for_each(|(i, out)| row(i, out));
+    } else {
+        let mut rows: Vec<_> = chunks.chunks_mut(n_tok).collect();
+        machine.pool.each(&mut rows, |i, out| row(i, out));
+    }
+}
+
+/// Fewer tokens than this are quantized faster than other threads wake up.
+const ALONE: usize = 4;
 
 /// One product `y[i] = w · x[pick[i]]`.
 pub struct Job<'a> {

@@ -26,8 +26,28 @@ impl ActKind {
     }
 }
 
-/// Values per entry of [`IntAct::sums`]: the smallest sub-block that has a minimum (Q2_K).
+/// Values per entry of [`Chunk::sums`]: the smallest sub-block that has a minimum (Q2_K).
 pub const SUM: usize = 16;
+/// Values in a [`Chunk`]: the longest block of any format.
+pub const CHUNK: usize = 256;
+
+/// Up to 256 consecutive int8 activations of one token, with all that belongs to them: five cache lines.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct Chunk {
+    /// Values in -127..=127.
+    pub qs: [i8; CHUNK],
+    /// Scales: one for every 32 values ([`ActKind::Q8`]), or the first for all ([`ActKind::Q8K`]).
+    pub d: [f32; CHUNK / 32],
+    /// Sums of 16 values each.
+    pub sums: [i16; CHUNK / SUM],
+}
+
+const EMPTY: Chunk = Chunk {
+    qs: [0; CHUNK],
+    d: [0.0; CHUNK / 32],
+    sums: [0; CHUNK / SUM],
+};
 
 /// One token's activations, ready for a dot product.
 #[derive(Clone, Copy, Debug)]
@@ -41,12 +61,10 @@ pub enum Act<'a> {
 /// One token's int8 activations.
 #[derive(Clone, Copy, Debug)]
 pub struct IntAct<'a> {
-    /// `(k)` values in -127..=127.
-    pub qs: &'a [i8],
-    /// `(k / block)` scales.
-    pub d: &'a [f32],
-    /// `(k / 16)` sums of 16 values each.
-    pub sums: &'a [i16],
+    /// The token's first chunk and all that lie behind it.
+    chunks: &'a [Chunk],
+    /// From one of the token's chunks to its next.
+    step: usize,
 }
 
 impl<'a> Act<'a> {
@@ -74,16 +92,27 @@ impl<'a> Act<'a> {
 }
 
 impl<'a> IntAct<'a> {
-    /// The values and sums of block `b`, `per` values a block.
-    pub fn block(&self, b: usize, per: usize) -> (&'a [i8], &'a [i16]) {
+    /// The values `256 i ..`.
+    pub fn chunk(&self, i: usize) -> &'a Chunk {
+        &self.chunks[i * self.step]
+    }
+
+    /// The values, sums and scale of block `b`, `per` values a block (32 or 256).
+    pub fn block(&self, b: usize, per: usize) -> (&'a [i8], &'a [i16], f32) {
+        let chunk = self.chunk(b * per / CHUNK);
+        let at = b * per % CHUNK;
         (
-            &self.qs[b * per..][..per],
-            &self.sums[b * per / SUM..][..per / SUM],
+            &chunk.qs[at..][..per],
+            &chunk.sums[at / SUM..][..per / SUM],
+            chunk.d[at / per],
         )
     }
 }
 
 /// The activations of a batch of tokens, in one kind; buffers are reused from call to call.
+///
+/// Chunks lie as `(k / 256, n_tok)`: work that takes a piece of every token in turn then walks through
+/// memory, where rows of a power of two would fall on the same few cache sets.
 #[derive(Debug, Default)]
 pub struct Acts {
     kind: Option<ActKind>,
@@ -91,25 +120,16 @@ pub struct Acts {
     k: usize,
     n_tok: usize,
     floats: Vec<f32>,
-    qs: Vec<i8>,
-    d: Vec<f32>,
-    sums: Vec<i16>,
+    chunks: Vec<Chunk>,
 }
 
-/// One token's slots in [`Acts`], to be filled.
+/// The slots of [`Acts`], to be filled.
 #[derive(Debug)]
-pub enum ActMut<'a> {
-    /// `(k)` floats.
+pub enum Slots<'a> {
+    /// `(n_tok, k)` floats.
     F32(&'a mut [f32]),
-    /// int8 blocks of the kind's size.
-    Int {
-        /// `(k)`
-        qs: &'a mut [i8],
-        /// `(k / block)`
-        d: &'a mut [f32],
-        /// `(k / 16)`
-        sums: &'a mut [i16],
-    },
+    /// `(k / 256, n_tok)`, the last row perhaps partly used.
+    Int(&'a mut [Chunk]),
 }
 
 impl Acts {
@@ -117,20 +137,17 @@ impl Acts {
     ///
     /// # Panics
     /// If `k` is not a whole number of the kind's blocks.
-    pub fn reset(&mut self, kind: ActKind, n_tok: usize, k: usize) {
+    pub fn reset(&mut self, kind: ActKind, n_tok: usize, k: usize) -> Slots<'_> {
         assert!(
             k.is_multiple_of(kind.block()),
             "{k} values are no whole blocks of {}",
             kind.block()
         );
         (self.kind, self.k, self.n_tok) = (Some(kind), k, n_tok);
-        let n = n_tok * k;
         match kind {
-            ActKind::F32 => grow(&mut self.floats, n),
+            ActKind::F32 => Slots::F32(room(&mut self.floats, n_tok * k, 0.0)),
             ActKind::Q8 | ActKind::Q8K => {
-                grow(&mut self.qs, n);
-                grow(&mut self.d, n / kind.block());
-                grow(&mut self.sums, n / SUM);
+                Slots::Int(room(&mut self.chunks, n_tok * k.div_ceil(CHUNK), EMPTY))
             }
         }
     }
@@ -156,58 +173,47 @@ impl Acts {
     /// Token `t`'s activations.
     pub fn token(&self, t: usize) -> Act<'_> {
         assert!(t < self.n_tok);
-        let (k, kind) = (self.k, self.kind());
-        match kind {
-            ActKind::F32 => Act::F32(&self.floats[t * k..][..k]),
+        match self.kind() {
+            ActKind::F32 => Act::F32(&self.floats[t * self.k..][..self.k]),
             ActKind::Q8 | ActKind::Q8K => Act::Int(IntAct {
-                qs: &self.qs[t * k..][..k],
-                d: &self.d[t * k / kind.block()..][..k / kind.block()],
-                sums: &self.sums[t * k / SUM..][..k / SUM],
+                chunks: &self.chunks[t..],
+                step: self.n_tok,
             }),
         }
     }
 
-    /// Every token's slots, to be filled (possibly in parallel).
-    pub fn tokens_mut(&mut self) -> Vec<ActMut<'_>> {
-        let (k, n, kind) = (self.k, self.n_tok, self.kind());
-        match kind {
-            ActKind::F32 => self.floats[..n * k]
-                .chunks_exact_mut(k)
-                .map(ActMut::F32)
-                .collect(),
-            ActKind::Q8 | ActKind::Q8K => self.qs[..n * k]
-                .chunks_exact_mut(k)
-                .zip(self.d.chunks_exact_mut(k / kind.block()))
-                .zip(self.sums.chunks_exact_mut(k / SUM))
-                .map(|((qs, d), sums)| ActMut::Int { qs, d, sums })
-                .collect(),
-        }
+    /// Chunk `i` of every token, `(n_tok)`.
+    pub fn chunks(&self, i: usize) -> &[Chunk] {
+        &self.chunks[i * self.n_tok..][..self.n_tok]
     }
 }
 
-fn grow<T: Clone + Default>(v: &mut Vec<T>, n: usize) {
+/// The first `n` elements, which are made if there are fewer.
+fn room<T: Clone>(v: &mut Vec<T>, n: usize, empty: T) -> &mut [T] {
     if v.len() < n {
-        v.resize(n, T::default());
+        v.resize(n, empty);
     }
+    &mut v[..n]
 }
 
 /// 1.5·2²³: adding it to a float of magnitude below 2²² rounds that to an integer, half to even, and
 /// leaves the integer in the low bits. The same on every CPU, and one addition in SIMD.
 const ROUND: f32 = 12_582_912.0;
 
-/// Quantizes one token's activations: `d = max|x| / 127`, `q = round_half_even(x · 127 / max|x|)`.
+/// Quantizes up to 256 of a token's activations: `d = max|x| / 127`, `q = round_half_even(x · 127 / max|x|)`
+/// for each `block` of them.
 ///
-/// `x`: `(k)`; `qs`: `(k)`; `d`: `(k / block)`; `sums`: `(k / 16)`.
+/// `x`: whole blocks, at most 256 values; `out`: as much of it is filled.
 ///
 /// Written so that a compiler vectorizes it; maxima and integer sums do not depend on order, so every
 /// tier that compiles this body gives the same bits.
 #[inline(always)]
-pub fn quantize(block: usize, x: &[f32], qs: &mut [i8], d: &mut [f32], sums: &mut [i16]) {
+pub fn quantize(block: usize, x: &[f32], out: &mut Chunk) {
     for (((x, qs), d), sums) in x
         .chunks_exact(block)
-        .zip(qs.chunks_exact_mut(block))
-        .zip(d)
-        .zip(sums.chunks_exact_mut(block / SUM))
+        .zip(out.qs.chunks_exact_mut(block))
+        .zip(&mut out.d)
+        .zip(out.sums.chunks_exact_mut(block / SUM))
     {
         let mut lanes = [0.0f32; 16];
         for x in x.chunks_exact(16) {

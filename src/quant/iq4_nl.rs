@@ -64,6 +64,7 @@ impl Block for Iq4Nl {
 impl IntBlock for Iq4Nl {
     const SUB: usize = 32;
     const OFFSET: i32 = 128;
+    const BITS: u32 = 8;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -68,6 +68,7 @@ impl Block for Iq4Xs {
 impl IntBlock for Iq4Xs {
     const SUB: usize = 32;
     const OFFSET: i32 = 128;
+    const BITS: u32 = 8;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -92,6 +92,8 @@ pub trait IntBlock: Block {
     const HAS_MIN: bool = false;
     /// Added to the integers, makes all of them 0 or more, for instructions that want unsigned weights.
     const OFFSET: i32 = 0;
+    /// Bits of an integer, so that tiers know how many products they may add up in 16 bits.
+    const BITS: u32;
 
     /// The weights' integers: `out (WEIGHTS)`.
     fn ints(&self, out: &mut [i8]);
@@ -157,11 +159,11 @@ pub struct Terms {
 pub fn int_dot<B: IntBlock>(row: &[B], x: IntAct<'_>) -> f32 {
     let mut acc = 0.0f32;
     for (b, block) in row.iter().enumerate() {
-        let (qs, sums) = x.block(b, B::WEIGHTS);
+        let (qs, sums, d) = x.block(b, B::WEIGHTS);
         let t = block.terms(qs, sums);
-        acc = (t.scale * x.d[b]).mul_add(t.isum as f32, acc);
+        acc = (t.scale * d).mul_add(t.isum as f32, acc);
         if B::HAS_MIN {
-            acc = (t.min * x.d[b]).mul_add(t.msum as f32, acc);
+            acc = (t.min * d).mul_add(t.msum as f32, acc);
         }
     }
     acc

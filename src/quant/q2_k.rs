@@ -68,6 +68,7 @@ impl Block for Q2_K {
 impl IntBlock for Q2_K {
     const SUB: usize = 16;
     const HAS_MIN: bool = true;
+    const BITS: u32 = 2;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -71,6 +71,7 @@ impl Block for Q3_K {
 impl IntBlock for Q3_K {
     const SUB: usize = 16;
     const OFFSET: i32 = 4;
+    const BITS: u32 = 3;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -49,6 +49,7 @@ impl Block for Q4_0 {
 impl IntBlock for Q4_0 {
     const SUB: usize = 32;
     const OFFSET: i32 = 8;
+    const BITS: u32 = 4;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

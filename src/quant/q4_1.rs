@@ -51,6 +51,7 @@ impl Block for Q4_1 {
 impl IntBlock for Q4_1 {
     const SUB: usize = 32;
     const HAS_MIN: bool = true;
+    const BITS: u32 = 4;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

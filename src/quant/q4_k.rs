@@ -97,6 +97,7 @@ impl Block for Q4_K {
 impl IntBlock for Q4_K {
     const SUB: usize = 32;
     const HAS_MIN: bool = true;
+    const BITS: u32 = 4;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

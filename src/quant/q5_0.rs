@@ -62,6 +62,7 @@ impl Block for Q5_0 {
 impl IntBlock for Q5_0 {
     const SUB: usize = 32;
     const OFFSET: i32 = 16;
+    const BITS: u32 = 5;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -50,6 +50,7 @@ impl Block for Q5_1 {
 impl IntBlock for Q5_1 {
     const SUB: usize = 32;
     const HAS_MIN: bool = true;
+    const BITS: u32 = 5;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -55,6 +55,7 @@ impl Block for Q5_K {
 impl IntBlock for Q5_K {
     const SUB: usize = 32;
     const HAS_MIN: bool = true;
+    const BITS: u32 = 5;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

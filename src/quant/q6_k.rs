@@ -64,6 +64,7 @@ impl Block for Q6_K {
 impl IntBlock for Q6_K {
     const SUB: usize = 16;
     const OFFSET: i32 = 32;
+    const BITS: u32 = 6;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

@@ -35,6 +35,7 @@ impl Block for Q8_0 {
 impl IntBlock for Q8_0 {
     const SUB: usize = 32;
     const OFFSET: i32 = 128;
+    const BITS: u32 = 8;
 
     #[inline(always)]
     fn ints(&self, out: &mut [i8]) {

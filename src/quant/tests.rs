@@ -1,6 +1,6 @@
 //! Every format against the reference's numbers and against plain arithmetic.
 
-use super::act::{ActMut, Acts, quantize};
+use super::act::{Acts, CHUNK, Slots, quantize};
 use super::bits::{idot, unpack};
 use super::search::Plain;
 use super::*;
@@ -79,11 +79,12 @@ fn decode_vectors() -> Vec<(Format, Aligned, Vec<f32>)> {
 
 fn acts(format: Format, x: &[f32]) -> Acts {
     let mut acts = Acts::default();
-    acts.reset(format.act(), 1, x.len());
-    for slot in acts.tokens_mut() {
-        match slot {
-            ActMut::F32(out) => out.copy_from_slice(x),
-            ActMut::Int { qs, d, sums } => quantize(format.act().block(), x, qs, d, sums),
+    match acts.reset(format.act(), 1, x.len()) {
+        Slots::F32(out) => out.copy_from_slice(x),
+        Slots::Int(chunks) => {
+            for (x, out) in x.chunks(CHUNK).zip(chunks) {
+                quantize(format.act().block(), x, out);
+            }
         }
     }
     acts
@@ -244,7 +245,11 @@ fn dot_is_what_the_decoded_weights_say() {
         for (i, &w) in w.iter().enumerate() {
             let x = match acts.token(0) {
                 Act::F32(x) => x[i] as f64,
-                Act::Int(x) => x.qs[i] as f64 * x.d[i / format.act().block()] as f64,
+                Act::Int(x) => {
+                    let per = format.act().block();
+                    let (qs, _, d) = x.block(i / per, per);
+                    qs[i % per] as f64 * d as f64
+                }
             };
             want += w as f64 * x;
             size += (w as f64 * x).abs();

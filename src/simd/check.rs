@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::quant::Format;
+use crate::quant::act::{CHUNK, Slots};
 use crate::quant::float::Element;
 
 /// A small deterministic generator (SplitMix64, Steele et al. 2014).
@@ -69,9 +70,17 @@ fn others() -> Vec<&'static Kernels> {
 
 fn prepare(kernels: &Kernels, format: Format, x: &[f32], k: usize) -> Acts {
     let mut acts = Acts::default();
-    acts.reset(format.act(), x.len() / k, k);
-    for (out, x) in acts.tokens_mut().iter_mut().zip(x.chunks_exact(k)) {
-        kernels.prepare(format.act(), x, out);
+    let n_tok = x.len() / k;
+    match acts.reset(format.act(), n_tok, k) {
+        Slots::F32(out) => out.copy_from_slice(x),
+        Slots::Int(chunks) => {
+            for (i, out) in chunks.chunks_mut(n_tok).enumerate() {
+                for (x, out) in x.chunks_exact(k).zip(out) {
+                    let part = &x[CHUNK * i..k.min(CHUNK * (i + 1))];
+                    kernels.quantize(format.act(), part, out);
+                }
+            }
+        }
     }
     acts
 }
@@ -226,12 +235,15 @@ fn quantization_is_the_same_in_every_tier() {
             for tier in others() {
                 let got = prepare(tier, format, &x, 1024);
                 let (a, b) = (got.token(0).int(), want.token(0).int());
-                assert_eq!(
-                    (a.qs, bits(a.d), a.sums),
-                    (b.qs, bits(b.d), b.sums),
-                    "{:?}",
-                    tier.tier()
-                );
+                for i in 0..1024 / CHUNK {
+                    let (a, b) = (a.chunk(i), b.chunk(i));
+                    assert_eq!(
+                        (a.qs, bits(&a.d), a.sums),
+                        (b.qs, bits(&b.d), b.sums),
+                        "{:?}",
+                        tier.tier()
+                    );
+                }
             }
         }
     }
@@ -242,7 +254,7 @@ fn quantization_rounds_half_to_even() {
     let mut x = [0.0f32; 32];
     x[..5].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -2.5]);
     let acts = prepare(Kernels::of(Tier::Scalar), Format::Q8_0, &x, 32);
-    let got = acts.token(0).int();
+    let got = acts.token(0).int().chunk(0);
     assert_eq!(got.qs[..5], [127, 0, 2, 2, -2]);
     assert_eq!((got.d[0], got.sums[0]), (1.0, 129));
 }

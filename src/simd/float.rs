@@ -187,8 +187,8 @@ macro_rules! float_doors {
         use $crate::pool::Stripe;
 
         $(#[$tier])?
-        fn quantize(block: usize, x: &[f32], qs: &mut [i8], d: &mut [f32], sums: &mut [i16]) {
-            act::quantize(block, x, qs, d, sums)
+        fn quantize(block: usize, x: &[f32], out: &mut act::Chunk) {
+            act::quantize(block, x, out)
         }
         $(#[$tier])?
         fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {

@@ -17,10 +17,12 @@ mod neon;
 mod scalar;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tile;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod unpack;
 
 use crate::pool::Stripe;
 use crate::quant::Format;
-use crate::quant::act::{Act, ActKind, ActMut, Acts, IntAct};
+use crate::quant::act::{Act, ActKind, Acts, Chunk};
 use float::Running;
 use half::f16;
 use std::sync::OnceLock;
@@ -172,7 +174,7 @@ impl<'a> Tokens<'a> {
 /// tier that was detected.
 pub type MatMul = unsafe fn(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>);
 
-type Quantize = unsafe fn(block: usize, x: &[f32], qs: &mut [i8], d: &mut [f32], sums: &mut [i16]);
+type Quantize = unsafe fn(block: usize, x: &[f32], out: &mut Chunk);
 type Attend<T> =
     unsafe fn(q: &[f32], k: &[T], v: &[T], dim: usize, run: &mut [Running], acc: &mut [f32]);
 
@@ -190,38 +192,6 @@ fn matmul_rows(
             y.row(t)[r] = dot(row, x.token(t));
         }
     }
-}
-
-/// Some rows × one token: what a tier brings for few tokens.
-trait RowGroup {
-    /// Rows in a group.
-    const ROWS: usize;
-
-    /// `y[r] = w[r] · x` for the rows at `rows + r · stride`.
-    ///
-    /// # Safety
-    /// The tier's features are enabled; there are [`RowGroup::ROWS`] whole rows, activations as long as
-    /// a row, and as many floats at `y`.
-    unsafe fn dots(rows: *const u8, stride: usize, x: IntAct<'_>, y: *mut f32);
-}
-
-/// The loop nest of few tokens: row groups outside, so that a group stays in the L1 cache for all tokens.
-///
-/// # Safety
-/// The tier's features are enabled. Shapes belong together ([`Kernels::matmul`] asserts them).
-#[inline(always)]
-unsafe fn matmul_groups<G: RowGroup>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let stride = w.row_bytes();
-    let groups = w.len() / G::ROWS;
-    for g in 0..groups {
-        let rows = &w.bytes[g * G::ROWS * stride..][..G::ROWS * stride];
-        for t in 0..x.len() {
-            let out = &mut y.row(t)[g * G::ROWS..][..G::ROWS];
-            // SAFETY: `rows` and `out` are a whole group, the rest is the caller's promise.
-            unsafe { G::dots(rows.as_ptr(), stride, x.token(t).int(), out.as_mut_ptr()) };
-        }
-    }
-    matmul_rest(w, groups * G::ROWS, x, y);
 }
 
 /// The last rows, from `first` on, of a kernel that works in groups: by the definition.
@@ -296,13 +266,14 @@ impl Kernels {
         unsafe { (self.matmul[w.format.index()])(w, x, y) }
     }
 
-    /// Prepares one token's activations: copies floats, quantizes to int8 ([`crate::quant::act::quantize`]).
-    pub fn prepare(&self, kind: ActKind, x: &[f32], out: &mut ActMut<'_>) {
-        match out {
-            ActMut::F32(out) => out.copy_from_slice(x),
-            // SAFETY: see above.
-            ActMut::Int { qs, d, sums } => unsafe { (self.quantize)(kind.block(), x, qs, d, sums) },
-        }
+    /// Quantizes up to 256 of a token's activations to int8 ([`crate::quant::act::quantize`]).
+    ///
+    /// # Panics
+    /// If they are more.
+    pub fn quantize(&self, kind: ActKind, x: &[f32], out: &mut Chunk) {
+        assert!(x.len() <= out.qs.len());
+        // SAFETY: see above.
+        unsafe { (self.quantize)(kind.block(), x, out) }
     }
 
     /// [`float::rms_norm`].

@@ -1,4 +1,4 @@
-//! Products of weights with many tokens: the kernel of prefill, written once.
+//! Products of integer weights with activations: the one kernel, written once.
 //!
 //! A *panel* is some rows (one per lane of a tier's registers) × 256 weights, unpacked to bytes and
 //! interleaved so that four consecutive weights of every row lie side by side:
@@ -9,61 +9,90 @@
 //! ```
 //!
 //! So row sums appear in lanes, without a horizontal addition, and every row of the panel has its one
-//! accumulator: the canonical arithmetic of `quant`. Unpacking is paid once for all tokens; tokens go
-//! through a panel a few at a time, so that accumulators stay in registers.
+//! accumulator: the canonical arithmetic of `quant`. Unpacking (`unpack.rs`) is a transposition and a few
+//! shifts of whole registers and is paid once for all tokens; these go through a panel a few at a time, so
+//! that accumulators stay in registers. For a single token nothing is stored: what is unpacked is
+//! multiplied at once.
 //!
 //! ```text
 //! for panel in rows / ROWS:  for chunk in k / 256:  unpack;  for tokens / TOKENS:  tile
 //! ```
 
+use super::unpack::{Sink, Source, Unpack};
 use super::{Rows, Tokens};
 use crate::pool::Stripe;
-use crate::quant::act::SUM;
-use crate::quant::{IntBlock, blocks};
+use crate::quant::IntBlock;
+use crate::quant::act::{Acts, CHUNK, Chunk};
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 /// The few instructions that a tier brings. Lanes are rows.
 ///
 /// # Safety
-/// Of every function: the tier's features are enabled, and pointers lead to as many elements as said.
+/// Of every function: the tier's features are enabled, and pointers lead to as much as is said.
 pub(super) trait Tile: Copy {
     /// Rows of a panel.
     const ROWS: usize;
-    /// Tokens that share a pass over a panel.
+    /// Tokens that share a pass over a panel, at most 8.
     const TOKENS: usize;
-    /// Four weights of each row.
-    type W: Copy;
-    /// An `i32` per row.
+    /// 32 bits of every row.
     type I: Copy;
-    /// An `f32` per row.
+    /// An `f32` of every row.
     type F: Copy;
 
-    /// What is added to the integers of a format with this [`IntBlock::OFFSET`] when a panel is made.
+    /// What the integers of a format with this [`IntBlock::OFFSET`] have been raised by in a panel: all of
+    /// it for instructions that want unsigned weights, or nothing.
     fn bias(offset: i32) -> i32;
-    /// Four weights of each row, from `ROWS · 4` bytes.
-    unsafe fn weights(q: *const u8) -> Self::W;
+
     /// All lanes the same.
     unsafe fn splat(x: i32) -> Self::I;
-    /// `acc + Σ_4 w · x`, `x`: 4 activations. `BYTE`: the weights are signed and use all 8 bits.
-    unsafe fn dot4<const BYTE: bool>(acc: Self::I, w: Self::W, x: *const i8) -> Self::I;
-    /// `acc + a · b`, `b`: `ROWS` integers.
-    unsafe fn mul_add(acc: Self::I, a: Self::I, b: *const i32) -> Self::I;
-    /// `acc + m[r][0] · x[0] + m[r][1] · x[1]`, `m`: `(ROWS, 2)`, `x`: `(2)`.
-    unsafe fn pair(acc: Self::I, m: *const i16, x: *const i16) -> Self::I;
-    /// `a - b · c`.
-    unsafe fn mul_sub(a: Self::I, b: Self::I, c: i32) -> Self::I;
-    /// `ROWS` floats.
-    unsafe fn load(y: *const f32) -> Self::F;
-    /// `ROWS` floats.
-    unsafe fn store(y: *mut f32, acc: Self::F);
-    /// The float step: `fma(d · dx, sum, acc)`, `d`: `ROWS` floats.
-    unsafe fn step(acc: Self::F, d: *const f32, dx: f32, sum: Self::I) -> Self::F;
-    /// Interleaves 16 bytes of each row: `rows[r]` is at `rows + r · CHUNK`, register `i` goes to
-    /// `out + i · ROWS · 4`.
-    unsafe fn interleave(rows: *const i8, out: *mut u8);
+    /// [`Tile::ROWS`] integers.
+    unsafe fn load(x: *const i32) -> Self::I;
+    /// [`Tile::ROWS`] integers.
+    unsafe fn store(to: *mut i32, x: Self::I);
+    /// Bitwise.
+    unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
+    /// Bitwise.
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// Lanes shifted left, by less than 32.
+    unsafe fn shl(x: Self::I, by: i32) -> Self::I;
+    /// Lanes shifted right, zeros from above, by less than 32.
+    unsafe fn shr(x: Self::I, by: i32) -> Self::I;
+    /// The sum of lanes.
+    unsafe fn add(a: Self::I, b: Self::I) -> Self::I;
+    /// The low 32 bits of the product of lanes.
+    unsafe fn mul(a: Self::I, b: Self::I) -> Self::I;
+    /// The wrapping sum of bytes.
+    unsafe fn add_bytes(a: Self::I, b: Self::I) -> Self::I;
+    /// `table[code]` for every byte; codes are below 16.
+    unsafe fn lookup(table: &[i8; 16], codes: Self::I) -> Self::I;
+
+    /// The 4 bytes at `at + r · stride` of every row.
+    unsafe fn column(at: *const u8, stride: usize) -> Self::I;
+    /// The 16 bytes at `at + r · stride` of every row, as four columns.
+    unsafe fn columns(at: *const u8, stride: usize) -> [Self::I; 4];
+    /// Brings memory nearer that will be wanted soon. May do nothing; any address will do.
+    unsafe fn prefetch(_at: *const u8) {}
+
+    /// `sums[t] += Σ_16 w · x[t]`. `w`: 16 weights of each row, of at most `BITS` bits; `x[t]`: 16 activations.
+    unsafe fn dot16<const N: usize, const BITS: u32>(
+        sums: &mut [Self::I; N],
+        w: [Self::I; 4],
+        x: [*const i8; N],
+    );
+    /// `acc + m[r][0] · x[0] + m[r][1] · x[1]`; `m`: a pair of i16 in every lane, `x`: two i16.
+    unsafe fn pair(acc: Self::I, m: Self::I, x: *const i16) -> Self::I;
+
+    /// The f16 in the low half of every lane.
+    unsafe fn halves(x: Self::I) -> Self::F;
+    /// [`Tile::ROWS`] floats.
+    unsafe fn load_floats(x: *const f32) -> Self::F;
+    /// [`Tile::ROWS`] floats.
+    unsafe fn store_floats(to: *mut f32, x: Self::F);
+    /// The float step: `fma(d · dx, sum, acc)`.
+    unsafe fn step(acc: Self::F, d: Self::F, dx: f32, sum: Self::I) -> Self::F;
 }
 
-/// Weights of a row in a panel.
-const CHUNK: usize = 256;
 /// Most rows of a panel in any tier.
 const MAX_ROWS: usize = 16;
 /// Tokens that share the unpacking of a panel; more than this come in several passes.
@@ -80,17 +109,46 @@ struct Panel {
     min: [[f32; MAX_ROWS]; CHUNK / 32],
     /// Sub-blocks' scales.
     sub: [[i32; MAX_ROWS]; CHUNK / 16],
-    /// What the sums of activations are multiplied with, a pair for two sums of 16: sub-blocks'
+    /// What the sums of activations are multiplied with, a pair of i16 for two sums of 16: sub-blocks'
     /// minimums, or their scales where a bias must leave again.
-    pairs: [[[i16; 2]; MAX_ROWS]; CHUNK / 32],
+    pairs: [[i32; MAX_ROWS]; CHUNK / 32],
 }
 
-/// One token's activations.
-#[derive(Clone, Copy)]
-struct X {
-    qs: *const i8,
-    d: *const f32,
-    sums: *const i16,
+/// A block of a panel, to be filled.
+struct Slot<'a> {
+    panel: &'a mut Panel,
+    b: usize,
+}
+
+impl<T: Tile> Sink<T> for Slot<'_> {
+    #[inline(always)]
+    unsafe fn scale(&mut self, d: T::F) {
+        // SAFETY: the caller's; a row of the panel, here and below.
+        unsafe { T::store_floats(self.panel.scale[self.b].as_mut_ptr(), d) }
+    }
+    #[inline(always)]
+    unsafe fn min(&mut self, m: T::F) {
+        // SAFETY: as above.
+        unsafe { T::store_floats(self.panel.min[self.b].as_mut_ptr(), m) }
+    }
+    #[inline(always)]
+    unsafe fn sub(&mut self, s: usize, scale: T::I) {
+        // SAFETY: as above.
+        unsafe { T::store(self.panel.sub[s].as_mut_ptr(), scale) }
+    }
+    #[inline(always)]
+    unsafe fn pair(&mut self, p: usize, factors: T::I) {
+        // SAFETY: as above.
+        unsafe { T::store(self.panel.pairs[p].as_mut_ptr(), factors) }
+    }
+    #[inline(always)]
+    unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
+        for (i, q) in q.into_iter().enumerate() {
+            let at = (32 * self.b + first + 4 * i) * T::ROWS;
+            // SAFETY: the caller's; a register of the panel.
+            unsafe { T::store(self.panel.q[at..].as_mut_ptr().cast(), q) };
+        }
+    }
 }
 
 /// `y[t][r] = Σ_k w[r][k] · x[t][k]`, see [`super::Kernels::matmul`].
@@ -98,273 +156,411 @@ struct X {
 /// # Safety
 /// The tier's features are enabled. Shapes belong together (`Kernels::matmul` asserts them).
 #[inline(always)]
-pub(super) unsafe fn matmul<T: Tile, B: IntBlock>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
+pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
     let panels = w.len() / T::ROWS;
-    let mut xs = [X {
-        qs: std::ptr::null(),
-        d: std::ptr::null(),
-        sums: std::ptr::null(),
-    }; BATCH];
-    let mut acc = [[0.0f32; MAX_ROWS]; BATCH];
-    let mut panel = Panel {
-        q: [0; CHUNK * MAX_ROWS],
-        scale: [[0.0; MAX_ROWS]; CHUNK / 32],
-        min: [[0.0; MAX_ROWS]; CHUNK / 32],
-        sub: [[0; MAX_ROWS]; CHUNK / 16],
-        pairs: [[[0; 2]; MAX_ROWS]; CHUNK / 32],
-    };
-    for first in (0..x.len()).step_by(BATCH) {
-        let n = BATCH.min(x.len() - first);
-        for (t, slot) in xs[..n].iter_mut().enumerate() {
-            let x = x.token(first + t).int();
-            *slot = X {
-                qs: x.qs.as_ptr(),
-                d: x.d.as_ptr(),
-                sums: x.sums.as_ptr(),
-            };
-        }
-        for p in 0..panels {
-            let rows = &w.bytes[p * T::ROWS * w.row_bytes()..][..T::ROWS * w.row_bytes()];
-            acc[..n].fill([0.0; MAX_ROWS]);
-            for k in (0..w.k).step_by(CHUNK) {
-                let width = CHUNK.min(w.k - k);
-                // SAFETY: chunk `k` is inside the rows; every pointer of `xs` leads to all activations of
-                // its token; the features are enabled by the caller.
-                unsafe {
-                    unpack::<T, B>(rows, k, width, &mut panel);
-                    let mut t = 0;
-                    while t < n {
-                        let left = n - t;
-                        let (xs, acc) = (&xs[t..n], &mut acc[t..n]);
-                        if left >= 8 && T::TOKENS >= 8 {
-                            tile::<T, B, 8>(&panel, xs, acc, k, width);
-                            t += 8;
-                        } else if left >= 4 {
-                            tile::<T, B, 4>(&panel, xs, acc, k, width);
-                            t += 4;
-                        } else {
-                            tile::<T, B, 1>(&panel, xs, acc, k, width);
-                            t += 1;
-                        }
-                    }
-                }
-            }
-            for (t, acc) in acc[..n].iter().enumerate() {
-                y.row(first + t)[p * T::ROWS..][..T::ROWS].copy_from_slice(&acc[..T::ROWS]);
-            }
+    // SAFETY: the caller's.
+    unsafe {
+        match x.pick {
+            [token] => one::<T, B>(w, x.acts, *token, y),
+            _ => many::<T, B>(w, x, y),
         }
     }
     super::matmul_rest(w, panels * T::ROWS, x, y);
 }
 
-/// Fills the panel with the weights `k .. k + width` of [`Tile::ROWS`] rows.
+/// [`matmul`] of whole panels with many tokens.
 #[inline(always)]
-unsafe fn unpack<T: Tile, B: IntBlock>(rows: &[u8], k: usize, width: usize, panel: &mut Panel) {
-    let row_bytes = rows.len() / T::ROWS;
-    let bias = T::bias(B::OFFSET) as i8;
-    let mut ints = [[0i8; CHUNK]; MAX_ROWS];
-    for (r, (row, ints)) in rows.chunks_exact(row_bytes).zip(&mut ints).enumerate() {
-        let row = &blocks::<B>(row)[k / B::WEIGHTS..][..width / B::WEIGHTS];
-        for (b, (block, ints)) in row
-            .iter()
-            .zip(ints.chunks_exact_mut(B::WEIGHTS))
-            .enumerate()
-        {
-            block.ints(ints);
-            // Wraps to an unsigned byte where the bias is 128.
-            ints.iter_mut().for_each(|q| *q = q.wrapping_add(bias));
-            panel.scale[b][r] = block.scale();
-            if B::HAS_MIN {
-                panel.min[b][r] = block.min();
+unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
+    let stride = w.row_bytes();
+    let mut panel = Panel {
+        q: [0; CHUNK * MAX_ROWS],
+        scale: [[0.0; MAX_ROWS]; CHUNK / 32],
+        min: [[0.0; MAX_ROWS]; CHUNK / 32],
+        sub: [[0; MAX_ROWS]; CHUNK / 16],
+        pairs: [[0; MAX_ROWS]; CHUNK / 32],
+    };
+    let mut acc = [const { MaybeUninit::<[f32; MAX_ROWS]>::uninit() }; BATCH];
+    for (batch, pick) in x.pick.chunks(BATCH).enumerate() {
+        let acc = &mut acc[..pick.len()];
+        for p in 0..w.len() / T::ROWS {
+            for acc in acc.iter_mut() {
+                acc.write([0.0; MAX_ROWS]);
             }
-            if B::WEIGHTS == CHUNK {
-                for s in 0..CHUNK / B::SUB {
-                    let (scale, min) = block.sub(s);
-                    panel.sub[s][r] = scale;
-                    let factor = if B::HAS_MIN { min } else { scale } as i16;
-                    match B::SUB {
-                        16 => panel.pairs[s / 2][r][s % 2] = factor,
-                        _ => panel.pairs[s][r] = [factor; 2],
-                    }
+            // SAFETY: all of them have just been written.
+            let acc = unsafe {
+                let first = acc.as_mut_ptr().cast::<[f32; MAX_ROWS]>();
+                std::slice::from_raw_parts_mut(first, acc.len())
+            };
+            let rows = w.bytes[p * T::ROWS * stride..].as_ptr();
+            for k in (0..w.k).step_by(CHUNK) {
+                let width = CHUNK.min(w.k - k);
+                for b in 0..width / B::WEIGHTS {
+                    let panel = &mut panel;
+                    // SAFETY: this block of `ROWS` rows is inside `w.bytes`; the features are enabled by the caller.
+                    unsafe {
+                        unpack::<T, B>(rows, stride, k / B::WEIGHTS + b, &mut Slot { panel, b })
+                    };
                 }
+                let chunks = x.acts.chunks(k / CHUNK);
+                let mut t = 0;
+                while t < pick.len() {
+                    let (pick, acc) = (&pick[t..], &mut acc[t..]);
+                    // SAFETY: the features are enabled by the caller.
+                    t += unsafe {
+                        match pick.len().min(T::TOKENS) {
+                            8.. => tile::<T, B, 8>(&panel, chunks, pick, acc, width),
+                            4.. => tile::<T, B, 4>(&panel, chunks, pick, acc, width),
+                            2.. => tile::<T, B, 2>(&panel, chunks, pick, acc, width),
+                            _ => tile::<T, B, 1>(&panel, chunks, pick, acc, width),
+                        }
+                    };
+                }
+            }
+            for (t, acc) in acc.iter().enumerate() {
+                y.row(batch * BATCH + t)[p * T::ROWS..][..T::ROWS].copy_from_slice(&acc[..T::ROWS]);
             }
         }
     }
-    for part in (0..width).step_by(16) {
-        // SAFETY: 16 bytes of each row; 4 registers of the panel, which has `CHUNK / 4` of them.
-        unsafe {
-            T::interleave(
-                ints[0].as_ptr().add(part),
-                panel.q.as_mut_ptr().add(part * T::ROWS),
-            )
-        };
+}
+
+/// Unpacks block `b` of every row.
+///
+/// CPUs fetch ahead along a row by themselves, but not beyond a page, and only once they have seen a few of its
+/// cache lines. Where rows are shorter than a page, as many bytes of the next panel are fetched, which lies
+/// behind this one: it arrives in the order of memory.
+#[inline(always)]
+unsafe fn unpack<T: Tile, B: Unpack>(
+    rows: *const u8,
+    stride: usize,
+    b: usize,
+    to: &mut impl Sink<T>,
+) {
+    let size = size_of::<B>();
+    // SAFETY: the caller's; prefetching takes any address.
+    unsafe {
+        if stride < PAGE {
+            let ahead = rows.wrapping_add(T::ROWS * (stride + b * size));
+            for line in (0..T::ROWS * size).step_by(64) {
+                T::prefetch(ahead.wrapping_add(line));
+            }
+        }
+        B::unpack(Source::new(rows.add(b * size), stride), to);
     }
 }
 
-/// One panel × N tokens: `acc[t][r] += Σ_k w[r][k] · x[t][k]` over the panel's chunk.
+/// Bytes of a page of memory.
+const PAGE: usize = 4096;
+
+/// One panel × the first N picked tokens: `acc[t][r] += Σ_k w[r][k] · x[t][k]` over the panel's chunk.
 #[inline(always)]
 unsafe fn tile<T: Tile, B: IntBlock, const N: usize>(
     panel: &Panel,
-    xs: &[X],
+    chunks: &[Chunk],
+    pick: &[u32],
     acc: &mut [[f32; MAX_ROWS]],
-    k: usize,
     width: usize,
-) {
-    let xs: &[X; N] = xs[..N].try_into().expect("N tokens");
+) -> usize {
+    let x: [&Chunk; N] = std::array::from_fn(|t| &chunks[pick[t] as usize]);
     let acc: &mut [[f32; MAX_ROWS]; N] = (&mut acc[..N]).try_into().expect("N tokens");
-    // SAFETY: as `matmul`; the panel's arrays are as long as its documentation says.
+    // SAFETY: the features are enabled by the caller; the panel's arrays and the chunks are as long as
+    // their documentation says.
     unsafe {
-        if B::WEIGHTS == CHUNK {
-            tile_of_256::<T, B, N>(panel, xs, acc, k);
-        } else {
-            tile_of_32::<T, B, N>(panel, xs, acc, k, width);
+        let mut y = [T::load_floats(acc[0].as_ptr()); N];
+        for t in 1..N {
+            y[t] = T::load_floats(acc[t].as_ptr());
+        }
+        match B::WEIGHTS {
+            CHUNK => tile_of_256::<T, B, N>(panel, x, &mut y),
+            _ => (0..width / 32).for_each(|b| tile_of_32::<T, B, N>(panel, b, x, &mut y)),
+        }
+        for t in 0..N {
+            T::store_floats(acc[t].as_mut_ptr(), y[t]);
         }
     }
+    N
 }
 
-/// Blocks of 32: a float step after every 32 weights.
+/// Block `b` of 32 weights of a panel.
 #[inline(always)]
 unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize>(
     panel: &Panel,
-    xs: &[X; N],
-    acc: &mut [[f32; MAX_ROWS]; N],
-    k: usize,
-    width: usize,
+    b: usize,
+    x: [&Chunk; N],
+    y: &mut [T::F; N],
 ) {
-    let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
-        let mut y = [T::load(acc[0].as_ptr()); N];
-        for t in 1..N {
-            y[t] = T::load(acc[t].as_ptr());
+        let mut isum = start_of_32::<T, B, N>(x, b);
+        for first in [0, 16] {
+            dot16_at::<T, B, N>(&mut isum, panel, 32 * b + first, x);
         }
-        for b in 0..width / 32 {
-            let at = k + 32 * b;
-            let mut total = [0; N];
-            let mut isum = [T::splat(0); N];
-            if bias != 0 || B::HAS_MIN {
-                for t in 0..N {
-                    let sums = xs[t].sums.add(at / SUM);
-                    total[t] = *sums as i32 + *sums.add(1) as i32;
-                }
-            }
-            if bias != 0 {
-                for t in 0..N {
-                    isum[t] = T::splat(-bias * total[t]);
-                }
-            }
-            sum_of_products::<T, B, N, 32>(panel, 32 * b, xs, at, &mut isum);
-            for t in 0..N {
-                let dx = *xs[t].d.add(at / 32);
-                y[t] = T::step(y[t], panel.scale[b].as_ptr(), dx, isum[t]);
-                if B::HAS_MIN {
-                    y[t] = T::step(y[t], panel.min[b].as_ptr(), dx, T::splat(total[t]));
-                }
-            }
-        }
-        for t in 0..N {
-            T::store(acc[t].as_mut_ptr(), y[t]);
-        }
+        let d = T::load_floats(panel.scale[b].as_ptr());
+        let m = T::load_floats(panel.min[b].as_ptr());
+        end_of_32::<T, B, N>(isum, [d, m], x, b, y);
     }
 }
 
-/// Blocks of 256: sub-blocks' sums times their integer scales, one float step.
+/// The block of 256 weights of a panel.
 #[inline(always)]
 unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize>(
     panel: &Panel,
-    xs: &[X; N],
-    acc: &mut [[f32; MAX_ROWS]; N],
-    k: usize,
+    x: [&Chunk; N],
+    y: &mut [T::F; N],
 ) {
-    let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
-        let mut total = [T::splat(0); N];
+        let zero = T::splat(0);
+        let (mut isum, mut other) = ([zero; N], [zero; N]);
         for s in 0..CHUNK / B::SUB {
-            let mut isum = [T::splat(0); N];
-            match B::SUB {
-                16 => sum_of_products::<T, B, N, 16>(panel, 16 * s, xs, k + 16 * s, &mut isum),
-                _ => sum_of_products::<T, B, N, 32>(panel, 32 * s, xs, k + 32 * s, &mut isum),
+            let mut sub = [zero; N];
+            for first in (0..B::SUB).step_by(16) {
+                dot16_at::<T, B, N>(&mut sub, panel, B::SUB * s + first, x);
             }
+            let scale = T::load(panel.sub[s].as_ptr());
             for t in 0..N {
-                total[t] = T::mul_add(total[t], isum[t], panel.sub[s].as_ptr());
+                isum[t] = T::add(isum[t], T::mul(sub[t], scale));
             }
         }
-        // Sums of activations times minimums, or times scales where the bias has to leave.
-        let mut other = [T::splat(0); N];
-        if B::HAS_MIN || bias != 0 {
+        if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
             for (p, pairs) in panel.pairs.iter().enumerate() {
+                let pairs = T::load(pairs.as_ptr());
                 for t in 0..N {
-                    other[t] = T::pair(
-                        other[t],
-                        pairs.as_ptr().cast(),
-                        xs[t].sums.add(k / SUM + 2 * p),
-                    );
+                    other[t] = T::pair(other[t], pairs, x[t].sums[2 * p..].as_ptr());
                 }
             }
         }
-        for t in 0..N {
-            if bias != 0 {
-                total[t] = T::mul_sub(total[t], other[t], bias);
-            }
-            let dx = *xs[t].d.add(k / CHUNK);
-            let mut y = T::load(acc[t].as_ptr());
-            y = T::step(y, panel.scale[0].as_ptr(), dx, total[t]);
-            if B::HAS_MIN {
-                y = T::step(y, panel.min[0].as_ptr(), dx, other[t]);
-            }
-            T::store(acc[t].as_mut_ptr(), y);
+        let d = T::load_floats(panel.scale[0].as_ptr());
+        let m = T::load_floats(panel.min[0].as_ptr());
+        end_of_256::<T, B, N>(isum, other, [d, m], x, y);
+    }
+}
+
+/// [`dot16`] with the weights from `first` on of a panel.
+#[inline(always)]
+unsafe fn dot16_at<T: Tile, B: IntBlock, const N: usize>(
+    sums: &mut [T::I; N],
+    panel: &Panel,
+    first: usize,
+    x: [&Chunk; N],
+) {
+    let w = panel.q[first * T::ROWS..][..16 * T::ROWS]
+        .as_ptr()
+        .cast::<i32>();
+    // SAFETY: as `tile`; four registers.
+    unsafe {
+        let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
+        dot16::<T, B, N>(sums, w, x.map(|x| x.qs[first..][..16].as_ptr()));
+    }
+}
+
+/// [`Tile::dot16`] with the format's bits.
+#[inline(always)]
+unsafe fn dot16<T: Tile, B: IntBlock, const N: usize>(
+    sums: &mut [T::I; N],
+    w: [T::I; 4],
+    x: [*const i8; N],
+) {
+    // SAFETY: as `tile`.
+    unsafe {
+        match B::BITS {
+            ..=4 => T::dot16::<N, 4>(sums, w, x),
+            5..=6 => T::dot16::<N, 6>(sums, w, x),
+            _ => T::dot16::<N, 8>(sums, w, x),
         }
     }
 }
 
-/// `isum[t] += Σ w · x[t]` over L weights of the panel from `first` on, activations from `at` on.
+/// What the integer sums of a block of 32 start with: the bias leaves through the sums of the activations.
 #[inline(always)]
-unsafe fn sum_of_products<T: Tile, B: IntBlock, const N: usize, const L: usize>(
-    panel: &Panel,
-    first: usize,
-    xs: &[X; N],
-    at: usize,
-    isum: &mut [T::I; N],
-) {
-    // SAFETY: as `tile`; `first + L` is inside the panel's chunk.
+unsafe fn start_of_32<T: Tile, B: IntBlock, const N: usize>(x: [&Chunk; N], b: usize) -> [T::I; N] {
+    let bias = T::bias(B::OFFSET);
+    // SAFETY: as `tile`.
     unsafe {
-        for j in (0..L).step_by(4) {
-            let w = T::weights(panel.q.as_ptr().add((first + j) * T::ROWS));
+        let zero = T::splat(0);
+        if bias == 0 {
+            return [zero; N];
+        }
+        let out = T::splat((-bias & 0xffff) | (-bias << 16));
+        x.map(|x| T::pair(zero, out, x.sums[2 * b..].as_ptr()))
+    }
+}
+
+/// The float steps of block `b` of 32 weights; `d`, `m`: its scale and minimum.
+#[inline(always)]
+unsafe fn end_of_32<T: Tile, B: IntBlock, const N: usize>(
+    isum: [T::I; N],
+    [d, m]: [T::F; 2],
+    x: [&Chunk; N],
+    b: usize,
+    y: &mut [T::F; N],
+) {
+    // SAFETY: as `tile`.
+    unsafe {
+        for t in 0..N {
+            y[t] = T::step(y[t], d, x[t].d[b], isum[t]);
+        }
+        if B::HAS_MIN {
+            let (zero, one) = (T::splat(0), T::splat(0x1_0001));
             for t in 0..N {
-                let x = xs[t].qs.add(at + j);
-                isum[t] = if B::OFFSET == 128 {
-                    T::dot4::<true>(isum[t], w, x)
-                } else {
-                    T::dot4::<false>(isum[t], w, x)
+                let total = T::pair(zero, one, x[t].sums[2 * b..].as_ptr());
+                y[t] = T::step(y[t], m, x[t].d[b], total);
+            }
+        }
+    }
+}
+
+/// The float steps of a block of 256 weights. `other`: the sums of activations times minimums, or times
+/// scales where the bias has to leave; `d`, `m`: the block's scale and minimum.
+#[inline(always)]
+unsafe fn end_of_256<T: Tile, B: IntBlock, const N: usize>(
+    isum: [T::I; N],
+    other: [T::I; N],
+    [d, m]: [T::F; 2],
+    x: [&Chunk; N],
+    y: &mut [T::F; N],
+) {
+    let bias = T::bias(B::OFFSET);
+    // SAFETY: as `tile`.
+    unsafe {
+        for t in 0..N {
+            let isum = match bias {
+                0 => isum[t],
+                _ => T::add(isum[t], T::mul(other[t], T::splat(-bias))),
+            };
+            y[t] = T::step(y[t], d, x[t].d[0], isum);
+            if B::HAS_MIN {
+                y[t] = T::step(y[t], m, x[t].d[0], other[t]);
+            }
+        }
+    }
+}
+
+/// [`matmul`] of whole panels with one token.
+#[inline(always)]
+unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut Stripe<'_>) {
+    let stride = w.row_bytes();
+    let per_chunk = CHUNK / B::WEIGHTS;
+    for (p, out) in y.row(0).chunks_exact_mut(T::ROWS).enumerate() {
+        let rows = w.bytes[p * T::ROWS * stride..][..T::ROWS * stride].as_ptr();
+        // SAFETY: the features are enabled by the caller; blocks are inside the panel's rows.
+        unsafe {
+            let zero = T::splat(0);
+            let mut y = [T::halves(zero)];
+            for b in 0..w.k / B::WEIGHTS {
+                let x = [&acts.chunks(b / per_chunk)[token as usize]];
+                let at = b % per_chunk;
+                let mut block = Product::<T, B> {
+                    x: x[0],
+                    at: 32 * at,
+                    isum: match B::WEIGHTS {
+                        CHUNK => [zero],
+                        _ => start_of_32::<T, B, 1>(x, at),
+                    },
+                    other: [zero],
+                    scales: [y[0]; 2],
+                    subs: [zero; CHUNK / 16],
+                    format: PhantomData,
                 };
+                unpack::<T, B>(rows, stride, b, &mut block);
+                match B::WEIGHTS {
+                    CHUNK => {
+                        end_of_256::<T, B, 1>(block.isum, block.other, block.scales, x, &mut y)
+                    }
+                    _ => end_of_32::<T, B, 1>(block.isum, block.scales, x, at, &mut y),
+                }
+            }
+            T::store_floats(out.as_mut_ptr(), y[0]);
+        }
+    }
+}
+
+/// The integer sums of a block with one token's activations, made while it is unpacked.
+struct Product<'a, T: Tile, B> {
+    x: &'a Chunk,
+    /// Where the block's activations begin in `x`.
+    at: usize,
+    isum: [T::I; 1],
+    other: [T::I; 1],
+    /// Scale and minimum.
+    scales: [T::F; 2],
+    subs: [T::I; CHUNK / 16],
+    format: PhantomData<B>,
+}
+
+impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
+    #[inline(always)]
+    unsafe fn scale(&mut self, d: T::F) {
+        self.scales[0] = d;
+    }
+    #[inline(always)]
+    unsafe fn min(&mut self, m: T::F) {
+        self.scales[1] = m;
+    }
+    #[inline(always)]
+    unsafe fn sub(&mut self, s: usize, scale: T::I) {
+        self.subs[s] = scale;
+    }
+    #[inline(always)]
+    unsafe fn pair(&mut self, p: usize, factors: T::I) {
+        // SAFETY: the caller's; two of the chunk's sums.
+        unsafe {
+            self.other = [T::pair(
+                self.other[0],
+                factors,
+                self.x.sums[2 * p..].as_ptr(),
+            )]
+        }
+    }
+    #[inline(always)]
+    unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
+        let x = [self.x.qs[self.at + first..][..16].as_ptr()];
+        // SAFETY: the caller's; 16 activations.
+        unsafe {
+            if B::WEIGHTS == CHUNK {
+                let mut sub = [T::splat(0)];
+                dot16::<T, B, 1>(&mut sub, q, x);
+                self.isum = [T::add(
+                    self.isum[0],
+                    T::mul(sub[0], self.subs[first / B::SUB]),
+                )];
+            } else {
+                dot16::<T, B, 1>(&mut self.isum, q, x);
             }
         }
     }
 }
 
 /// One function of a tier per integer format, and `install_tiles(k)`, which puts them into the table.
-/// A format with a kernel of its own for few tokens (`$few`) takes the tile from `$from` tokens on.
 macro_rules! tile_doors {
-    ($tile:ty, #[$tier:meta]; $($name:ident = $format:ident, $block:ty $(, $few:path, below $from:literal)?;)*) => {
+    ($tile:ty, #[$tier:meta]) => {
+        $crate::simd::tile::tile_doors! {
+            $tile, #[$tier];
+            matmul_q4_0 = Q4_0, q4_0::Q4_0;
+            matmul_q4_1 = Q4_1, q4_1::Q4_1;
+            matmul_q5_0 = Q5_0, q5_0::Q5_0;
+            matmul_q5_1 = Q5_1, q5_1::Q5_1;
+            matmul_q8_0 = Q8_0, q8_0::Q8_0;
+            matmul_q2_k = Q2_K, q2_k::Q2_K;
+            matmul_q3_k = Q3_K, q3_k::Q3_K;
+            matmul_q4_k = Q4_K, q4_k::Q4_K;
+            matmul_q5_k = Q5_K, q5_k::Q5_K;
+            matmul_q6_k = Q6_K, q6_k::Q6_K;
+            matmul_iq4_nl = IQ4_NL, iq4_nl::Iq4Nl;
+            matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
+        }
+    };
+    ($tile:ty, #[$tier:meta]; $($name:ident = $format:ident, $module:ident::$block:ident;)*) => {
         $(
             #[$tier]
             fn $name(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-                $(
-                    if x.len() < $from {
-                        // SAFETY: the features that the body needs are enabled here; its pointers stay
-                        // inside `w.bytes`, whole blocks (`Kernels::matmul` asserts the shapes).
-                        return unsafe { $few(w, x, y) };
-                    }
-                )?
-                // SAFETY: as above.
-                unsafe { $crate::simd::tile::matmul::<$tile, $block>(w, x, y) }
+                // SAFETY: the features that the body needs are enabled here; `Kernels::matmul` asserts the shapes.
+                unsafe { $crate::simd::tile::matmul::<$tile, quant::$module::$block>(w, x, y) }
             }
         )*
 
         /// Puts the integer formats' kernels into the table.
         fn install_tiles(k: &mut Kernels) {
-            $( k.matmul[Format::$format.index()] = $name; )*
+            $( k.matmul[quant::Format::$format.index()] = $name; )*
         }
     };
 }
