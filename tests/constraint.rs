@@ -141,7 +141,7 @@ fn grammars_and_expressions_hold_for_the_whole_answer() {
     }
     let lark = "start: \"(\" (start | WORD) \")\"\nWORD: /[a-z]{1,6}/\n";
     let mut depths = Vec::new();
-    for (text, finish, complete) in demo.answers(Form::Lark, lark, 400) {
+    for (text, finish, complete) in demo.answers(Form::Grammar, lark, 400) {
         if finish == Finish::Stop {
             let word = text.trim_matches(['(', ')']);
             let depth = text.matches('(').count();
@@ -154,6 +154,38 @@ fn grammars_and_expressions_hold_for_the_whole_answer() {
         assert_eq!(complete, finish == Finish::Stop);
     }
     assert!(!depths.is_empty());
+}
+
+/// In GBNF a text fits if there is any way to read it, whatever the longest word would be.
+#[test]
+fn gbnf_is_followed_by_the_character() {
+    let demo = Demo::new();
+    for (gbnf, regex) in [
+        (r#"root ::= [a-z]+ "x" "ab"{2}"#, "^[a-z]+xabab$"),
+        (
+            r#"root ::= "ab" [c-d] | [a-z] "b" [x-z]+ "!""#,
+            "^(ab[cd]|[a-z]b[x-z]+!)$",
+        ),
+        (
+            "root ::= \"{\" ws pair (\",\" ws pair)? \"}\"\npair ::= word \":\" ws num ws\n\
+             word ::= \"\\\"\" [^\"\\\\\\x00-\\x1F]{1,9} \"\\\"\" # a key\nnum ::= \"-\"? [0-9]{1,3}\nws ::= [ \\n]?\n",
+            "(?s)^\\{.*\\}$",
+        ),
+    ] {
+        let regex = regex::Regex::new(regex).unwrap();
+        let mut finished = 0;
+        for (text, finish, complete) in demo.answers(Form::Grammar, gbnf, 300) {
+            if finish == Finish::Stop {
+                assert!(regex.is_match(&text), "{text}");
+                finished += 1;
+            }
+            assert_eq!(complete, finish == Finish::Stop);
+            if gbnf.contains("pair") {
+                serde_json::from_str::<Value>(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+            }
+        }
+        assert!(finished > 0, "{gbnf}");
+    }
 }
 
 #[test]

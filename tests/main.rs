@@ -5,6 +5,7 @@ mod batch;
 mod chat;
 mod cli;
 mod constraint;
+mod draft;
 mod generation;
 mod gguf;
 mod hostile_model;

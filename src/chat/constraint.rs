@@ -4,8 +4,8 @@
 //! The parsing is the crate llguidance's. What is ours: the vocabulary as it wants it, limits for hostile grammars, errors
 //! of one line, and the dummy space that an answer's first token may begin with.
 
-use super::schema;
 use super::tokenizer::{PieceKind, SPACE, Tokenizer};
+use super::{gbnf, schema};
 use crate::error::{Error, Result};
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 pub enum Form {
     /// A JSON Schema: the answer is a JSON value that it accepts.
     JsonSchema,
-    /// A grammar in llguidance's dialect of Lark; it begins at the rule `start`.
-    Lark,
+    /// A grammar in llguidance's dialect of Lark, which begins at the rule `start`; or in llama.cpp's GBNF, which begins at `root`.
+    Grammar,
     /// A regular expression (of the crate `regex`) for the whole answer.
     Regex,
 }
@@ -32,7 +32,7 @@ impl Form {
     fn name(self) -> &'static str {
         match self {
             Form::JsonSchema => "the JSON schema",
-            Form::Lark => "the grammar",
+            Form::Grammar => "the grammar",
             Form::Regex => "the regular expression",
         }
     }
@@ -104,8 +104,12 @@ impl Compiler {
             trie,
             tokenizer: tokenizer.clone(),
         });
-        let mut factory = ParserFactory::new_simple(&vocabulary)
-            .map_err(|e| unusable("a usual vocabulary", one_line(Form::Lark, &e.to_string())))?;
+        let mut factory = ParserFactory::new_simple(&vocabulary).map_err(|e| {
+            unusable(
+                "a usual vocabulary",
+                one_line(Form::Grammar, &e.to_string()),
+            )
+        })?;
         *factory.limits_mut() = limits();
         factory.quiet();
         let without = |text: &str| tokenizer.id(text).filter(|&id| tokenizer.is_text(id));
@@ -140,7 +144,11 @@ impl Compiler {
         }
         let grammar = match form {
             Form::Regex => TopLevelGrammar::from_regex(text),
-            Form::Lark => TopLevelGrammar::from_lark(text.to_string()),
+            Form::Grammar if gbnf::is_gbnf(text) => {
+                let lark = gbnf::to_lark(text).map_err(|e| wrong("GBNF", e))?;
+                TopLevelGrammar::from_lark(lark)
+            }
+            Form::Grammar => TopLevelGrammar::from_lark(text.to_string()),
             Form::JsonSchema => {
                 let schema: Value =
                     serde_json::from_str(text).map_err(|e| wrong("JSON", e.to_string()))?;

@@ -2,6 +2,8 @@
 
 pub mod batch;
 pub mod constraint;
+pub mod draft;
+mod gbnf;
 pub mod gguf_vocab;
 pub mod jinja;
 mod json;

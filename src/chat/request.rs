@@ -303,7 +303,7 @@ impl<'v> Said<'v> {
                 let form = if key == "regex" {
                     Form::Regex
                 } else {
-                    Form::Lark
+                    Form::Grammar
                 };
                 self.rest.form = Some((form, text.to_string()));
             }

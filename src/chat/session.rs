@@ -1,5 +1,6 @@
 //! One sequence of tokens and what comes next: prefill, sampling, the end.
 
+use super::draft::{Draft, Drafter};
 use super::sampler::{Sampler, SamplerOptions, logprob, logprobs};
 use crate::error::{Error, Result};
 use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
@@ -14,6 +15,7 @@ pub struct Session<'m> {
     tokens: Vec<u32>,
     scratch: Scratch,
     ubatch: usize,
+    drafter: Drafter,
 }
 
 /// When an answer ends and what is recorded on the way.
@@ -135,6 +137,13 @@ impl Answer {
     }
 }
 
+/// Tells about the last token; whether that ends the answer.
+fn told(sequence: &[u32], on_event: &mut impl FnMut(Event) -> ControlFlow<()>) -> Option<Finish> {
+    let token = *sequence.last()?;
+    let ended = on_event(Event::Token(token)).is_break();
+    ended.then_some(Finish::Interrupted)
+}
+
 /// Whether a cache for `ctx` tokens can take a prompt and one token of an answer.
 ///
 /// # Errors
@@ -159,10 +168,17 @@ pub struct Stats {
     pub prompt_time: Duration,
     /// Tokens that were generated.
     pub answer_tokens: usize,
-    /// Single-token forward passes among them (the first token comes out of the prompt's).
+    /// Tokens that came out of forward passes after the prompt's (which gives the first one), the end of an answer among
+    /// them.
     pub steps: usize,
+    /// Those passes.
+    pub passes: usize,
     /// Time of those passes.
     pub step_time: Duration,
+    /// Tokens that were guessed.
+    pub drafted: usize,
+    /// Guesses that were right.
+    pub accepted: usize,
     /// Bytes of weights that prompts and steps have read.
     pub weight_bytes: u64,
     /// Of those, bytes that the steps have read.
@@ -198,6 +214,9 @@ impl Stats {
         self.prompt_time += other.prompt_time;
         self.answer_tokens += other.answer_tokens;
         self.steps += other.steps;
+        self.passes += other.passes;
+        self.drafted += other.drafted;
+        self.accepted += other.accepted;
         self.step_time += other.step_time;
         self.weight_bytes += other.weight_bytes;
         self.step_bytes += other.step_bytes;
@@ -251,7 +270,13 @@ impl<'m> Session<'m> {
             tokens: Vec::new(),
             scratch: Scratch::default(),
             ubatch: ubatch.max(1),
+            drafter: Drafter::new(model),
         }
+    }
+
+    /// Says how many tokens to guess ahead ([`Draft::Auto`] at first); the answers are the same.
+    pub fn set_draft(&mut self, draft: Draft) {
+        self.drafter.mode = draft;
     }
 
     /// Most tokens it may hold.
@@ -291,30 +316,78 @@ impl<'m> Session<'m> {
         }
         let before_steps = self.scratch.weight_bytes;
         let mut sequence = prompt.to_vec();
+        self.drafter.begin();
         answer.finish = loop {
             if let Some(finish) = answer.ended(sequence.len(), limits, self.limit()) {
                 break finish;
             }
-            let started = Instant::now();
-            let step = self.tokens.len() < sequence.len();
-            if step {
-                self.forward(&sequence[self.tokens.len()..], Want::Last)?;
-            }
-            let finish = answer.grow(&mut sequence, self.scratch.logits(), sampler, limits)?;
-            if step {
-                answer.stats.steps += 1;
-                answer.stats.step_time += started.elapsed();
-            }
+            let finish = match self.tokens.len() < sequence.len() {
+                true => self.step(&mut sequence, &mut answer, sampler, limits, &mut on_event)?,
+                false => {
+                    let logits = self.scratch.logits();
+                    let finish = answer.grow(&mut sequence, logits, sampler, limits)?;
+                    finish.or_else(|| told(&sequence, &mut on_event))
+                }
+            };
             if let Some(finish) = finish {
                 break finish;
-            }
-            if on_event(Event::Token(sequence[sequence.len() - 1])).is_break() {
-                break Finish::Interrupted;
             }
         };
         answer.stats.step_bytes = self.scratch.weight_bytes - before_steps;
         answer.stats.weight_bytes = self.scratch.weight_bytes - before;
         Ok(answer)
+    }
+
+    /// One forward pass over the last token of `sequence` and guesses at what follows; the tokens that come out of it.
+    fn step(
+        &mut self,
+        sequence: &mut Vec<u32>,
+        answer: &mut Answer,
+        sampler: &mut Sampler,
+        limits: &Limits,
+        on_event: &mut impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Option<Finish>> {
+        let started = Instant::now();
+        let before = sequence.len();
+        // A pass gives one token more than it has guesses; all of them must be wanted, and fit.
+        let wanted = limits.max_tokens.unwrap_or(usize::MAX) - answer.tokens.len();
+        let room = (wanted - 1).min(self.limit() - before);
+        let guess = self.drafter.guess(sequence, room, sampler.constraint());
+        let mut batch = sequence[self.tokens.len()..].to_vec();
+        batch.extend(&guess.tokens);
+        self.forward(
+            &batch,
+            match guess.tokens.is_empty() {
+                true => Want::Last,
+                false => Want::All,
+            },
+        )?;
+        let mut finish = None;
+        let rows = self
+            .scratch
+            .logits()
+            .chunks_exact(self.model.config.n_vocab);
+        let mut guesses = guess.tokens.iter();
+        for logits in rows {
+            finish = answer.grow(sequence, logits, sampler, limits)?;
+            answer.stats.steps += 1;
+            finish = finish.or_else(|| told(sequence, on_event));
+            let right = guesses.next() == sequence.last();
+            answer.stats.accepted += usize::from(right && finish.is_none());
+            if finish.is_some() || !right {
+                break;
+            }
+        }
+        // Guesses that were not drawn are forgotten. The last token was drawn and is not read yet, unless the end was drawn.
+        let read = sequence.len() - usize::from(finish != Some(Finish::Stop));
+        self.kv.truncate(read);
+        self.tokens.truncate(read);
+        let time = started.elapsed();
+        answer.stats.passes += 1;
+        answer.stats.drafted += guess.tokens.len();
+        answer.stats.step_time += time;
+        self.drafter.learn(&guess, sequence, before, time);
+        Ok(finish)
     }
 
     /// Makes the cache hold `prompt` and computes the logits after it. `false`: interrupted.

@@ -5,7 +5,7 @@ use super::input::{BoundedLines, note};
 use super::journal::{Finished, Id, Journal, LineSum, Mode};
 use super::load::{Loaded, load};
 use super::options::{
-    AnswerOptions, FormOptions, MachineOptions, ModelOptions, SamplingOptions, parse_size,
+    FormOptions, MachineOptions, ModelOptions, RequestOptions, SamplingOptions, parse_size,
 };
 use super::report::{Progress, batch_closing_line};
 use crate::chat::batch::{Batch, Done, Room};
@@ -53,7 +53,7 @@ pub struct Args {
     pub kv_ram: Option<u64>,
     /// What requests get that do not say.
     #[command(flatten)]
-    pub answer: AnswerOptions,
+    pub request: RequestOptions,
     /// The form of the answers.
     #[command(flatten)]
     pub form: FormOptions,
@@ -88,11 +88,11 @@ pub fn run(args: &Args) -> Result<()> {
     let options = args.sampling.sampler(loaded.model.config.n_vocab)?;
     let file = Gguf::open(&loaded.path)?;
     let mut defaults = Defaults {
-        system: args.answer.system.clone(),
-        raw: args.answer.raw,
-        max_tokens: args.answer.predict.map(|n| n as usize),
-        stops: args.answer.stop.clone(),
-        ignore_ends: args.answer.ignore_eos,
+        system: args.request.system.clone(),
+        raw: args.request.raw,
+        max_tokens: args.request.predict.map(|n| n as usize),
+        stops: args.request.stop.clone(),
+        ignore_ends: args.request.ignore_eos,
         form: args.form.read()?.map(|(form, _, text)| (form, text)),
         sampling: options,
     };

@@ -1,8 +1,8 @@
 //! `octet chat`: talk with a model.
 
 use super::load::{Loaded, load};
-use super::options::{FormOptions, MachineOptions, ModelOptions, SamplingOptions, count};
-use super::report::{Progress, closing_line, state_folder};
+use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, count};
+use super::report::{Progress, closing_line, draft_line, state_folder};
 use crate::chat::repl::Repl;
 use crate::chat::repl::show;
 use crate::chat::session::Session;
@@ -19,9 +19,9 @@ pub struct Args {
     /// Most tokens of an answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
     pub predict: Option<u32>,
-    /// The form of each answer.
+    /// The answers.
     #[command(flatten)]
-    pub form: FormOptions,
+    pub answer: AnswerOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -78,17 +78,21 @@ pub fn run(args: &Args) -> Result<()> {
         greet(&loaded)?;
     }
     let mut progress = Progress::new("reading");
+    let mut session = Session::new(
+        &loaded.model,
+        args.model.kv,
+        loaded.ctx,
+        args.machine.ubatch as usize,
+    );
+    session.set_draft(args.answer.draft);
     let repl = Repl {
-        session: Session::new(
-            &loaded.model,
-            args.model.kv,
-            loaded.ctx,
-            args.machine.ubatch as usize,
-        ),
+        session,
         tokenizer: &loaded.tokenizer,
         template: &loaded.template,
         sampling: args.sampling.sampler(loaded.model.config.n_vocab)?,
-        constraint: args.form.constraint(&loaded, false, args.machine.verbose)?,
+        constraint: args
+            .answer
+            .constraint(&loaded, false, args.machine.verbose)?,
         system: args.system.clone(),
         max_tokens: args
             .predict
@@ -105,6 +109,9 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let stats = repl.run()?;
     if stats.prompt_tokens > 0 {
+        if args.machine.verbose {
+            draft_line(&stats);
+        }
         closing_line(&stats, loaded.model.machine());
     }
     Ok(())

@@ -3,6 +3,7 @@
 use super::input::{note, read_text};
 use super::load::Loaded;
 use crate::chat::constraint::{Compiler, Constraint, Form};
+use crate::chat::draft::Draft;
 use crate::chat::sampler::{SamplerOptions, Setting, settings, unescape};
 use crate::error::Result;
 use crate::moe::KvType;
@@ -46,7 +47,7 @@ pub struct MachineOptions {
 
 /// What is asked of an answer.
 #[derive(clap::Args, Clone, Debug)]
-pub struct AnswerOptions {
+pub struct RequestOptions {
     /// System text: how the model should behave
     #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
@@ -139,10 +140,22 @@ impl clap::FromArgMatches for SamplingOptions {
     }
 }
 
+/// The form that an answer must have, and how it is found.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
+pub struct AnswerOptions {
+    /// The form.
+    #[command(flatten)]
+    pub form: FormOptions,
+    /// Guess this many tokens ahead from repetitions in the text and check them in one pass: auto (as many as pay), a number
+    /// or off; the answer is the same
+    #[arg(long, value_name = "N", value_parser = parse_draft, default_value = "auto")]
+    pub draft: Draft,
+}
+
 /// The form that an answer must have.
 #[derive(clap::Args, Clone, Debug)]
-#[command(next_help_heading = "Form of the answer")]
-#[group(id = "form", multiple = false)]
+#[command(next_help_heading = "Answer")]
 pub struct FormOptions {
     /// Answer with JSON that this schema accepts: a file, or the schema itself
     #[arg(long, value_name = "SCHEMA", group = "form")]
@@ -171,7 +184,7 @@ impl FormOptions {
                     let text = read_text(Some(&file))?;
                     (Form::JsonSchema, file, text)
                 }
-                (_, Some(file), _) => (Form::Lark, file.clone(), read_text(Some(file))?),
+                (_, Some(file), _) => (Form::Grammar, file.clone(), read_text(Some(file))?),
                 (_, _, Some(regex)) => (Form::Regex, "--regex".into(), regex.clone()),
                 (None, None, None) => return Ok(None),
             },
@@ -240,6 +253,17 @@ pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
     };
     let n: u64 = digits.parse().map_err(|_| bad())?;
     n.checked_mul(unit).filter(|n| *n > 0).ok_or_else(bad)
+}
+
+fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
+    match text {
+        "auto" => Ok(Draft::Auto),
+        "off" | "0" => Ok(Draft::Off),
+        _ => match text.parse() {
+            Ok(n) if n <= 64 => Ok(Draft::Fixed(n)),
+            _ => Err("expected auto, off or a number up to 64".to_string()),
+        },
+    }
 }
 
 fn parse_kv(text: &str) -> std::result::Result<KvType, String> {

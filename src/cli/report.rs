@@ -88,6 +88,17 @@ impl Progress {
     }
 }
 
+/// What came of the guesses.
+pub fn draft_line(stats: &Stats) {
+    note(format!(
+        "{} of {} guesses right; {} in {} passes",
+        stats.accepted,
+        stats.drafted,
+        tokens(stats.steps),
+        stats.passes
+    ));
+}
+
 /// The closing line: what the machine did. Nothing, where nothing can be written: the work is done.
 pub fn closing_line(stats: &Stats, machine: &Machine) {
     let mut parts = Vec::new();

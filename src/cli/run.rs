@@ -3,8 +3,10 @@
 use super::chat::hear_interrupts;
 use super::input::{note, read_text};
 use super::load::{Loaded, load};
-use super::options::{AnswerOptions, FormOptions, MachineOptions, ModelOptions, SamplingOptions};
-use super::report::{Progress, closing_line};
+use super::options::{
+    AnswerOptions, MachineOptions, ModelOptions, RequestOptions, SamplingOptions,
+};
+use super::report::{Progress, closing_line, draft_line};
 use crate::chat::repl::show;
 use crate::chat::sampler::Sampler;
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
@@ -28,7 +30,7 @@ pub struct Args {
     pub file: Vec<PathBuf>,
     /// What is asked of the answer.
     #[command(flatten)]
-    pub answer: AnswerOptions,
+    pub request: RequestOptions,
     /// Show the token ids and pieces of the prompt instead of answering it
     #[arg(long)]
     pub show_prompt: bool,
@@ -38,9 +40,9 @@ pub struct Args {
     /// Show each token with its probability and the K likeliest, a line for each
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub logprobs: usize,
-    /// The form of the answer.
+    /// The answer.
     #[command(flatten)]
-    pub form: FormOptions,
+    pub answer: AnswerOptions,
     /// Which model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -79,7 +81,7 @@ pub fn run(args: &Args) -> Result<()> {
     let text = prompt_text(args)?;
     let loaded = load(&args.model, &args.machine)?;
     let tokenizer = &loaded.tokenizer;
-    let prompt = match args.answer.raw {
+    let prompt = match args.request.raw {
         true => tokenizer.raw_prompt(&text),
         false => {
             let system = args
@@ -94,9 +96,10 @@ pub fn run(args: &Args) -> Result<()> {
     if args.show_prompt {
         return show_prompt(args, &loaded, &prompt);
     }
-    let constraint = args
-        .form
-        .constraint(&loaded, args.answer.raw, args.machine.verbose)?;
+    let constraint =
+        args.answer
+            .form
+            .constraint(&loaded, args.request.raw, args.machine.verbose)?;
     let interrupted = hear_interrupts()?;
     let mut session = Session::new(
         &loaded.model,
@@ -104,13 +107,14 @@ pub fn run(args: &Args) -> Result<()> {
         loaded.ctx,
         args.machine.ubatch as usize,
     );
+    session.set_draft(args.answer.draft);
     let mut limits = Limits {
-        max_tokens: args.answer.predict.map(|n| n as usize),
+        max_tokens: args.request.predict.map(|n| n as usize),
         stop: loaded.template.stop_ids(tokenizer),
         logprobs: args.logprobs,
     };
     let mut options = args.sampling.sampler(loaded.model.config.n_vocab)?;
-    if args.answer.ignore_eos {
+    if args.request.ignore_eos {
         limits.ignore_ends(&mut options);
     }
     let mut sampler = Sampler::for_text(options, tokenizer);
@@ -119,11 +123,11 @@ pub fn run(args: &Args) -> Result<()> {
         note(format!("seed {}", sampler.seed()));
     }
     // A chat answer begins anew; raw text goes on where the prompt ends, so its first space counts.
-    let stream = match args.answer.raw {
+    let stream = match args.request.raw {
         true => tokenizer.stream_continuing(),
         false => tokenizer.stream(),
     };
-    let mut answer_text = AnswerText::new(stream, &args.answer.stop);
+    let mut answer_text = AnswerText::new(stream, &args.request.stop);
     let mut said = String::new();
     let mut progress = Progress::new("reading the prompt");
     let mut failed = None;
@@ -181,6 +185,9 @@ pub fn run(args: &Args) -> Result<()> {
             note("the answer was cut before it had the form that it must have");
         }
     }
+    if args.machine.verbose {
+        draft_line(&answer.stats);
+    }
     closing_line(&answer.stats, loaded.model.machine());
     if answer.finish == Finish::Interrupted {
         Err(Error::Interrupted)
@@ -222,7 +229,7 @@ fn show_prompt(args: &Args, loaded: &Loaded, prompt: &[u32]) -> Result<()> {
         "{} tokens of a context of {}; {}",
         prompt.len(),
         loaded.ctx,
-        match args.answer.raw {
+        match args.request.raw {
             true => "raw text".to_string(),
             false => format!("prompt format {}", loaded.template.name()),
         }
