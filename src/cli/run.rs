@@ -85,7 +85,7 @@ pub fn run(args: &Args) -> Result<()> {
         true => tokenizer.raw_prompt(&text),
         false => {
             let system = args
-                .answer
+                .request
                 .system
                 .iter()
                 .map(|s| Message::new(Role::System, s));
