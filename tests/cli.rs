@@ -214,7 +214,7 @@ fn ids(v: &Value) -> Vec<u32> {
     serde_json::from_value(v.clone()).unwrap()
 }
 
-fn reference() -> Vec<Value> {
+pub(crate) fn reference() -> Vec<Value> {
     let bytes = fs::read(data("demo-reference.json")).unwrap();
     let value: Value = serde_json::from_slice(&bytes).unwrap();
     value["prompts"].as_array().unwrap().clone()

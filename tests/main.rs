@@ -1,6 +1,7 @@
 //! The integration tests, one binary.
 
 mod alloc;
+mod batch;
 mod bench;
 mod chat;
 mod cli;
