@@ -24,7 +24,7 @@ pub struct Args {
     #[arg(
         short,
         long,
-        value_name = "TOKENS",
+        value_name = "TOKENS,…",
         value_delimiter = ',',
         default_value = "512"
     )]
@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(
         short = 'n',
         long,
-        value_name = "TOKENS",
+        value_name = "TOKENS,…",
         value_delimiter = ',',
         default_value = "64"
     )]
@@ -42,7 +42,7 @@ pub struct Args {
     #[arg(
         short,
         long,
-        value_name = "TOKENS",
+        value_name = "TOKENS,…",
         value_delimiter = ',',
         default_value = "0"
     )]
@@ -54,16 +54,16 @@ pub struct Args {
     #[arg(short, long, value_name = "FILE")]
     pub model: Vec<PathBuf>,
     /// Element type of the KV cache
-    #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = parse_kv, default_value = "f16")]
+    #[arg(long, value_name = "TYPE,…", value_delimiter = ',', value_parser = parse_kv, default_value = "f16")]
     pub kv: Vec<KvType>,
     /// CPU threads [default: one for each core]
-    #[arg(short, long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(short, long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Vec<u16>,
     /// Highest CPU tier to use: scalar, avx2 or avx512, on aarch64 scalar or neon [default: $OCTET_ISA, else the best there is]
-    #[arg(long, value_name = "TIER", value_delimiter = ',', value_parser = parse_tier)]
+    #[arg(long, value_name = "TIER,…", value_delimiter = ',', value_parser = parse_tier)]
     pub isa: Vec<Tier>,
     /// Prompt tokens that go through the layers together
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub ubatch: Vec<u32>,
     /// Measure the machine alone, now: memory bandwidth and int8 peak, without a model
     #[arg(long)]
