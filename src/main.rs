@@ -26,10 +26,12 @@ struct Octet {
 enum Command {
     Chat(cli::chat::Args),
     Run(cli::run::Args),
+    Batch(cli::batch::Args),
     Tokenize(cli::tokenize::Args),
     Detokenize(cli::detokenize::Args),
     Inspect(cli::inspect::Args),
     Perplexity(cli::perplexity::Args),
+    Imatrix(cli::imatrix::Args),
     Bench(cli::bench::Args),
 }
 
@@ -38,10 +40,12 @@ fn dispatch(octet: &Octet) -> Result<()> {
         None => cli::chat::run(&octet.chat),
         Some(Command::Chat(args)) => cli::chat::run(args),
         Some(Command::Run(args)) => cli::run::run(args),
+        Some(Command::Batch(args)) => cli::batch::run(args),
         Some(Command::Tokenize(args)) => cli::tokenize::run(args),
         Some(Command::Detokenize(args)) => cli::detokenize::run(args),
         Some(Command::Inspect(args)) => cli::inspect::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),
+        Some(Command::Imatrix(args)) => cli::imatrix::run(args),
         Some(Command::Bench(args)) => cli::bench::run(args),
     }
 }

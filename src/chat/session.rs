@@ -1,9 +1,9 @@
 //! One sequence of tokens and what comes next: prefill, sampling, the end.
 
 use super::draft::{Draft, Drafter};
-use super::sampler::{Sampler, logprob, logprobs};
+use super::sampler::{Sampler, SamplerOptions, logprob, logprobs};
 use crate::error::{Error, Result};
-use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
+use crate::moe::{Kv, KvType, Model, Observer, Routes, Run, Scratch, Want};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,8 @@ pub struct Session<'m> {
     scratch: Scratch,
     ubatch: usize,
     drafter: Drafter,
+    /// What the router did with tokens of answers, until somebody clears it.
+    pub routes: Routes,
 }
 
 /// When an answer ends and what is recorded on the way.
@@ -27,6 +29,15 @@ pub struct Limits {
     pub stop: Vec<u32>,
     /// Likeliest tokens to record for each token of the answer.
     pub logprobs: usize,
+}
+
+impl Limits {
+    /// Lets answers go on where the model would end them.
+    pub fn ignore_ends(&mut self, options: &mut SamplerOptions) {
+        let ends = self.stop.drain(..);
+        let banned = ends.map(|id| (id, f32::NEG_INFINITY));
+        options.logit_bias.extend(banned);
+    }
 }
 
 /// What a session tells while it works; the answer `Break` stops it.
@@ -81,6 +92,14 @@ impl Answer {
             top: Vec::new(),
             stats: Stats::default(),
         }
+    }
+
+    /// Each token with its probability and the likeliest in its place, if they were asked for.
+    pub fn each(&self) -> impl Iterator<Item = (u32, f32, &[(u32, f32)])> {
+        let told = self.logprobs.iter().zip(&self.top);
+        let ids = self.tokens.iter();
+        ids.zip(told)
+            .map(|(id, (logprob, top))| (*id, *logprob, top.as_slice()))
     }
 
     /// Whether the answer ends before its next token: by its limit, or because a cache of `ctx` tokens
@@ -208,7 +227,7 @@ impl Stats {
     }
 }
 
-fn rate(n: f64, time: Duration) -> f64 {
+pub(super) fn rate(n: f64, time: Duration) -> f64 {
     if time.is_zero() {
         0.0
     } else {
@@ -254,6 +273,7 @@ impl<'m> Session<'m> {
             scratch: Scratch::default(),
             ubatch: ubatch.max(1),
             drafter: Drafter::new(model),
+            routes: Routes::new(&model.config),
         }
     }
 
@@ -275,6 +295,36 @@ impl<'m> Session<'m> {
     /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
+    }
+
+    /// Tokens of the model's vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        self.model.config.n_vocab
+    }
+
+    /// Its KV cache and the tokens in it.
+    pub fn cache(&self) -> (&Kv, &[u32]) {
+        (&self.kv, &self.tokens)
+    }
+
+    /// Forgets everything; `fill` puts into the empty cache what it has, and gives the tokens of that.
+    ///
+    /// # Errors
+    /// Those of `fill`; the session is empty then.
+    pub fn refill(&mut self, fill: impl FnOnce(&mut Kv) -> Result<Vec<u32>>) -> Result<()> {
+        self.tokens.clear();
+        self.kv.truncate(0);
+        match fill(&mut self.kv) {
+            Ok(tokens) => {
+                debug_assert_eq!(tokens.len(), self.kv.len());
+                self.tokens = tokens;
+                Ok(())
+            }
+            Err(e) => {
+                self.kv.truncate(0);
+                Err(e)
+            }
+        }
     }
 
     /// Reads `prompt` (all of the sequence so far, from its first token) and generates what follows.
@@ -344,6 +394,7 @@ impl<'m> Session<'m> {
                 true => Want::Last,
                 false => Want::All,
             },
+            true,
         )?;
         let mut finish = None;
         let rows = self
@@ -403,6 +454,7 @@ impl<'m> Session<'m> {
                 } else {
                     Want::Nothing
                 },
+                false,
             )?;
             stats.prompt_tokens += part.len();
             stats.prompt_time = started.elapsed();
@@ -414,13 +466,19 @@ impl<'m> Session<'m> {
         Ok(true)
     }
 
-    fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
+    /// Runs the next tokens; `counted`: they are an answer's.
+    fn forward(&mut self, tokens: &[u32], want: Want, counted: bool) -> Result<()> {
+        let mut nobody = ();
+        let observer: &mut dyn Observer = match counted {
+            true => &mut self.routes,
+            false => &mut nobody,
+        };
         let mut runs = [Run {
             kv: &mut self.kv,
             tokens,
             want,
         }];
-        self.model.forward(&mut runs, &mut self.scratch)?;
+        self.model.observe(&mut runs, &mut self.scratch, observer)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }

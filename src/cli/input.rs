@@ -1,5 +1,6 @@
 //! Text that comes from files and pipes.
 
+use crate::disk::utf8;
 use crate::error::{Error, Result};
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::Path;
@@ -44,21 +45,97 @@ pub fn lines() -> impl Iterator<Item = Result<String>> {
     })
 }
 
-fn utf8(name: &Path, bytes: Vec<u8>) -> Result<String> {
-    String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        let byte = e.as_bytes()[at];
-        Error::invalid(
-            name,
-            "the text",
-            "valid UTF-8",
-            format!("byte {byte:#04x} at offset {at}"),
-        )
-    })
+/// Lines of any length in bounded memory.
+pub struct BoundedLines<R> {
+    reader: R,
+    most: usize,
+}
+
+/// What is known of a line besides its beginning.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct LineEnd {
+    /// Bytes of the whole line, without the line feed.
+    pub bytes: u64,
+    /// Its last bytes, as many as [`LineEnd::TAIL`].
+    pub tail: Vec<u8>,
+    /// Whether a line feed ended it; else the file did.
+    pub fed: bool,
+}
+
+impl LineEnd {
+    /// Bytes of a line's end that are told however long it is.
+    pub const TAIL: usize = 16;
+}
+
+impl<R: BufRead> BoundedLines<R> {
+    /// Lines of `reader`, of each of them `most` bytes.
+    pub fn new(reader: R, most: usize) -> BoundedLines<R> {
+        BoundedLines { reader, most }
+    }
+
+    /// Puts the beginning of the next line into `head`. `None`: there is none.
+    ///
+    /// # Errors
+    /// If the reader fails.
+    pub fn next(&mut self, head: &mut Vec<u8>) -> std::io::Result<Option<LineEnd>> {
+        head.clear();
+        let mut end = LineEnd::default();
+        let mut any = false;
+        while !end.fed {
+            let part = match self.reader.fill_buf() {
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                part => part?,
+            };
+            if part.is_empty() {
+                break;
+            }
+            any = true;
+            let feed = part.iter().position(|b| *b == b'\n');
+            let text = &part[..feed.unwrap_or(part.len())];
+            head.extend_from_slice(&text[..text.len().min(self.most - head.len())]);
+            end.tail
+                .extend_from_slice(&text[text.len().saturating_sub(LineEnd::TAIL)..]);
+            end.tail
+                .drain(..end.tail.len().saturating_sub(LineEnd::TAIL));
+            end.bytes += text.len() as u64;
+            end.fed = feed.is_some();
+            let used = text.len() + usize::from(end.fed);
+            self.reader.consume(used);
+        }
+        Ok(any.then_some(end))
+    }
 }
 
 /// Tells the user something on standard error. Where nobody can read it, nothing is lost: `eprintln!`
 /// would panic there.
 pub fn note(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "octet: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_bounded() {
+        let text = b"ab\n\r\n\n0123456789abcdefghijklmnopqrstuvwxyz\nend";
+        for buffer in [1, 3, 100] {
+            let reader = std::io::BufReader::with_capacity(buffer, &text[..]);
+            let mut lines = BoundedLines::new(reader, 5);
+            let mut head = Vec::new();
+            for (want, bytes, tail, fed) in [
+                ("ab", 2, "ab", true),
+                ("\r", 1, "\r", true),
+                ("", 0, "", true),
+                ("01234", 36, "klmnopqrstuvwxyz", true),
+                ("end", 3, "end", false),
+            ] {
+                let end = lines.next(&mut head).unwrap().unwrap();
+                assert_eq!(head, want.as_bytes());
+                let tail = tail.as_bytes().to_vec();
+                assert_eq!(end, LineEnd { bytes, tail, fed });
+            }
+            assert_eq!(lines.next(&mut head).unwrap(), None);
+        }
+    }
 }

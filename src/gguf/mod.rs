@@ -5,6 +5,7 @@
 //! [`Writer`] makes such a file. The facts of the format are those of the GGUF specification
 //! (`docs/gguf.md` in the ggml repository), versions 1 to 3.
 
+mod identity;
 pub mod imatrix;
 pub mod reader;
 pub mod safetensors;

@@ -236,6 +236,20 @@ impl Gguf {
         self.shards.iter().map(|s| s.map.len() as u64).sum()
     }
 
+    /// Everything before the first tensor of each file.
+    pub(super) fn headers(&self) -> impl Iterator<Item = &[u8]> {
+        self.shards.iter().enumerate().map(|(i, shard)| {
+            let starts = self
+                .tensors
+                .iter()
+                .filter(|t| t.shard == i)
+                .map(|t| t.offset);
+            // An open file's tensors lie inside its map.
+            let end = starts.min().map_or(shard.map.len(), |at| at as usize);
+            &shard.map[..end]
+        })
+    }
+
     /// The paths of all files, in order; [`Tensor::shard`] counts these.
     pub fn shards(&self) -> impl ExactSizeIterator<Item = &Path> {
         self.shards.iter().map(|s| s.path.as_path())

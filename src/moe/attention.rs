@@ -79,14 +79,14 @@ fn group_attend(
     let d = config.d_head;
     let mut run = vec![Running::START; q.len() / d];
     out.fill(0.0);
-    for (b, (keys, values)) in place.kv.blocks(layer).iter().enumerate() {
+    for (b, block) in place.kv.blocks(layer).iter().enumerate() {
         let first = b * KV_BLOCK;
         if first > place.pos {
             break;
         }
         let n = (place.pos + 1 - first).min(KV_BLOCK);
         let part = kv_head * KV_BLOCK * d..(kv_head * KV_BLOCK + n) * d;
-        match (keys, values) {
+        match &**block {
             (Plane::F16(k), Plane::F16(v)) => {
                 machine
                     .kernels

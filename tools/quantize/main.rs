@@ -17,7 +17,7 @@ use std::time::Instant;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use octet::cli::load::tier_cap;
-use octet::cli::options::parse_tier;
+use octet::cli::options::{parse_size, parse_tier};
 use octet::error::{Error, Result};
 use octet::gguf::Imatrix;
 use octet::pool::Pool;
@@ -121,19 +121,6 @@ fn parse_by_name(text: &str) -> Result<(Regex, Format), String> {
         format!("{pattern} is no regular expression: {why}")
     })?;
     Ok((regex, plan::parse_format(format)?))
-}
-
-/// `4G`, `500M`: powers of 1000, as the reference has them.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let bad = || "expected a size such as 4G or 500M".to_string();
-    let (digits, unit) = match text.char_indices().last().ok_or_else(bad)? {
-        (at, 'K' | 'k') => (&text[..at], 1_000),
-        (at, 'M' | 'm') => (&text[..at], 1_000_000),
-        (at, 'G' | 'g') => (&text[..at], 1_000_000_000),
-        _ => (text, 1),
-    };
-    let n: u64 = digits.parse().map_err(|_| bad())?;
-    n.checked_mul(unit).filter(|n| *n > 0).ok_or_else(bad)
 }
 
 fn open(args: &Args) -> Result<Source> {
@@ -242,7 +229,11 @@ fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let (errors, resumed) = match result {
         Err(e @ (Error::Interrupted | Error::Io { .. })) => {
-            eprintln!("quantize: what is done is kept: the same command with --resume continues");
+            if pipeline::resumable(&outputs) {
+                eprintln!(
+                    "quantize: what is done is kept: the same command with --resume continues"
+                );
+            }
             return Err(e);
         }
         other => other?,
