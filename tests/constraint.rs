@@ -188,7 +188,7 @@ fn gbnf_is_followed_by_the_character() {
         (
             "root ::= item (\",\" item)*\nitem ::= [^,\\n] .? | \"(\" root \")\" # nested\n",
             &["a,b", "(a,(b,cä)),d", "a\n"],
-            &["", "a,", "(a", ",a", "\n"],
+            &["", "ab,", "abc", ",a", "\n"],
         ),
     ] {
         for text in good {
