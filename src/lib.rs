@@ -7,13 +7,16 @@
 //! | room | what it is for | may use |
 //! |---|---|---|
 //! | [`error`] | one error type: what, where, expected, found | |
+//! | [`disk`] | files that survive a crash, whole or not at all | `error` |
 //! | [`pool`] | how threads are made and woken | `error` |
 //! | [`quant`] | what the bytes of a weight mean: layout, decode, encode, exact dot products | |
 //! | [`simd`] | faster ways to say what `quant` says, one file per CPU tier | `quant`, `pool` |
 //! | [`gguf`] | the container of weights: read in place, written as a stream | `quant`, `error` |
 //! | [`moe`] | the Mixtral model: config, weights, attention, router, experts | all of these |
-//! | [`chat`] | from people to tokens and back: tokenizer, prompts, sampler, sessions, REPL | `moe`, `gguf`, `error` |
+//! | [`chat`] | from people to tokens and back: tokenizer, prompts, sampler, sessions, REPL | `moe`, `gguf`, `disk`, `error` |
 //! | [`cli`] | one file per command: its arguments and how it talks to the terminal | everything |
+//!
+//! `tools/quantize/` makes the files that all this reads, from Hugging Face folders and other GGUFs.
 //!
 //! # Follow one token
 //!
@@ -31,6 +34,7 @@
 
 pub mod chat;
 pub mod cli;
+pub mod disk;
 pub mod error;
 pub mod gguf;
 pub mod moe;

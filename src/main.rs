@@ -31,6 +31,7 @@ enum Command {
     Detokenize(cli::detokenize::Args),
     Inspect(cli::inspect::Args),
     Perplexity(cli::perplexity::Args),
+    Imatrix(cli::imatrix::Args),
     Bench(cli::bench::Args),
 }
 
@@ -44,6 +45,7 @@ fn dispatch(octet: &Octet) -> Result<()> {
         Some(Command::Detokenize(args)) => cli::detokenize::run(args),
         Some(Command::Inspect(args)) => cli::inspect::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),
+        Some(Command::Imatrix(args)) => cli::imatrix::run(args),
         Some(Command::Bench(args)) => cli::bench::run(args),
     }
 }

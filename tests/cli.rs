@@ -22,7 +22,7 @@ use crate::hostile_model::{File, Layout, Small, encode};
 /// Longer than anything takes on a slow and busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
-const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
+pub(crate) const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
 
 fn bf16() -> String {
     data("demo-BF16.gguf").to_str().unwrap().to_string()
@@ -148,18 +148,18 @@ impl Output {
 
 /// The closing line, taken apart.
 #[derive(Debug)]
-struct Closing {
-    prompt_tokens: u64,
-    answer_tokens: u64,
-    tier: String,
-    threads: u64,
-    hash: String,
+pub(crate) struct Closing {
+    pub(crate) prompt_tokens: u64,
+    pub(crate) answer_tokens: u64,
+    pub(crate) tier: String,
+    pub(crate) threads: u64,
+    pub(crate) hash: String,
 }
 
 /// Reads the closing line: `prompt N tokens at X tok/s; answer N tokens at X tok/s; X GB/s of weights
 /// (P% of X); TIER, N threads; logits HASH`.
 #[track_caller]
-fn closing(stderr: &str) -> Closing {
+pub(crate) fn closing(stderr: &str) -> Closing {
     let line = stderr
         .lines()
         .find(|l| l.contains("; logits "))
@@ -1605,11 +1605,6 @@ fn bench_has_its_documented_keys() {
             "{doc}"
         );
     }
-    let text = home.octet(&["bench", "-p", "4", "-n", "2", "-r", "1"]);
-    assert!(
-        text.text().contains("prefill     4 tokens:")
-            && text.text().contains("decode      2 tokens:")
-    );
     assert!(
         home.octet(&["bench", "-p", "2048", "-n", "1"])
             .error(1)
@@ -1941,233 +1936,6 @@ fn a_prompt_that_cannot_be_used_is_one_clear_line() {
         out.error(1)
             .starts_with("octet: nowhere.txt: cannot read: No such file")
     );
-}
-
-// ---------------------------------------------------------------------------------------------
-// chat at a terminal
-
-#[cfg(unix)]
-mod terminal {
-    use super::*;
-    use expectrl::process::unix::WaitStatus;
-    use expectrl::session::OsSession;
-    use expectrl::{Eof, Expect, Needle, Session};
-    use std::os::unix::fs::PermissionsExt;
-
-    /// The line editor says this when it begins to read a line (bracketed paste on) …
-    const READS: &str = "\x1b[?2004h";
-    /// … and this when it has one.
-    const HAS_READ: &str = "\x1b[?2004l";
-
-    /// A person at a terminal.
-    struct Person(OsSession);
-
-    impl Person {
-        /// Starts a chat and waits for the first prompt; gives what was said before it.
-        fn new(home: &Home, args: &[&str]) -> (Person, String) {
-            let mut person = Person(Session::spawn(home.command(args)).unwrap());
-            let greeting = person.until(READS);
-            (person, greeting)
-        }
-
-        /// Waits for `needle`; gives what came before it. `expect` of the session would keep a whole
-        /// core busy, which the program needs.
-        #[track_caller]
-        fn until<N: Needle + Copy + std::fmt::Debug>(&mut self, needle: N) -> String {
-            let deadline = Instant::now() + PATIENCE;
-            loop {
-                let found = self.0.check(needle).unwrap();
-                if !found.is_empty() {
-                    return String::from_utf8_lossy(found.before()).into_owned();
-                }
-                assert!(Instant::now() < deadline, "{needle:?} does not come");
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        }
-
-        fn type_keys(&mut self, keys: &str) {
-            self.0.send(keys).unwrap();
-        }
-
-        /// Types a line; gives what was said before the next prompt.
-        #[track_caller]
-        fn line(&mut self, text: &str) -> String {
-            self.type_keys(&format!("{text}\r"));
-            self.until(HAS_READ);
-            self.until(READS)
-        }
-
-        /// Waits for the end; gives the last words and the exit code.
-        #[track_caller]
-        fn end(mut self) -> (String, i32) {
-            let deadline = Instant::now() + PATIENCE;
-            let mut said = String::new();
-            loop {
-                match self.0.check(Eof) {
-                    Ok(found) if !found.is_empty() => {
-                        said += &String::from_utf8_lossy(found.as_bytes());
-                        break;
-                    }
-                    Ok(_) => std::thread::sleep(Duration::from_millis(5)),
-                    Err(expectrl::Error::Eof) => break,
-                    Err(e) => panic!("{e}"),
-                }
-                assert!(
-                    Instant::now() < deadline,
-                    "the program does not end: {said}"
-                );
-            }
-            match self.0.get_process().wait().unwrap() {
-                WaitStatus::Exited(_, code) => (said, code),
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    /// What `octet run` says, as a terminal shows it.
-    fn answer(home: &Home, args: &[&str]) -> String {
-        let out = home.octet(&[&["run", "--temp", "0", "-n", "8"], args].concat());
-        format!("{}\n", out.text()).replace('\n', "\r\n")
-    }
-
-    /// A chat whose answers are `answer`'s.
-    const CHAT: [&str; 5] = ["chat", "--temp", "0", "-n", "8"];
-
-    #[test]
-    fn a_conversation() {
-        let home = Home::new();
-        let (mut person, greeting) = Person::new(&home, &CHAT);
-        for words in [
-            "octet 0.",
-            "demo-Q4_K_M.gguf",
-            "8 experts, 2 for each token",
-            "context 2048",
-            "/help",
-            "Ctrl-D",
-            "small demo model",
-        ] {
-            assert!(greeting.contains(words), "{words}: {greeting}");
-        }
-        assert!(person.until("> ").len() < 20);
-
-        let hello = answer(&home, &["-p", "Hello"]);
-        assert_eq!(
-            person.line("Hello").trim_start_matches("\r\n"),
-            hello.trim_start_matches("\r\n")
-        );
-        let help = person.line("/help");
-        for command in ["/help", "/clear", "/system [TEXT]", "/exit"] {
-            assert!(
-                help.contains(&format!("\n{command} ")) || help.starts_with(command),
-                "{command}: {help}"
-            );
-        }
-        assert!(
-            person
-                .line("/frobnicate")
-                .contains("/frobnicate: no such command; /help lists them")
-        );
-        assert!(!person.line("/clear").contains("octet:"));
-        assert!(person.line("Hello").ends_with(&hello));
-
-        person.line("/system You are a king.");
-        let king = answer(&home, &["-s", "You are a king.", "-p", "Hello"]);
-        assert_ne!(king, hello);
-        assert!(person.line("Hello").ends_with(&king));
-        person.line("/clear");
-        assert!(
-            person.line("Hello").ends_with(&king),
-            "/clear keeps the system text"
-        );
-        person.line("/system");
-        assert!(person.line("Hello").ends_with(&hello));
-        person.line("/clear");
-
-        // A text of several lines: the editor goes on until it is closed.
-        person.type_keys("\"\"\"Tell me\r");
-        person.type_keys("a story.\"\"\"\r");
-        person.until(HAS_READ);
-        let said = person.until(READS);
-        assert!(
-            said.ends_with(&answer(&home, &["-p", "Tell me\na story."])),
-            "{said}"
-        );
-        // Alt-Enter does the same.
-        person.line("/clear");
-        person.type_keys("Tell me\x1b\ra story.\r");
-        person.until(HAS_READ);
-        assert!(person.until(READS).ends_with(&said));
-
-        // Half a command and the Tab key.
-        assert!(person.line("/he\t").contains("/system [TEXT]"));
-
-        person.type_keys("\x04");
-        let (last, code) = person.end();
-        assert_eq!(code, 0, "{last}");
-        assert!(
-            closing(&last.replace("\r\n", "\n")).answer_tokens > 30,
-            "{last}"
-        );
-    }
-
-    #[test]
-    fn control_c_stops_an_answer_and_not_the_program() {
-        let home = Home::new();
-        let (mut person, _) = Person::new(&home, &["chat", "--temp", "0", "-l", "2-1000"]);
-        // At the prompt it drops the line.
-        person.type_keys("abc\x03");
-        person.until(READS);
-        person.type_keys("\x03");
-        person.until(READS);
-        for question in ["Tell me a long story.", "And then?"] {
-            person.type_keys(&format!("{question}\r"));
-            person.until(HAS_READ);
-            person.until(" the ");
-            person.type_keys("\x03");
-            let said = person.until("[stopped]");
-            assert!(
-                !said.contains("context") && !said.contains("panicked"),
-                "{said}"
-            );
-            person.until(READS);
-        }
-        // It is alive, and hears the next question out.
-        assert!(person.line("/help").contains("/clear"));
-        person.type_keys("/exit\r");
-        let (last, code) = person.end();
-        assert_eq!(code, 0, "{last}");
-    }
-
-    #[test]
-    fn the_history_is_kept_for_its_owner() {
-        let home = Home::new();
-        let (mut person, _) = Person::new(&home, &CHAT);
-        let hello = person.line("Hello fox");
-        person.line("/clear");
-        person.type_keys("\x04");
-        assert_eq!(person.end().1, 0);
-        let file = home.path("state/octet/history");
-        let mode = fs::metadata(&file).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        let kept = fs::read_to_string(&file).unwrap();
-        assert!(kept.contains("Hello fox\n/clear\n"), "{kept}");
-
-        // Two steps back, in another run.
-        let (mut person, _) = Person::new(&home, &CHAT);
-        person.type_keys("\x1b[A\x1b[A\r");
-        let typed = person.until(HAS_READ);
-        assert!(typed.contains("Hello fox"), "{typed:?}");
-        assert_eq!(person.until(READS), hello);
-        person.type_keys("/exit\r");
-        assert_eq!(person.end().1, 0);
-        // Without a place for it, there is none, and nobody minds.
-        fs::remove_dir_all(home.path("state")).unwrap();
-        fs::write(home.path("state"), "a file").unwrap();
-        let (mut person, _) = Person::new(&home, &CHAT);
-        assert!(person.line("Hello fox").ends_with(&hello));
-        person.type_keys("\x04");
-        assert_eq!(person.end().1, 0);
-    }
 }
 
 #[test]

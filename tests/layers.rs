@@ -5,15 +5,18 @@ use std::path::{Path, PathBuf};
 /// Each room and the rooms it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
+    ("disk", &["error"]),
     ("pool", &["error"]),
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
     ("gguf", &["quant", "error"]),
-    ("moe", &["error", "pool", "quant", "simd", "gguf"]),
-    ("chat", &["error", "gguf", "moe"]),
+    ("moe", &["error", "disk", "pool", "quant", "simd", "gguf"]),
+    ("chat", &["error", "disk", "gguf", "moe"]),
     (
         "cli",
-        &["error", "pool", "quant", "simd", "gguf", "moe", "chat"],
+        &[
+            "error", "disk", "pool", "quant", "simd", "gguf", "moe", "chat",
+        ],
     ),
 ];
 

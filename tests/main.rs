@@ -2,6 +2,7 @@
 
 mod alloc;
 mod batch;
+mod bench;
 mod chat;
 mod cli;
 mod constraint;
@@ -9,9 +10,14 @@ mod draft;
 mod generation;
 mod gguf;
 mod hostile_model;
+mod imatrix;
 mod layers;
 mod model;
 mod quantize;
+mod scripted;
+mod sessions;
+#[cfg(unix)]
+mod terminal;
 
 use std::path::PathBuf;
 

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod constraint;
+pub mod conversation;
 pub mod draft;
 mod gbnf;
 pub mod gguf_vocab;
@@ -10,8 +11,10 @@ mod json;
 pub mod repl;
 pub mod request;
 pub mod sampler;
+pub mod saved;
 mod schema;
 pub mod session;
 pub mod stops;
 pub mod template;
 pub mod tokenizer;
+pub mod tools;

@@ -1,23 +1,33 @@
 //! The conversation at the terminal: read a line, answer, again.
 //!
-//! Given lines from elsewhere (a pipe on standard input), the same loop answers them one by one.
+//! Given lines from elsewhere (a pipe on standard input), the same loop answers them one by one. Lines that begin
+//! with `/` are commands (`repl/commands.rs`); keys and completion are in `repl/editor.rs`; answers are rendered on a terminal
+//! by `repl/markdown.rs`.
+
+mod commands;
+mod editor;
+mod markdown;
 
 use super::constraint::Constraint;
+use super::conversation::Conversation;
 use super::sampler::{Sampler, SamplerOptions};
+use super::saved::{ModelId, Saved, Shelf};
 use super::session::{Event, Finish, Limits, Session, Stats};
-use super::template::{Message, Role, Template};
+use super::template::{Message, Role, Template, ToolCall};
 use super::tokenizer::{Tokenizer, for_terminal};
 use crate::error::{Error, Result};
-use rustyline::completion::Completer;
-use rustyline::error::ReadlineError;
-use rustyline::validate::{ValidationContext, ValidationResult, Validator};
-use rustyline::{
-    Cmd, Context, Editor, Event as Key, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers,
-};
+use commands::{COMMANDS, brief};
+use editor::{Line, Terminal, run_tool, unquoted};
+use markdown::Markdown;
+use serde_json::{Value, json};
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Times that a model may call tools in one turn.
+const MAX_ROUNDS: usize = 16;
 
 /// What a conversation needs.
 pub struct Repl<'a> {
@@ -43,50 +53,52 @@ pub struct Repl<'a> {
     pub progress: Box<dyn FnMut(usize, usize) + 'a>,
     /// Set by Ctrl-C while an answer is written.
     pub interrupted: &'a AtomicBool,
+    /// Tools that the model may call, in OpenAI's shape.
+    pub tools: Vec<Value>,
+    /// What runs them.
+    pub exec: Option<Exec>,
+    /// The session to go on with, and to save to.
+    pub saved: Option<PathBuf>,
+    /// Where sessions that have names lie, if there is such a place.
+    pub shelf: Option<Shelf>,
+    /// What tells the model from others; asked only when a session is opened.
+    pub model: Box<dyn Fn() -> ModelId + 'a>,
 }
 
-/// A command of the conversation: a line that begins with `/`.
-struct Command {
-    name: &'static str,
-    argument: &'static str,
-    help: &'static str,
-    run: fn(&mut Talk<'_>, &str) -> Result<ControlFlow<()>>,
+/// A command that runs tools: it gets the tool's name as its argument and the call's arguments, JSON, on standard input.
+pub struct Exec {
+    /// For the system's shell.
+    pub command: OsString,
+    /// Whether a person is asked before each call; without one, nothing is run then.
+    pub asks: bool,
 }
-
-/// One row per command; the table also writes `/help` and completes names.
-const COMMANDS: &[Command] = &[
-    Command {
-        name: "/help",
-        argument: "",
-        help: "show this list",
-        run: help,
-    },
-    Command {
-        name: "/clear",
-        argument: "",
-        help: "forget the conversation, keep the system text",
-        run: clear,
-    },
-    Command {
-        name: "/system",
-        argument: "[TEXT]",
-        help: "set the system text, or take it away; starts afresh",
-        run: system,
-    },
-    Command {
-        name: "/exit",
-        argument: "",
-        help: "leave (so does Ctrl-D)",
-        run: exit,
-    },
-];
 
 /// The running conversation.
 struct Talk<'a> {
     repl: Repl<'a>,
-    messages: Vec<Message>,
+    conversation: Conversation,
+    /// Where it is saved after each turn.
+    saved: Option<Saved>,
     sampler: Sampler,
+    screen: Screen,
+    /// The person who types the lines, if they do not come from elsewhere.
+    terminal: Option<Terminal>,
+    /// Texts that go with the next message.
+    attached: String,
+    /// What stands in the next line already.
+    draft: Option<Draft>,
+    /// Of all answers, and of the last one.
     stats: Stats,
+    last: Stats,
+    /// Somebody wants to leave.
+    done: bool,
+}
+
+/// A text that a command puts into the next line.
+struct Draft {
+    text: String,
+    /// It takes the place of the last turn.
+    replaces: bool,
 }
 
 impl Repl<'_> {
@@ -95,15 +107,31 @@ impl Repl<'_> {
     /// # Errors
     /// If standard input or output fail. A prompt that cannot be answered is reported on stderr and
     /// the conversation goes on.
-    pub fn run(self) -> Result<Stats> {
+    pub fn run(mut self) -> Result<Stats> {
+        let lines = self.lines.take();
         let mut talk = Talk {
-            messages: Vec::new(),
+            conversation: Conversation::new(self.system.take()),
+            saved: None,
             sampler: Sampler::for_text(self.sampling.clone(), self.tokenizer),
+            screen: Screen::new(),
+            terminal: None,
+            attached: String::new(),
+            draft: None,
             stats: Stats::default(),
+            last: Stats::default(),
+            done: false,
             repl: self,
         };
         talk.sampler.constrain(talk.repl.constraint.take());
-        match talk.repl.lines.take() {
+        if lines.is_none() {
+            let history = talk.repl.history.take();
+            talk.terminal = Some(Terminal::new(history, talk.repl.shelf.clone())?);
+        }
+        if let Some(path) = talk.repl.saved.take() {
+            let given = talk.conversation.system.clone();
+            talk.open(&path, given)?;
+        }
+        match lines {
             Some(lines) => talk.talk_over_lines(lines)?,
             None => talk.talk_at_terminal()?,
         }
@@ -113,44 +141,36 @@ impl Repl<'_> {
 
 impl Talk<'_> {
     fn talk_at_terminal(&mut self) -> Result<()> {
-        let failed = |e: ReadlineError| Error::Io {
-            file: "<terminal>".into(),
-            action: "read",
-            source: std::io::Error::other(e),
-        };
-        let mut editor = Editor::<Assistant, _>::new().map_err(failed)?;
-        editor.set_helper(Some(Assistant));
-        // Alt-Enter breaks a line without ending the text.
-        editor.bind_sequence(
-            Key::from(KeyEvent(KeyCode::Enter, Modifiers::ALT)),
-            Cmd::Newline,
-        );
-        if let Some(file) = &self.repl.history {
-            // There is none the first time.
-            let _ = editor.load_history(file);
-        }
-        loop {
-            match editor.readline("> ") {
-                Ok(line) => {
-                    // A Ctrl-C that came before this line was not meant for its answer.
-                    self.repl.interrupted.store(false, Ordering::Relaxed);
-                    let text = unquoted(&line);
-                    if text.trim().is_empty() {
-                        continue;
-                    }
-                    let _ = editor.add_history_entry(&line);
-                    if let Some(file) = &self.repl.history {
-                        save_history(&mut editor, file);
-                    }
-                    if self.line(&text)?.is_break() {
-                        return Ok(());
-                    }
-                }
-                // Ctrl-C at the prompt drops the line; Ctrl-D on an empty line leaves.
-                Err(ReadlineError::Interrupted) => {}
-                Err(ReadlineError::Eof) => return Ok(()),
-                Err(e) => return Err(failed(e)),
+        while !self.done {
+            let draft = self.draft.take();
+            let text = draft.as_ref().map_or("", |draft| &draft.text);
+            let line = match self.read("> ", text)? {
+                Line::Text(line) => line,
+                Line::Dropped => continue,
+                Line::End => break,
+            };
+            // A Ctrl-C that came before this line was not meant for its answer.
+            self.repl.interrupted.store(false, Ordering::Relaxed);
+            let text = unquoted(&line);
+            if text.trim().is_empty() {
+                continue;
             }
+            if let Some(terminal) = &mut self.terminal {
+                terminal.remember(&line);
+            }
+            match draft {
+                Some(draft) if draft.replaces && !is_command(&text) => self.replace(text)?,
+                _ => self.line(&text)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a line from the person; where there is none, that is the end.
+    fn read(&mut self, prompt: &str, text: &str) -> Result<Line> {
+        match &mut self.terminal {
+            Some(terminal) => terminal.read(prompt, text, self.repl.interrupted),
+            None => Ok(Line::End),
         }
     }
 
@@ -161,7 +181,10 @@ impl Talk<'_> {
         for line in lines {
             let line = line?;
             self.repl.interrupted.store(false, Ordering::Relaxed);
-            if !line.trim().is_empty() && self.line(&line)?.is_break() {
+            if !line.trim().is_empty() {
+                self.line(&line)?;
+            }
+            if self.done {
                 break;
             }
             if self.repl.interrupted.swap(true, Ordering::Relaxed) {
@@ -171,64 +194,162 @@ impl Talk<'_> {
         Ok(())
     }
 
-    /// A command or something to answer.
-    fn line(&mut self, text: &str) -> Result<ControlFlow<()>> {
-        if let Some(rest) = text.strip_prefix('/')
-            && !rest.starts_with('/')
-        {
-            let (name, argument) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-            return match COMMANDS.iter().find(|c| c.name == name) {
-                Some(command) => (command.run)(self, argument.trim()),
-                None => {
-                    note(format!("octet: {name}: no such command; /help lists them"));
-                    Ok(ControlFlow::Continue(()))
-                }
-            };
+    /// Does what a line asks for: a command, or something to answer. What goes wrong is said, and the
+    /// conversation goes on.
+    fn line(&mut self, text: &str) -> Result<()> {
+        if !is_command(text) {
+            return self.ask(text);
         }
-        match self.answer(text) {
-            Ok(()) => Ok(ControlFlow::Continue(())),
-            Err(e @ Error::Io { .. }) => Err(e),
-            Err(e) => {
-                note(format!("octet: {e}"));
-                if matches!(e, Error::ContextFull { .. }) {
-                    note("octet: /clear starts a new conversation");
-                }
-                Ok(ControlFlow::Continue(()))
+        let (name, argument) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+        match COMMANDS.iter().find(|c| c.name == name) {
+            Some(command) => {
+                let result = (command.run)(self, argument.trim());
+                survive(result)
+            }
+            None => {
+                note(format!("octet: {name}: no such command; /help lists them"));
+                Ok(())
             }
         }
     }
 
-    /// Answers and remembers both sides; on an error the conversation is as before.
-    fn answer(&mut self, text: &str) -> Result<()> {
-        let mut messages = self.messages.clone();
-        if messages.is_empty()
-            && let Some(system) = &self.repl.system
-        {
-            messages.push(Message::new(Role::System, system));
+    /// Answers a message.
+    fn ask(&mut self, text: &str) -> Result<()> {
+        let before = self.conversation.clone();
+        let message = Message::new(Role::User, self.attached.clone() + text);
+        self.conversation.messages.push(message);
+        let answered = self.answer(before);
+        if answered.is_ok() {
+            self.attached.clear();
         }
-        messages.push(Message::new(Role::User, text));
-        let prompt = self
-            .repl
-            .template
-            .encode(self.repl.tokenizer, &messages, None)?;
-        let limits = Limits {
-            max_tokens: self.repl.max_tokens,
-            stop: self.repl.template.stop_ids(self.repl.tokenizer),
-            logprobs: 0,
-        };
-        let (interrupted, progress) = (self.repl.interrupted, &mut self.repl.progress);
-        let mut stream = self.repl.tokenizer.stream();
+        survive(answered)
+    }
+
+    /// Answers another message in place of the last one.
+    fn replace(&mut self, text: String) -> Result<()> {
+        let before = self.conversation.clone();
+        self.conversation.take_back();
+        let message = Message::new(Role::User, text);
+        self.conversation.messages.push(message);
+        survive(self.answer(before))
+    }
+
+    /// Lets the model go on with the conversation. If it cannot, or says nothing, the conversation is `before` again: prompt formats have
+    /// no place for an empty answer.
+    fn answer(&mut self, before: Conversation) -> Result<()> {
+        let answered = self.go_on();
+        match answered {
+            Ok(true) => self.save(),
+            _ => self.conversation = before,
+        }
+        answered.map(drop)
+    }
+
+    /// Saves the conversation if it has a place. That it cannot be saved does not end it.
+    fn save(&mut self) {
+        if let Some(saved) = &mut self.saved
+            && let Err(e) = saved.save(&self.conversation, &self.repl.session)
+        {
+            note(format!("octet: the conversation is not saved: {e}"));
+        }
+    }
+
+    /// Goes on with the session at `path`, which may be new. If it cannot be opened, nothing has changed.
+    /// `system`: a system text that takes the place of the one that was saved.
+    fn open(&mut self, path: &Path, system: Option<String>) -> Result<()> {
+        let model = (self.repl.model)();
+        let (saved, resumed) = Saved::open(path, &mut self.repl.session, &model)?;
+        for note in &resumed.notes {
+            self::note(format!("octet: {note}"));
+        }
+        self.saved = Some(saved);
+        self.attached.clear();
+        if !resumed.found {
+            note(format!("octet: a new session, {}", path.display()));
+            return Ok(());
+        }
+        self.conversation = resumed.conversation;
+        if system.is_some() {
+            self.conversation.system = system;
+        }
+        note(format!(
+            "octet: {} in {}; {} tokens are in the KV cache",
+            turns(self.conversation.len()),
+            path.display(),
+            self.repl.session.len(),
+        ));
+        self.recall()
+    }
+
+    /// Shows a person how the conversation ended the last time.
+    fn recall(&mut self) -> Result<()> {
+        if self.terminal.is_none() {
+            return Ok(());
+        }
+        if let Some(question) = self.conversation.last_question() {
+            show(&format!("> {question}\n"))?;
+        }
+        if let Some(answer) = self.conversation.last_answer() {
+            self.screen.say(answer)?;
+            self.screen.end("")?;
+        }
+        Ok(())
+    }
+
+    /// Lets the model speak until it has no more calls to make; `false`: it says nothing at all.
+    fn go_on(&mut self) -> Result<bool> {
+        self.last = Stats::default();
+        self.repl.session.routes.clear();
+        let said = self.message()?;
+        for round in 0.. {
+            let last = self.conversation.messages.last();
+            let calls = last.map_or(Vec::new(), |m| m.tool_calls.clone());
+            let run = round < MAX_ROUNDS;
+            if calls.is_empty() || !self.call(&calls, run)? || !self.message()? {
+                break;
+            }
+        }
+        Ok(said)
+    }
+
+    /// The model's next message; `false`: it says nothing.
+    fn message(&mut self) -> Result<bool> {
+        let (template, tokenizer) = (self.repl.template, self.repl.tokenizer);
+        let most = self.repl.max_tokens.unwrap_or(usize::MAX);
+        let mut stream = tokenizer.stream();
         let mut said = String::new();
-        let mut failed = None;
-        let answer = self
-            .repl
-            .session
-            .answer(&prompt, &mut self.sampler, &limits, |event| {
+        let mut tokens = Vec::new();
+        let mut is_call = false;
+        // When the context is full, the oldest turns are left out, and the answer goes on.
+        let finish = loop {
+            let before = self.conversation.left_out();
+            let limit = self.repl.session.limit();
+            let tools = Some(self.repl.tools.as_slice()).filter(|tools| !tools.is_empty());
+            let prompt = self
+                .conversation
+                .prompt(template, tokenizer, tools, &tokens, limit);
+            let prompt = match prompt {
+                Err(Error::ContextFull { .. }) if !tokens.is_empty() => break Finish::ContextFull,
+                prompt => prompt?,
+            };
+            self.tell_left_out(before, !tokens.is_empty());
+            let limits = Limits {
+                max_tokens: Some(most - tokens.len()),
+                stop: template.stop_ids(tokenizer),
+                ..Limits::default()
+            };
+            let (interrupted, progress) = (self.repl.interrupted, &mut self.repl.progress);
+            let screen = &mut self.screen;
+            let mut failed = None;
+            let session = &mut self.repl.session;
+            let answer = session.answer(&prompt, &mut self.sampler, &limits, |event| {
                 match event {
                     Event::Prompt { done, total } => progress(done, total),
                     Event::Token(id) => {
+                        is_call |= said.is_empty() && template.begins_call(id);
                         let text = stream.push(id);
-                        if let Err(e) = show(&text) {
+                        // A call is shown when it is whole.
+                        if !is_call && let Err(e) = screen.say(&text) {
                             failed = Some(e);
                             return ControlFlow::Break(());
                         }
@@ -240,58 +361,185 @@ impl Talk<'_> {
                     false => ControlFlow::Continue(()),
                 }
             })?;
-        self.stats.add(&answer.stats);
-        if let Some(e) = failed {
-            return Err(e);
-        }
+            self.last.add(&answer.stats);
+            self.stats.add(&answer.stats);
+            if let Some(e) = failed {
+                return Err(e);
+            }
+            tokens.extend(answer.tokens);
+            // A form that the answer must have cannot be taken up in the middle.
+            if answer.finish != Finish::ContextFull || self.sampler.constraint().is_some() {
+                break answer.finish;
+            }
+        };
         let rest = stream.flush();
-        show(&rest)?;
         said.push_str(&rest);
-        show("\n")?;
-        match answer.finish {
+        if !is_call {
+            self.screen.end(&rest)?;
+        }
+        match finish {
             Finish::Stop | Finish::Length => {}
             Finish::ContextFull => note(format!(
-                "octet: the context of {} tokens is full; /clear starts a new conversation",
+                "octet: this turn alone fills the context of {} tokens; /undo takes it back, /clear starts anew",
                 self.repl.session.limit()
             )),
             Finish::Interrupted => note("[stopped]"),
         }
-        // A turn without an answer is not remembered: prompt formats have no place for an empty one.
-        if !said.is_empty() {
-            messages.push(Message::new(Role::Assistant, said));
-            self.messages = messages;
+        if said.is_empty() {
+            return Ok(false);
         }
-        Ok(())
+        let messages = &mut self.conversation.messages;
+        let taken = messages.iter().map(|m| m.tool_calls.len()).sum();
+        let calls = match template.calls(tokenizer, &tokens, taken) {
+            Ok(calls) if finish == Finish::Stop => calls,
+            Ok(_) => Vec::new(),
+            Err(e) => {
+                note(format!("octet: {e}"));
+                Vec::new()
+            }
+        };
+        // A broken call is kept, and shown, as the text that it is.
+        let broken = is_call && calls.is_empty();
+        let text = if is_call && !broken { "" } else { &said };
+        let mut message = Message::new(Role::Assistant, text);
+        message.tool_calls = calls;
+        messages.push(message);
+        if broken {
+            self.screen.end(&said)?;
+        }
+        Ok(true)
+    }
+
+    /// Shows calls and gets their results, if they may `run`; `false`: none was run, so that the model has nothing to go on
+    /// with. Prompts want a result for every call.
+    fn call(&mut self, calls: &[ToolCall], run: bool) -> Result<bool> {
+        let mut any = false;
+        for call in calls {
+            show(&format!("→ {} {}\n", call.name, call.arguments))?;
+            let result = if run { self.result(call)? } else { None };
+            any |= result.is_some();
+            let result =
+                result.unwrap_or_else(|| json!({"error": "the call was not run"}).to_string());
+            note(for_terminal(&format!("← {}", brief(&result))));
+            let mut message = Message::new(Role::Tool, result);
+            message.tool_call_id = Some(call.id.clone());
+            message.name = Some(call.name.clone());
+            self.conversation.messages.push(message);
+        }
+        Ok(any)
+    }
+
+    /// What a call gives: by the command that runs tools, if somebody allows it; else what the person types for it.
+    fn result(&mut self, call: &ToolCall) -> Result<Option<String>> {
+        let Some(exec) = &self.repl.exec else {
+            let typed = self.read(&format!("result of {} (Enter: none)> ", call.name), "")?;
+            return Ok(match typed {
+                Line::Text(text) if !text.trim().is_empty() => Some(unquoted(&text)),
+                _ => None,
+            });
+        };
+        let command = exec.command.clone();
+        if exec.asks {
+            if self.terminal.is_none() {
+                note("octet: nobody can confirm the call here; with --yes it would be run");
+                return Ok(None);
+            }
+            let prompt = format!("run {} {}? [y/N] ", command.display(), call.name);
+            match self.read(&prompt, "")? {
+                Line::Text(text) if matches!(text.trim(), "y" | "Y" | "yes") => {}
+                _ => return Ok(None),
+            }
+            self.repl.interrupted.store(false, Ordering::Relaxed);
+        }
+        Ok(Some(run_tool(&command, &call.name, &call.arguments)))
+    }
+
+    /// Says that turns are left out which `before` were not.
+    fn tell_left_out(&mut self, before: usize, within_answer: bool) {
+        let turns = match self.conversation.left_out() - before {
+            0 => return,
+            1 => "the oldest turn is".to_string(),
+            n => format!("the oldest {n} turns are"),
+        };
+        let limit = self.repl.session.limit();
+        let start = if within_answer { "\n" } else { "" };
+        note(format!(
+            "{start}octet: the context of {limit} tokens is full: {turns} left out from here on"
+        ));
     }
 }
 
-fn help(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
-    for c in COMMANDS {
-        show(&format!(
-            "{:<16} {}\n",
-            format!("{} {}", c.name, c.argument),
-            c.help
-        ))?;
+fn turns(n: usize) -> String {
+    match n {
+        1 => "1 turn".to_string(),
+        n => format!("{n} turns"),
     }
-    show(
-        "\nCtrl-C stops an answer. \"\"\" begins and ends a text of several lines; so does Alt-Enter within one.\n",
-    )?;
-    Ok(ControlFlow::Continue(()))
 }
 
-fn clear(talk: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
-    talk.messages.clear();
-    Ok(ControlFlow::Continue(()))
+/// Whether a line is a command: a text may begin with `//`.
+fn is_command(text: &str) -> bool {
+    text.starts_with('/') && !text.starts_with("//")
 }
 
-fn system(talk: &mut Talk<'_>, text: &str) -> Result<ControlFlow<()>> {
-    talk.repl.system = (!text.is_empty()).then(|| text.to_string());
-    talk.messages.clear();
-    Ok(ControlFlow::Continue(()))
+/// Says what went wrong. Only what ends the conversation stays an error: nobody who talks, or nobody who listens.
+fn survive(result: Result<()>) -> Result<()> {
+    match result {
+        Err(Error::Io {
+            file,
+            action,
+            source,
+        }) if file.to_string_lossy().starts_with('<') => Err(Error::Io {
+            file,
+            action,
+            source,
+        }),
+        Err(e) => {
+            note(format!("octet: {e}"));
+            if matches!(e, Error::ContextFull { .. }) {
+                note("octet: /clear starts a new conversation");
+            }
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
-fn exit(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
-    Ok(ControlFlow::Break(()))
+/// Where answers appear.
+struct Screen {
+    terminal: bool,
+    /// Only where the terminal knows styles and its user wants them (no-color.org).
+    markdown: Option<Markdown>,
+}
+
+impl Screen {
+    fn new() -> Screen {
+        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let terminal = std::io::stdout().is_terminal();
+        let plain = set("NO_COLOR").is_some() || set("TERM").is_none_or(|term| term == "dumb");
+        Screen {
+            terminal,
+            markdown: (terminal && !plain).then(Markdown::default),
+        }
+    }
+
+    /// More of an answer.
+    fn say(&mut self, text: &str) -> Result<()> {
+        if !self.terminal {
+            return put(text);
+        }
+        let text = for_terminal(text);
+        match &mut self.markdown {
+            Some(markdown) => put(&markdown.push(&text)),
+            None => put(&text),
+        }
+    }
+
+    /// The last of an answer.
+    fn end(&mut self, text: &str) -> Result<()> {
+        self.say(text)?;
+        let rest = self.markdown.as_mut().map(Markdown::flush);
+        put(&(rest.unwrap_or_default() + "\n"))
+    }
 }
 
 /// Writes to standard output at once, so that an answer appears as it comes; on a terminal without the
@@ -300,11 +548,15 @@ fn exit(_: &mut Talk<'_>, _: &str) -> Result<ControlFlow<()>> {
 /// # Errors
 /// [`Error::Io`]; of kind `BrokenPipe` when the reader has gone.
 pub fn show(text: &str) -> Result<()> {
+    match std::io::stdout().is_terminal() {
+        true => put(&for_terminal(text)),
+        false => put(text),
+    }
+}
+
+/// Writes to standard output as it is, at once.
+fn put(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    let text = match out.is_terminal() {
-        true => for_terminal(text),
-        false => text.into(),
-    };
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(Error::io("<stdout>", "write"))
@@ -313,66 +565,4 @@ pub fn show(text: &str) -> Result<()> {
 /// Tells the user something on standard error; nothing is lost where nobody can read it.
 fn note(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
-}
-
-/// Keeps the history for its owner's eyes. A read-only home is no reason to end a conversation.
-fn save_history(editor: &mut Editor<Assistant, rustyline::history::DefaultHistory>, file: &Path) {
-    let _ = file.parent().map(std::fs::create_dir_all);
-    let _ = editor.save_history(file);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let _ = std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o600));
-    }
-}
-
-/// Marks the beginning and the end of a text of several lines.
-const QUOTES: &str = "\"\"\"";
-
-/// The text of a line that may be put in [`QUOTES`].
-fn unquoted(line: &str) -> String {
-    match line.trim().strip_prefix(QUOTES) {
-        Some(rest) => rest
-            .strip_suffix(QUOTES)
-            .unwrap_or(rest)
-            .trim_matches('\n')
-            .to_string(),
-        None => line.to_string(),
-    }
-}
-
-/// Completes command names and asks for more lines inside [`QUOTES`].
-#[derive(Helper, Highlighter, Hinter)]
-struct Assistant;
-
-impl Completer for Assistant {
-    type Candidate = String;
-
-    fn complete(
-        &self,
-        line: &str,
-        pos: usize,
-        _: &Context<'_>,
-    ) -> rustyline::Result<(usize, Vec<String>)> {
-        let typed = &line[..pos];
-        let names = COMMANDS
-            .iter()
-            .map(|c| c.name)
-            .filter(|n| typed.starts_with('/') && n.starts_with(typed));
-        Ok((0, names.map(str::to_string).collect()))
-    }
-}
-
-impl Validator for Assistant {
-    fn validate(&self, context: &mut ValidationContext<'_>) -> rustyline::Result<ValidationResult> {
-        let open = match context.input().trim().strip_prefix(QUOTES) {
-            Some(rest) => !rest.ends_with(QUOTES),
-            None => false,
-        };
-        Ok(if open {
-            ValidationResult::Incomplete
-        } else {
-            ValidationResult::Valid(None)
-        })
-    }
 }

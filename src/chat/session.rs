@@ -3,7 +3,7 @@
 use super::draft::{Draft, Drafter};
 use super::sampler::{Sampler, SamplerOptions, logprob, logprobs};
 use crate::error::{Error, Result};
-use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
+use crate::moe::{Kv, KvType, Model, Observer, Routes, Run, Scratch, Want};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,8 @@ pub struct Session<'m> {
     scratch: Scratch,
     ubatch: usize,
     drafter: Drafter,
+    /// What the router did with tokens of answers, until somebody clears it.
+    pub routes: Routes,
 }
 
 /// When an answer ends and what is recorded on the way.
@@ -271,6 +273,7 @@ impl<'m> Session<'m> {
             scratch: Scratch::default(),
             ubatch: ubatch.max(1),
             drafter: Drafter::new(model),
+            routes: Routes::new(&model.config),
         }
     }
 
@@ -292,6 +295,36 @@ impl<'m> Session<'m> {
     /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
+    }
+
+    /// Tokens of the model's vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        self.model.config.n_vocab
+    }
+
+    /// Its KV cache and the tokens in it.
+    pub fn cache(&self) -> (&Kv, &[u32]) {
+        (&self.kv, &self.tokens)
+    }
+
+    /// Forgets everything; `fill` puts into the empty cache what it has, and gives the tokens of that.
+    ///
+    /// # Errors
+    /// Those of `fill`; the session is empty then.
+    pub fn refill(&mut self, fill: impl FnOnce(&mut Kv) -> Result<Vec<u32>>) -> Result<()> {
+        self.tokens.clear();
+        self.kv.truncate(0);
+        match fill(&mut self.kv) {
+            Ok(tokens) => {
+                debug_assert_eq!(tokens.len(), self.kv.len());
+                self.tokens = tokens;
+                Ok(())
+            }
+            Err(e) => {
+                self.kv.truncate(0);
+                Err(e)
+            }
+        }
     }
 
     /// Reads `prompt` (all of the sequence so far, from its first token) and generates what follows.
@@ -361,6 +394,7 @@ impl<'m> Session<'m> {
                 true => Want::Last,
                 false => Want::All,
             },
+            true,
         )?;
         let mut finish = None;
         let rows = self
@@ -420,6 +454,7 @@ impl<'m> Session<'m> {
                 } else {
                     Want::Nothing
                 },
+                false,
             )?;
             stats.prompt_tokens += part.len();
             stats.prompt_time = started.elapsed();
@@ -431,13 +466,19 @@ impl<'m> Session<'m> {
         Ok(true)
     }
 
-    fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
+    /// Runs the next tokens; `counted`: they are an answer's.
+    fn forward(&mut self, tokens: &[u32], want: Want, counted: bool) -> Result<()> {
+        let mut nobody = ();
+        let observer: &mut dyn Observer = match counted {
+            true => &mut self.routes,
+            false => &mut nobody,
+        };
         let mut runs = [Run {
             kv: &mut self.kv,
             tokens,
             want,
         }];
-        self.model.forward(&mut runs, &mut self.scratch)?;
+        self.model.observe(&mut runs, &mut self.scratch, observer)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }

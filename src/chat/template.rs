@@ -19,6 +19,7 @@ use crate::chat::jinja::JinjaTemplate;
 use crate::chat::json::{self, Json, NotJson};
 use crate::chat::schema;
 use crate::chat::tokenizer::Tokenizer;
+use crate::chat::tools;
 use crate::error::{Error, Result};
 
 /// Who speaks.
@@ -382,6 +383,25 @@ impl Template {
         }
     }
 
+    /// Whether an answer that begins with this id is a tool call, and no text for people.
+    pub fn begins_call(&self, id: u32) -> bool {
+        matches!(self, Template::V3(ids) if ids.tool_calls == id)
+    }
+
+    /// The tool calls in the tokens of an answer; none if it is text. `taken`: how many calls the conversation has already.
+    ///
+    /// Errors: [`Error::Prompt`] if a call is no valid one.
+    pub fn calls(&self, tok: &Tokenizer, answer: &[u32], taken: usize) -> Result<Vec<ToolCall>> {
+        let text = |ids: &[u32]| String::from_utf8_lossy(&tok.decode(ids)).into_owned();
+        match self {
+            Template::V3(_) if answer.first().is_some_and(|id| self.begins_call(*id)) => {
+                tools::parse_calls(text(&answer[1..]).trim(), taken)
+            }
+            Template::Jinja(_) if self.shows_tools() => tools::marked_calls(&text(answer), taken),
+            _ => Ok(Vec::new()),
+        }
+    }
+
     /// The ids at which an answer ends.
     pub fn stop_ids(&self, tok: &Tokenizer) -> Vec<u32> {
         tok.stop_ids()
@@ -513,7 +533,7 @@ fn check_id(id: Option<&String>) -> Result<()> {
     }
 }
 
-fn check_name(name: &str) -> Result<()> {
+pub(super) fn check_name(name: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
     if (1..=64).contains(&name.len()) && name.bytes().all(good) {
         return Ok(());
@@ -526,7 +546,7 @@ fn check_name(name: &str) -> Result<()> {
 }
 
 /// A tool must be a function with a name and, if it has parameters, a JSON Schema for them.
-fn check_tool(tool: &Value) -> Result<()> {
+pub(super) fn check_tool(tool: &Value) -> Result<()> {
     let function = &tool["function"];
     if !matches!(&tool["type"], Value::Null) && tool["type"] != "function" {
         return Err(Error::prompt(

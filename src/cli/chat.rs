@@ -1,13 +1,17 @@
 //! `octet chat`: talk with a model.
 
+use super::input::note;
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, count};
 use super::report::{Progress, closing_line, draft_line, state_folder};
-use crate::chat::repl::Repl;
-use crate::chat::repl::show;
+use crate::chat::repl::{Exec, Repl, show};
+use crate::chat::saved::{ModelId, Shelf};
 use crate::chat::session::Session;
+use crate::chat::tools::read_tools;
 use crate::error::{Error, Result};
+use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Talk with a model. Without a terminal it answers standard input line by line.
@@ -19,6 +23,21 @@ pub struct Args {
     /// Most tokens of an answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
     pub predict: Option<u32>,
+    /// Go on with the conversation in this file, and save it there after each answer
+    #[arg(long, value_name = "FILE")]
+    pub session: Option<PathBuf>,
+    /// Tools that the model may call: a JSON list in the shape of OpenAI's `tools`
+    #[arg(long, value_name = "FILE")]
+    pub tools: Option<PathBuf>,
+    /// Run the model's calls with this command, after you have confirmed each: CMD NAME, arguments as JSON on standard input
+    #[arg(long, value_name = "CMD", requires = "tools")]
+    pub tool_exec: Option<OsString>,
+    /// Run the model's calls without asking
+    #[arg(long, requires = "tool_exec")]
+    pub yes: bool,
+    /// Do not keep the lines that are typed
+    #[arg(long)]
+    pub no_history: bool,
     /// The answers.
     #[command(flatten)]
     pub answer: AnswerOptions,
@@ -72,6 +91,13 @@ pub fn hear_interrupts() -> Result<&'static AtomicBool> {
 /// If the model cannot be loaded, or standard input or output fail.
 pub fn run(args: &Args) -> Result<()> {
     let loaded = load(&args.model, &args.machine)?;
+    let tools = args.tools.as_deref().map_or(Ok(Vec::new()), read_tools)?;
+    if !tools.is_empty() && !loaded.template.shows_tools() {
+        note(format!(
+            "{}: warning: the model's prompt format has no tools; it will not see those of --tools",
+            loaded.path.display()
+        ));
+    }
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let interrupted = hear_interrupts()?;
     if terminal {
@@ -99,7 +125,9 @@ pub fn run(args: &Args) -> Result<()> {
             .predict
             .map(|n| n as usize)
             .or(loaded.demo.then_some(DEMO_ANSWER)),
-        history: state_folder().map(|dir| dir.join("history")),
+        history: state_folder()
+            .filter(|_| !args.no_history)
+            .map(|dir| dir.join("history")),
         lines: if terminal {
             None
         } else {
@@ -107,6 +135,17 @@ pub fn run(args: &Args) -> Result<()> {
         },
         progress: Box::new(move |done, total| progress.set(done, total)),
         interrupted,
+        tools,
+        exec: args.tool_exec.clone().map(|command| Exec {
+            command,
+            asks: !args.yes,
+        }),
+        saved: args.session.clone(),
+        shelf: state_folder().map(|dir| Shelf(dir.join("sessions"))),
+        model: Box::new(|| ModelId {
+            name: file_name(&loaded.path),
+            hash: loaded.file.identity(),
+        }),
     };
     let stats = repl.run()?;
     if stats.prompt_tokens > 0 {
@@ -129,11 +168,7 @@ fn greet(loaded: &Loaded) -> Result<()> {
     show(&format!(
         "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads\n",
         env!("CARGO_PKG_VERSION"),
-        loaded
-            .path
-            .file_name()
-            .unwrap_or(loaded.path.as_os_str())
-            .to_string_lossy(),
+        file_name(&loaded.path),
         c.n_layer,
         loaded.ctx,
         machine.kernels.tier().name(),
@@ -146,4 +181,10 @@ fn greet(loaded: &Loaded) -> Result<()> {
         )?;
     }
     show("/help lists commands, Ctrl-D leaves.\n")
+}
+
+/// A file's name without its folder.
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
 }

@@ -1,5 +1,6 @@
 //! Text that comes from files and pipes.
 
+use crate::disk::utf8;
 use crate::error::{Error, Result};
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::Path;
@@ -103,19 +104,6 @@ impl<R: BufRead> BoundedLines<R> {
         }
         Ok(any.then_some(end))
     }
-}
-
-fn utf8(name: &Path, bytes: Vec<u8>) -> Result<String> {
-    String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        let byte = e.as_bytes()[at];
-        Error::invalid(
-            name,
-            "the text",
-            "valid UTF-8",
-            format!("byte {byte:#04x} at offset {at}"),
-        )
-    })
 }
 
 /// Tells the user something on standard error. Where nobody can read it, nothing is lost: `eprintln!`

@@ -7,7 +7,7 @@ use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::moe::{KvType, Machine, Model};
+use crate::moe::{Machine, Model};
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,8 @@ const DEMO: &str = "demo-Q4_K_M.gguf";
 pub struct Loaded {
     /// The file, for messages.
     pub path: PathBuf,
+    /// What the file says.
+    pub file: Gguf,
     /// Whether it is the demo model because nobody named another.
     pub demo: bool,
     /// The model.
@@ -102,14 +104,12 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
             bytes(file.file_bytes()),
             started.elapsed().as_secs_f64() * 1e3,
             template.name(),
-            match model.kv {
-                KvType::F16 => "f16",
-                KvType::F32 => "f32",
-            },
+            model.kv.name(),
         ));
     }
     Ok(Loaded {
         path,
+        file,
         demo,
         model: model_opened,
         tokenizer: Arc::new(tokenizer),

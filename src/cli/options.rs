@@ -266,7 +266,11 @@ fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
     }
 }
 
-fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
+/// A cache's element type.
+///
+/// # Errors
+/// If no type has this name.
+pub fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
     match text {
         "f16" => Ok(KvType::F16),
         "f32" => Ok(KvType::F32),

@@ -60,7 +60,7 @@ impl Progress {
 
     fn begin(&self, done: usize, total: usize) -> ProgressBar {
         let speed = match self.unit {
-            "tokens" => "{per_sec}",
+            "tokens" => "{per_sec:1}",
             _ => "{msg}",
         };
         // Nobody knows how much more there is on a pipe.
@@ -171,21 +171,29 @@ fn tokens(n: usize) -> String {
 /// count (about 0.2 s), then remembered in the user's cache folder. `seen`: what was just reached; more
 /// than is remembered means that the machine was busy when it was measured, so it is measured again.
 pub fn bandwidth(pool: &Pool, seen: f64) -> f64 {
-    let file = cache_folder().map(|dir| dir.join(format!("bandwidth-{}", pool.threads())));
+    let name = format!("bandwidth-{}", pool.threads());
+    remembered(&name, seen, || crate::pool::read_bandwidth(pool))
+}
+
+/// Products of int8 per second ([`Machine::int8_peak`]), remembered like [`bandwidth`].
+pub fn int8_peak(machine: &Machine, seen: f64) -> f64 {
+    let (tier, threads) = (machine.kernels.tier().name(), machine.pool.threads());
+    let name = format!("int8-{tier}-{threads}");
+    remembered(&name, seen, || machine.int8_peak())
+}
+
+/// What is known under `name`, measured anew if nothing is or if more than it was seen.
+fn remembered(name: &str, seen: f64, measure: impl FnOnce() -> f64) -> f64 {
+    let file = cache_folder().map(|dir| dir.join(name));
     let known = file
         .as_ref()
         .and_then(|f| std::fs::read_to_string(f).ok())
         .and_then(|text| text.trim().parse().ok())
         .filter(|b: &f64| b.is_finite() && *b > 0.0);
-    match known {
-        Some(known) if known >= seen => known,
-        _ => remember(pool, file, known.unwrap_or(0.0)),
+    if let Some(known) = known.filter(|known| *known >= seen) {
+        return known;
     }
-}
-
-/// Measures, and remembers the best of what was known and measured.
-fn remember(pool: &Pool, file: Option<PathBuf>, known: f64) -> f64 {
-    let best = crate::pool::read_bandwidth(pool).max(known);
+    let best = measure().max(known.unwrap_or(0.0));
     if let Some(file) = file {
         // Without a cache folder it is measured again next time; no reason to trouble the user.
         let _ = file.parent().map(std::fs::create_dir_all);

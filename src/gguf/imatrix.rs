@@ -11,21 +11,43 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::path::Path;
 
-use super::{Gguf, MAGIC, MAX_NAME, Tensor, shown};
+use super::{Gguf, MAGIC, MAX_NAME, Tensor, Writer, shown};
 use crate::error::{Error, Result};
 use crate::quant::Format;
 
 /// What is known of one matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Importance {
-    /// One number a column, expert after expert: finite, not negative.
-    pub columns: Vec<f32>,
+    /// Sums of squares, one a column, expert after expert: finite, not negative.
+    pub sums: Vec<f32>,
     /// How many inputs each expert had; one number for a matrix that all inputs go through, and in the old
     /// form, which does not tell.
     pub counts: Vec<u64>,
+}
+
+impl Importance {
+    /// One number a column: the mean square. The columns of an expert that saw nothing count as
+    /// equally important, as they do in the reference.
+    pub fn columns(&self) -> Vec<f32> {
+        let width = self.sums.len() / self.counts.len();
+        let experts = self.sums.chunks_exact(width).zip(&self.counts);
+        let mean = |sum: &f32, n: u64| if n > 0 { sum / n as f32 } else { 1.0 };
+        experts
+            .flat_map(|(sums, n)| sums.iter().map(move |sum| mean(sum, *n)))
+            .collect()
+    }
+}
+
+/// The form of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A GGUF.
+    Gguf,
+    /// The older one.
+    Dat,
 }
 
 /// An importance file.
@@ -37,6 +59,8 @@ pub struct Imatrix {
     pub datasets: Vec<String>,
     /// Chunks of text that were read; 0 if the file does not say.
     pub chunks: u32,
+    /// Tokens of a chunk; 0 if the file does not say.
+    pub chunk_size: u32,
 }
 
 /// An old file may have this many bytes; that of 8x22B has 30 MB.
@@ -83,7 +107,7 @@ impl Imatrix {
         }
         for (name, entry) in &found.entries {
             let bad = |x: &&f32| !x.is_finite() || **x < 0.0;
-            if let Some(bad) = entry.columns.iter().find(bad) {
+            if let Some(bad) = entry.sums.iter().find(bad) {
                 let what = format!("the importance of {}", shown(name));
                 return Err(Error::invalid(path, what, "numbers of 0 or more", bad));
             }
@@ -98,14 +122,14 @@ impl Imatrix {
     ///
     /// # Errors
     /// If what is known has another size than the tensor.
-    pub fn of(&self, file: &Path, name: &str, shape: &[u64]) -> Result<Option<&[f32]>> {
+    pub fn of(&self, file: &Path, name: &str, shape: &[u64]) -> Result<Option<Vec<f32>>> {
         let Some(entry) = self.entries.get(name) else {
             return Ok(None);
         };
         let experts = shape.get(2).copied().unwrap_or(1);
         let want = shape.first().and_then(|k| k.checked_mul(experts));
-        if want == Some(entry.columns.len() as u64) {
-            return Ok(Some(&entry.columns));
+        if want == Some(entry.sums.len() as u64) {
+            return Ok(Some(entry.columns()));
         }
         if name == "token_embd.weight" {
             return Ok(None);
@@ -114,7 +138,7 @@ impl Imatrix {
             file,
             format!("the importance of {}", shown(name)),
             format!("{} numbers, one a column and expert", want.unwrap_or(0)),
-            entry.columns.len(),
+            entry.sums.len(),
         ))
     }
 
@@ -162,36 +186,28 @@ impl Imatrix {
                     t.type_name(),
                 )),
             };
-            let (mut columns, counts) = (floats(sums)?, floats(counts)?);
-            if counts.is_empty() || !columns.len().is_multiple_of(counts.len()) {
+            let (sums, counts) = (floats(sums)?, floats(counts)?);
+            if counts.is_empty() || !sums.len().is_multiple_of(counts.len()) {
                 return Err(Error::invalid(
                     path,
                     format!("the counts of {}", shown(name)),
-                    format!("a divisor of {} sums", columns.len()),
+                    format!("a divisor of {} sums", sums.len()),
                     counts.len(),
                 ));
             }
-            let width = columns.len() / counts.len();
-            let mut whole = Vec::with_capacity(counts.len());
-            for (columns, &count) in columns.chunks_exact_mut(width).zip(&counts) {
-                if !(0.0..9e15).contains(&count) {
-                    let what = format!("the counts of {}", shown(name));
-                    return Err(Error::invalid(path, what, "numbers of 0 or more", count));
-                }
-                // Whole numbers, though stored as floats.
-                let count = count.round();
-                whole.push(count as u64);
-                for x in columns {
-                    *x = if count > 0.0 { *x / count } else { 1.0 };
-                }
+            if let Some(bad) = counts.iter().find(|n| !(0.0..9e15).contains(*n)) {
+                let what = format!("the counts of {}", shown(name));
+                return Err(Error::invalid(path, what, "numbers of 0 or more", bad));
             }
-            let counts = whole;
-            entries.insert(name.to_string(), Importance { columns, counts });
+            // Whole numbers, though stored as floats.
+            let counts = counts.iter().map(|n| n.round() as u64).collect();
+            entries.insert(name.to_string(), Importance { sums, counts });
         }
         Ok(Imatrix {
             entries,
             datasets: datasets.unwrap_or_default(),
             chunks: file.get_u32("imatrix.chunk_count")?.unwrap_or(0),
+            chunk_size: file.get_u32("imatrix.chunk_size")?.unwrap_or(0),
         })
     }
 
@@ -233,11 +249,10 @@ impl Imatrix {
                 1,
                 MAX_FILE as usize / 4,
             )?;
-            let columns = take(&what, 4 * len)?.as_chunks::<4>().0.iter();
-            let mean = |sum: f32| if calls > 0 { sum / calls as f32 } else { sum };
-            let columns = columns.map(|b| mean(f32::from_le_bytes(*b))).collect();
+            let sums = take(&what, 4 * len)?.as_chunks::<4>().0.iter();
+            let sums = sums.map(|b| f32::from_le_bytes(*b)).collect();
             let counts = vec![calls.max(1) as u64];
-            entries.insert(name, Importance { columns, counts });
+            entries.insert(name, Importance { sums, counts });
         }
         // What follows is missing in the oldest files.
         let mut chunks = 0;
@@ -255,6 +270,78 @@ impl Imatrix {
             entries,
             datasets,
             chunks,
+            chunk_size: 0,
         })
     }
+
+    /// Writes an importance file, as the reference does. `file` is the name used in errors.
+    ///
+    /// # Errors
+    /// If a sum is not finite, or if `out` cannot be written.
+    pub fn write(&self, form: Form, file: &Path, out: impl Write) -> Result<()> {
+        for (name, entry) in &self.entries {
+            if let Some(bad) = entry.sums.iter().find(|x| !x.is_finite()) {
+                let what = format!("the input of {}", shown(name));
+                return Err(Error::invalid(file, what, "finite numbers", bad));
+            }
+        }
+        match form {
+            Form::Gguf => self.write_gguf(file, out),
+            Form::Dat => self.write_old(out).map_err(Error::io(file, "write")),
+        }
+    }
+
+    fn write_gguf(&self, file: &Path, out: impl Write) -> Result<()> {
+        let mut w = Writer::new();
+        w.put("general.type", "imatrix")
+            .put("imatrix.datasets", &self.datasets)
+            .put("imatrix.chunk_count", self.chunks)
+            .put("imatrix.chunk_size", self.chunk_size);
+        let f32_id = Format::F32 as u32;
+        for (name, entry) in &self.entries {
+            let (n, experts) = (entry.sums.len() as u64, entry.counts.len() as u64);
+            // A trailing dimension of 1 is left out.
+            let rank = if experts > 1 { 2 } else { 1 };
+            w.tensor(
+                &format!("{name}{SUMS}"),
+                f32_id,
+                &[n / experts, experts][..rank],
+            );
+            w.tensor(&format!("{name}{COUNTS}"), f32_id, &[1, experts][..rank]);
+        }
+        let mut stream = w.start(file, out)?;
+        for entry in self.entries.values() {
+            stream.write(&bytes(&entry.sums))?;
+            let counts: Vec<f32> = entry.counts.iter().map(|n| *n as f32).collect();
+            stream.write(&bytes(&counts))?;
+        }
+        stream.finish().map(drop)
+    }
+
+    /// This form has one count for all experts: sums are scaled as if each had had as many calls as the
+    /// busiest one. A matrix that saw nothing at all is left out.
+    fn write_old(&self, mut out: impl Write) -> io::Result<()> {
+        fn text(out: &mut impl Write, text: &str) -> io::Result<()> {
+            out.write_all(&(text.len() as i32).to_le_bytes())?;
+            out.write_all(text.as_bytes())
+        }
+        let most = |entry: &Importance| entry.counts.iter().copied().max().unwrap_or(0);
+        let seen: Vec<_> = self.entries.iter().filter(|(_, e)| most(e) > 0).collect();
+        out.write_all(&(seen.len() as i32).to_le_bytes())?;
+        for (name, entry) in seen {
+            let calls = most(entry).div_ceil(u64::from(self.chunk_size.max(1)));
+            let columns = entry.columns();
+            let sums: Vec<f32> = columns.iter().map(|mean| mean * calls as f32).collect();
+            text(&mut out, name)?;
+            out.write_all(&(calls as i32).to_le_bytes())?;
+            out.write_all(&(sums.len() as i32).to_le_bytes())?;
+            out.write_all(&bytes(&sums))?;
+        }
+        out.write_all(&(self.chunks as i32).to_le_bytes())?;
+        text(&mut out, self.datasets.last().map_or("", String::as_str))
+    }
+}
+
+fn bytes(floats: &[f32]) -> Vec<u8> {
+    floats.iter().flat_map(|x| x.to_le_bytes()).collect()
 }

@@ -36,7 +36,7 @@ pub(super) struct ExpertScratch {
 /// `x[t] += Σ_rank weight[t][rank] · expert[t][rank](h[t])`, ranks in order.
 ///
 /// `h`: `(n_tok, d_model)` normalised, already prepared as `input`; `x`: `(n_tok, d_model)`.
-/// Returns the bytes of expert weights that were read.
+/// `see` is shown each expert's input of `down`, `(n, d_ff)`. Returns the bytes of expert weights that were read.
 pub(super) fn experts(
     machine: &Machine,
     config: &Config,
@@ -45,6 +45,7 @@ pub(super) fn experts(
     all: &[u32],
     x: &mut [f32],
     s: &mut ExpertScratch,
+    mut see: impl FnMut(usize, &[f32]),
 ) -> u64 {
     let (n_tok, n_used, d) = (all.len(), config.n_used, config.d_model);
     choose(machine, config, layer, input, all, s);
@@ -77,7 +78,7 @@ pub(super) fn experts(
             .count()
             .max(1);
         let (wave, later) = rest.split_at(fits);
-        run_wave(machine, config, layer, input, wave, s);
+        run_wave(machine, config, layer, input, wave, s, &mut see);
         bytes += wave
             .iter()
             .map(|(e, _)| layer.experts[*e].bytes())
@@ -142,6 +143,7 @@ fn run_wave(
     input: &Input,
     wave: &[(usize, Range<usize>)],
     s: &mut ExpertScratch,
+    see: &mut impl FnMut(usize, &[f32]),
 ) {
     let (d, d_ff) = (config.d_model, config.d_ff);
     let first = wave[0].1.start;
@@ -180,6 +182,12 @@ fn run_wave(
     machine.pool.each(&mut pairs, |_, (gate, up)| {
         machine.kernels.silu_mul(gate, up)
     });
+    for (e, range) in wave {
+        see(
+            *e,
+            &s.gate[(range.start - first) * d_ff..(range.end - first) * d_ff],
+        );
+    }
     s.inner.prepare(
         machine,
         &s.gate,

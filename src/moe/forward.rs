@@ -4,6 +4,7 @@ use super::attention::{Place, Rope, attend};
 use super::experts::{ExpertScratch, experts};
 use super::kv::Kv;
 use super::linear::{Input, Job, matmul};
+use super::observe::{Observer, Site};
 use super::weights::Weights;
 use super::{Config, Machine};
 use crate::error::{Error, Result};
@@ -123,17 +124,32 @@ impl Model {
     /// [`Error::ContextFull`] if a cache cannot take its tokens, [`Error::Prompt`] for a token outside
     /// the vocabulary; no cache has changed then.
     pub fn forward<'s>(&self, runs: &mut [Run<'_>], scratch: &'s mut Scratch) -> Result<&'s [f32]> {
+        self.observe(runs, scratch, &mut ())
+    }
+
+    /// [`Model::forward`] while `observer` looks on.
+    ///
+    /// # Errors
+    /// As for [`Model::forward`].
+    pub fn observe<'s>(
+        &self,
+        runs: &mut [Run<'_>],
+        scratch: &'s mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<&'s [f32]> {
         for run in runs.iter() {
             self.check_tokens(run.tokens)?;
         }
         for run in runs.iter_mut() {
             run.kv.reserve(run.tokens.len())?;
         }
-        self.machine.pool.enter(|| self.layers(runs, scratch));
+        self.machine
+            .pool
+            .enter(|| self.layers(runs, scratch, observer));
         Ok(&scratch.logits)
     }
 
-    fn layers(&self, runs: &mut [Run<'_>], s: &mut Scratch) {
+    fn layers(&self, runs: &mut [Run<'_>], s: &mut Scratch, observer: &mut dyn Observer) {
         let (c, w, m) = (&self.config, &self.weights, &self.machine);
         let n_tok: usize = runs.iter().map(|r| r.tokens.len()).sum();
         let (d, d_q, d_kv) = (c.d_model, c.n_head * c.d_head, c.n_kv * c.d_head);
@@ -152,6 +168,7 @@ impl Model {
         for (i, layer) in w.layers.iter().enumerate() {
             // Attention: x += o · attend(q · norm(x), …)
             self.norm(&s.x, &layer.attn_norm, &mut s.h);
+            observer.input(Site::Attention { layer: i }, &s.h);
             s.input.prepare(m, &s.h, d, [&layer.q, &layer.k, &layer.v]);
             matmul(
                 m,
@@ -180,6 +197,7 @@ impl Model {
             store(runs, i, d_kv, &s.k, &s.v);
             let places: Vec<Place<'_>> = places(runs);
             attend(m, c, i, &places, &mut s.q, &mut s.heads);
+            observer.input(Site::AttentionOutput { layer: i }, &s.heads);
             s.input.prepare(m, &s.heads, d_q, [&layer.o]);
             matmul(
                 m,
@@ -200,12 +218,14 @@ impl Model {
                 .flat_map(|e| [&e.gate, &e.up])
                 .chain(&layer.router);
             s.input.prepare(m, &s.h, d, used);
-            s.weight_bytes += experts(m, c, layer, &s.input, &s.all, &mut s.x, &mut s.experts);
+            let see = |expert, rows: &[f32]| observer.input(Site::Down { layer: i, expert }, rows);
+            s.weight_bytes += experts(m, c, layer, &s.input, &s.all, &mut s.x, &mut s.experts, see);
+            observer.routed(i, &s.h, &s.experts.choices);
         }
         for run in runs.iter_mut() {
             run.kv.advance(run.tokens.len());
         }
-        self.head(runs, s);
+        self.head(runs, s, observer);
     }
 
     /// Embedding rows and RoPE angles of every token.
@@ -267,7 +287,7 @@ impl Model {
     }
 
     /// Final norm and output head of the rows that are wanted.
-    fn head(&self, runs: &[Run<'_>], s: &mut Scratch) {
+    fn head(&self, runs: &[Run<'_>], s: &mut Scratch, observer: &mut dyn Observer) {
         let (c, w, m) = (&self.config, &self.weights, &self.machine);
         let mut wanted = Vec::new();
         let mut t = 0;
@@ -285,6 +305,9 @@ impl Model {
             return;
         }
         self.norm(&s.x, &w.norm, &mut s.h);
+        for t in &wanted {
+            observer.input(Site::Head, &s.h[*t as usize * c.d_model..][..c.d_model]);
+        }
         s.input.prepare(m, &s.h, c.d_model, [&w.head]);
         matmul(
             m,

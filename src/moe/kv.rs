@@ -20,6 +20,16 @@ pub enum KvType {
     F32,
 }
 
+impl KvType {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F16 => "f16",
+            KvType::F32 => "f32",
+        }
+    }
+}
+
 /// Keys or values of one layer and block: `(n_kv, KV_BLOCK, d_head)`.
 #[derive(Clone)]
 pub enum Plane {
@@ -34,6 +44,22 @@ impl Plane {
         match kind {
             KvType::F16 => Plane::F16(vec![f16::ZERO; len]),
             KvType::F32 => Plane::F32(vec![0.0; len]),
+        }
+    }
+
+    /// All of it, as it lies in memory.
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Plane::F16(p) => bytemuck::cast_slice(p),
+            Plane::F32(p) => bytemuck::cast_slice(p),
+        }
+    }
+
+    /// All of it, to be overwritten: any bytes are elements.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Plane::F16(p) => bytemuck::cast_slice_mut(p),
+            Plane::F32(p) => bytemuck::cast_slice_mut(p),
         }
     }
 
@@ -190,6 +216,21 @@ impl Kv {
     /// Counts `n` written tokens in.
     pub(super) fn advance(&mut self, n: usize) {
         self.len += n;
+    }
+
+    /// A reserved block of a layer.
+    pub(super) fn block_mut(&mut self, layer: usize, block: usize) -> &mut (Plane, Plane) {
+        Arc::make_mut(&mut self.layers[layer][block])
+    }
+
+    /// Layers, heads of keys and values, elements of a head.
+    pub(super) fn shape(&self) -> [usize; 3] {
+        [self.layers.len(), self.n_kv, self.d_head]
+    }
+
+    /// Bytes of one position's keys (or values) in one head of one layer.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.block_bytes() / (2 * self.layers.len() * self.n_kv * KV_BLOCK)
     }
 
     /// A layer's blocks, in order of position.

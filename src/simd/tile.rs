@@ -376,12 +376,14 @@ unsafe fn start_of_32<T: Tile, B: IntBlock, const N: usize>(x: [&Chunk; N], b: u
     let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
-        let zero = T::splat(0);
-        if bias == 0 {
-            return [zero; N];
+        let mut isum = [T::splat(0); N];
+        if bias != 0 {
+            let out = T::splat((-bias & 0xffff) | (-bias << 16));
+            for t in 0..N {
+                isum[t] = T::pair(isum[t], out, x[t].sums[2 * b..].as_ptr());
+            }
         }
-        let out = T::splat((-bias & 0xffff) | (-bias << 16));
-        x.map(|x| T::pair(zero, out, x.sums[2 * b..].as_ptr()))
+        isum
     }
 }
 
@@ -530,6 +532,47 @@ impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
     }
 }
 
+/// The kernel's products and nothing else, see [`super::Kernels::products`].
+///
+/// # Safety
+/// The tier's features are enabled.
+#[inline(always)]
+pub(super) unsafe fn products<T: Tile>(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match T::TOKENS {
+            8 => products_of::<T, 8>(w, x),
+            _ => {
+                let halves = x.as_chunks::<4>().0;
+                products_of::<T, 4>(w, &halves[0]).wrapping_add(products_of::<T, 4>(w, &halves[1]))
+            }
+        }
+    }
+}
+
+/// The same for N tokens.
+#[inline(always)]
+unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i32 {
+    let x = x.map(|x| [x; 4]);
+    let x: [*const i8; N] = std::array::from_fn(|t| x[t].as_ptr().cast());
+    // SAFETY: 16 weights of each row, 16 activations of each token, at most `MAX_ROWS` lanes.
+    unsafe {
+        let mut sums = [T::splat(0); N];
+        for w in w.chunks_exact(16 * T::ROWS) {
+            let w = w.as_ptr().cast::<i32>();
+            let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
+            T::dot16::<N, 4>(&mut sums, w, x);
+        }
+        let mut total = 0i32;
+        for sums in sums {
+            let mut lanes = [0; MAX_ROWS];
+            T::store(lanes.as_mut_ptr(), sums);
+            total = lanes.iter().fold(total, |s, l| s.wrapping_add(*l));
+        }
+        total
+    }
+}
+
 /// One function of a tier per integer format, and `install_tiles(k)`, which puts them into the table.
 macro_rules! tile_doors {
     ($tile:ty, #[$tier:meta]) => {
@@ -558,8 +601,15 @@ macro_rules! tile_doors {
             }
         )*
 
+        #[$tier]
+        fn products(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+            // SAFETY: as above.
+            unsafe { $crate::simd::tile::products::<$tile>(w, x) }
+        }
+
         /// Puts the integer formats' kernels into the table.
         fn install_tiles(k: &mut Kernels) {
+            k.products = products;
             $( k.matmul[quant::Format::$format.index()] = $name; )*
         }
     };

@@ -12,15 +12,15 @@
 //! made of, then one for every finished tensor with a checksum of its bytes. `--resume` starts after the last
 //! tensor whose bytes are really there; nothing needs to be flushed on the way.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use octet::disk::{self, part, rename_part, sync_folder};
 use octet::error::{Error, Result};
 use octet::pool::Pool;
 use octet::quant::Format;
@@ -483,12 +483,6 @@ struct Sink<'a> {
     sum: u64,
 }
 
-fn part(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_os_string();
-    name.push(".part");
-    PathBuf::from(name)
-}
-
 impl<'a> Sink<'a> {
     /// Makes the files of an output, or continues them after `done` tensors.
     fn open(output: &'a Output, done: usize) -> Result<Sink<'a>> {
@@ -538,7 +532,7 @@ impl<'a> Sink<'a> {
         let path = self.path();
         let (file, _) = self.file.as_mut().expect("opened above");
         file.write_all(bytes).map_err(Error::io(&path, "write"))?;
-        self.sum = checksum(self.sum, bytes);
+        self.sum = disk::checksum(self.sum, bytes);
         Ok(())
     }
 
@@ -564,28 +558,21 @@ impl<'a> Sink<'a> {
     }
 }
 
-/// Folds bytes into a checksum: enough to tell bytes that reached the disk from those that did not.
-fn checksum(seed: u64, bytes: &[u8]) -> u64 {
-    // An odd number with bits all over it (the fraction of the golden ratio); four lanes hide its latency.
-    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
-    let step = |h: u64, word: u64| (h ^ word).wrapping_mul(MIX).rotate_left(29);
-    let mut lanes = [seed, seed ^ 1, seed ^ 2, seed ^ 3];
-    let (words, rest) = bytes.as_chunks::<32>();
-    for words in words {
-        for (lane, word) in lanes.iter_mut().zip(words.as_chunks::<8>().0) {
-            *lane = step(*lane, u64::from_le_bytes(*word));
-        }
-    }
-    let rest = rest.iter().fold(0, |h, &b| step(h, b.into()));
-    lanes.into_iter().fold(step(rest, bytes.len() as u64), step)
-}
-
 /// The journal of a run.
 struct Journal {
     path: PathBuf,
     file: File,
     /// The errors of the tensors that an earlier run finished.
     done: Errors,
+}
+
+fn journal_path(outputs: &[Output]) -> PathBuf {
+    disk::beside(&outputs[0].files[0].path, ".resume")
+}
+
+/// Whether a run that ended early left something for `--resume`.
+pub(crate) fn resumable(outputs: &[Output]) -> bool {
+    journal_path(outputs).exists()
 }
 
 /// What a run is made of: everything that the bytes of its outputs depend on.
@@ -616,7 +603,8 @@ fn fingerprint(run: &Run<'_>) -> Result<String> {
     if let Some(file) = run.imatrix {
         for (name, entry) in &file.data.entries {
             text(name);
-            hash_bytes(&mut text, bytemuck::cast_slice(&entry.columns));
+            hash_bytes(&mut text, bytemuck::cast_slice(&entry.sums));
+            hash_bytes(&mut text, bytemuck::cast_slice(&entry.counts));
         }
     }
     Ok(hex(&hash.finalize()))
@@ -634,27 +622,19 @@ impl Journal {
     /// Starts a journal, or continues one.
     fn open(run: &Run<'_>) -> Result<Journal> {
         let first = &run.outputs[0].files[0].path;
-        let mut name = first.as_os_str().to_os_string();
-        name.push(".resume");
-        let path = PathBuf::from(name);
-        let failed = |action| Error::io(&path, action);
+        let path = journal_path(run.outputs);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
-            .map_err(failed("create"))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::Usage(format!(
-                    "{}: another quantize is writing this file",
-                    first.display()
-                )));
-            }
-            // Some network file systems have no locks.
-            Err(TryLockError::Error(_)) => {}
+            .map_err(Error::io(first, "create"))?;
+        if !disk::lock(&file) {
+            return Err(Error::Usage(format!(
+                "{}: another quantize is writing this file",
+                first.display()
+            )));
         }
         let mut journal = Journal {
             path: path.clone(),
@@ -744,8 +724,7 @@ impl Journal {
         for output in outputs {
             // The first of several last: it is what people open.
             for file in output.files.iter().rev() {
-                let from = part(&file.path);
-                fs::rename(&from, &file.path).map_err(Error::io(&file.path, "rename to"))?;
+                rename_part(&file.path)?;
             }
             sync_folder(&output.files[0].path);
         }
@@ -758,17 +737,6 @@ impl Journal {
             let _ = fs::remove_file(part(&file.path));
         }
         let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Makes a rename last; not every system can, and the file itself is on the disk already.
-fn sync_folder(path: &Path) {
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => Cow::Borrowed(folder),
-        _ => Cow::Owned(PathBuf::from(".")),
-    };
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
     }
 }
 
@@ -806,7 +774,7 @@ fn tensor_sum(output: &Output, i: usize, t: &SourceTensor) -> io::Result<u64> {
     for rows in slabs(t) {
         bytes.resize(((rows.end - rows.start) * row) as usize, 0);
         file.read_exact(&mut bytes)?;
-        sum = checksum(sum, &bytes);
+        sum = disk::checksum(sum, &bytes);
     }
     Ok(sum)
 }

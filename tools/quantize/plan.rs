@@ -1,6 +1,5 @@
 //! What will be written: the format of every tensor, the metadata, the files and their sizes.
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use octet::error::{Error, Result};
@@ -253,9 +252,9 @@ impl ImatrixFile {
     ///
     /// # Errors
     /// If it has another size than the tensor.
-    pub(crate) fn of(&self, t: &SourceTensor) -> Result<Option<Cow<'_, [f32]>>> {
+    pub(crate) fn of(&self, t: &SourceTensor) -> Result<Option<Vec<f32>>> {
         if let Some(all) = self.data.of(&self.path, &t.name, &t.shape)? {
-            return Ok(Some(Cow::Borrowed(all)));
+            return Ok(Some(all));
         }
         let k = t.columns() as usize;
         let mut parts: Vec<&str> = t.name.split('.').collect();
@@ -264,11 +263,11 @@ impl ImatrixFile {
             for e in 0..t.shape.get(2).copied().unwrap_or(0) {
                 let name = format!("{stem}.{e}.weight");
                 match self.data.of(&self.path, &name, &t.shape[..2])? {
-                    Some(one) => all.extend_from_slice(one),
+                    Some(one) => all.extend(one),
                     None => return Ok(None),
                 }
             }
-            return Ok((!all.is_empty()).then_some(Cow::Owned(all)));
+            return Ok((!all.is_empty()).then_some(all));
         }
         if parts.len() == 5
             && let Ok(e) = parts[3].parse::<usize>()
@@ -277,9 +276,9 @@ impl ImatrixFile {
             parts.remove(3);
             parts[2] = &fused;
             let entry = self.data.entries.get(&parts.join("."));
-            return Ok(entry
-                .and_then(|entry| entry.columns.chunks_exact(k).nth(e))
-                .map(Cow::Borrowed));
+            return Ok(
+                entry.and_then(|entry| entry.columns().chunks_exact(k).nth(e).map(<[f32]>::to_vec))
+            );
         }
         Ok(None)
     }

@@ -1,0 +1,43 @@
+//! Looking on while tokens go through the layers: what the matrices are multiplied with, and which
+//! experts the router chose.
+
+use super::router::Choice;
+
+/// Matrices that share an input. A layer's router, gate and up have their own call,
+/// [`Observer::routed`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Site {
+    /// `attn_q`, `attn_k` and `attn_v` of a layer.
+    Attention {
+        /// Which one.
+        layer: usize,
+    },
+    /// `attn_output` of a layer.
+    AttentionOutput {
+        /// Which one.
+        layer: usize,
+    },
+    /// `ffn_down` of one expert of a layer (of the only one in a dense model).
+    Down {
+        /// Which layer.
+        layer: usize,
+        /// Which expert.
+        expert: usize,
+    },
+    /// The output head.
+    Head,
+}
+
+/// Somebody who looks on ([`super::Model::observe`]). What is shown are the same bits on every CPU tier and for
+/// every number of threads; the rows of a site come in the order of the tokens.
+pub trait Observer: Send {
+    /// Rows `(n, n_in)`, floats as they were before any quantization, go through the matrices of `site`.
+    fn input(&mut self, _site: Site, _rows: &[f32]) {}
+
+    /// Rows `(n_tok, d_model)` go through the router of `layer`, and row `t` through gate and up of the
+    /// experts `choices[t]`; `choices`: `(n_tok, n_used)`, by rank. In a dense model they are all of expert 0.
+    fn routed(&mut self, _layer: usize, _rows: &[f32], _choices: &[Choice]) {}
+}
+
+/// Nobody looks on.
+impl Observer for () {}
