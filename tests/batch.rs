@@ -623,7 +623,7 @@ fn results_ahead_of_their_turn_are_saved() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(fs::read(&output).unwrap().len(), 0);
-    // Only the slow one is left. It gets no more than a moment here: the others are done.
+    // Only the slow one is left to do.
     let out = batch(&home, &["--parallel", "4", "--resume"]);
     assert_eq!(out.code, Some(0), "{}", out.stderr);
     assert!(out.stderr.contains("answers 300 tokens"), "{}", out.stderr);
