@@ -115,9 +115,9 @@ fn neighbours_memory_and_threads_change_no_answer() {
         let answers: usize = want.iter().map(|a| a.tokens.len()).sum();
         assert_eq!(totals.answer_tokens, answers);
         if blocks == 1000 {
-            // Of 9 prompts with a long beginning one was computed.
+            // Of 9 prompts with a long beginning one was computed; nobody waits for its last 15 tokens.
             let prompts: usize = requests().iter().map(|(p, ..)| p.len()).sum();
-            assert!(totals.shared_tokens >= 8 * 70, "{totals:?}");
+            assert!(totals.shared_tokens >= 8 * 55, "{totals:?}");
             assert!(totals.prompt_tokens + totals.shared_tokens <= prompts);
         }
     }
@@ -591,10 +591,10 @@ fn killed_at_any_moment_nothing_is_lost_or_doubled() {
 fn results_ahead_of_their_turn_are_saved() {
     let home = Home::new();
     let slow =
-        json!({"prompt": "Once", "raw": true, "predict": 2000, "ignore_eos": true, "temp": 0});
+        json!({"prompt": "Once", "raw": true, "predict": 300, "ignore_eos": true, "temp": 0});
     let quick = json!({"prompt": "Once", "raw": true, "predict": 2, "temp": 0});
     let mut lines = vec![slow];
-    lines.extend(vec![quick; 40]);
+    lines.extend(vec![quick; 12]);
     let text: String = lines.iter().map(|l| format!("{l}\n")).collect();
     home.write("in.jsonl", text);
     let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
@@ -616,21 +616,21 @@ fn results_ahead_of_their_turn_are_saved() {
             .count()
     };
     let deadline = std::time::Instant::now() + PATIENCE;
-    while held() < 40 {
+    while held() < 12 {
         assert!(std::time::Instant::now() < deadline && child.try_wait().unwrap().is_none());
         std::thread::sleep(Duration::from_millis(5));
     }
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(fs::read(&output).unwrap().len(), 0);
-    // Only the slow one is left. It gets no more than a moment here: the others are done.
+    // Only the slow one is left to do.
     let out = batch(&home, &["--parallel", "4", "--resume"]);
     assert_eq!(out.code, Some(0), "{}", out.stderr);
-    assert!(out.stderr.contains("answers 2000 tokens"), "{}", out.stderr);
+    assert!(out.stderr.contains("answers 300 tokens"), "{}", out.stderr);
     let got = fs::read(&output).unwrap();
-    assert_eq!(json_lines(&got).len(), 41);
+    assert_eq!(json_lines(&got).len(), 13);
     assert!(!ahead.exists());
-    assert!(results(&home, &["--force", "--parallel", "41"]) == got);
+    assert!(results(&home, &["--force", "--parallel", "13"]) == got);
 }
 
 #[test]
