@@ -75,6 +75,24 @@ pub enum Error {
         /// What was given.
         found: String,
     },
+    /// A request asks for something in a way that cannot be right.
+    Request {
+        /// The field.
+        what: String,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// Some lines of a file of requests have errors for results.
+    Lines {
+        /// The file of requests.
+        file: PathBuf,
+        /// How many.
+        failed: u64,
+        /// Of how many.
+        of: u64,
+    },
     /// The tokens do not fit into the context.
     ContextFull {
         /// Tokens the context holds.
@@ -155,6 +173,19 @@ impl Error {
         }
     }
 
+    /// An [`Error::Request`].
+    pub fn request(
+        what: impl fmt::Display,
+        expected: impl fmt::Display,
+        found: impl fmt::Display,
+    ) -> Error {
+        Error::Request {
+            what: what.to_string(),
+            expected: expected.to_string(),
+            found: found.to_string(),
+        }
+    }
+
     /// The process exit code: 1 the work failed, 2 wrong usage, 130 interrupted.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -220,6 +251,17 @@ impl fmt::Display for Error {
             } => {
                 format!("the prompt: {what} (expected {expected}, found {found})")
             }
+            Error::Request {
+                what,
+                expected,
+                found,
+            } => {
+                format!("the request: {what} (expected {expected}, found {found})")
+            }
+            Error::Lines { file, failed, of } => format!(
+                "{}: {failed} of {of} lines failed; their results say why",
+                file.display()
+            ),
             Error::ContextFull { limit, want } => format!(
                 "the context is full (expected at most {limit} tokens, found {want}); \
                  a shorter text helps, or a larger --ctx where the model allows it"

@@ -26,6 +26,7 @@ struct Octet {
 enum Command {
     Chat(cli::chat::Args),
     Run(cli::run::Args),
+    Batch(cli::batch::Args),
     Tokenize(cli::tokenize::Args),
     Detokenize(cli::detokenize::Args),
     Inspect(cli::inspect::Args),
@@ -39,6 +40,7 @@ fn dispatch(octet: &Octet) -> Result<()> {
         None => cli::chat::run(&octet.chat),
         Some(Command::Chat(args)) => cli::chat::run(args),
         Some(Command::Run(args)) => cli::run::run(args),
+        Some(Command::Batch(args)) => cli::batch::run(args),
         Some(Command::Tokenize(args)) => cli::tokenize::run(args),
         Some(Command::Detokenize(args)) => cli::detokenize::run(args),
         Some(Command::Inspect(args)) => cli::inspect::run(args),

@@ -49,19 +49,28 @@ impl Pool {
     }
 
     /// Calls `f(0)` … `f(n - 1)`, each once, on any thread, in any order.
+    ///
+    /// Every thread begins with a range of its own, in ascending order, so that what it fetches ahead of its
+    /// work is for itself; one that has finished helps the others.
     pub fn tasks(&self, n: usize, f: impl Fn(usize) + Sync) {
         if self.threads == 1 || n <= 1 {
             (0..n).for_each(f);
             return;
         }
-        let next = AtomicUsize::new(0);
-        self.rayon.broadcast(|_| {
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= n {
-                    break;
+        let ranges = self.threads.min(MAX_RANGES);
+        let start = |r: usize| r * n / ranges;
+        let next: [Line; MAX_RANGES] =
+            std::array::from_fn(|r| Line(AtomicUsize::new(start(r.min(ranges)))));
+        self.rayon.broadcast(|thread| {
+            for r in 0..ranges {
+                let r = (thread.index() + r) % ranges;
+                loop {
+                    let i = next[r].0.fetch_add(1, Ordering::Relaxed);
+                    if i >= start(r + 1) {
+                        break;
+                    }
+                    f(i);
                 }
-                f(i);
             }
         });
     }
@@ -118,6 +127,13 @@ impl Pool {
         });
     }
 }
+
+/// Most ranges that [`Pool::tasks`] makes; threads beyond help the first ones.
+const MAX_RANGES: usize = 64;
+
+/// A counter in a cache line of its own.
+#[repr(align(64))]
+struct Line(AtomicUsize);
 
 /// A matrix to be filled by [`Pool::stripes`].
 pub struct Part<'a> {

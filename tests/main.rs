@@ -1,6 +1,8 @@
 //! The integration tests, one binary.
 
 mod alloc;
+mod batch;
+mod bench;
 mod chat;
 mod cli;
 mod constraint;

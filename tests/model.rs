@@ -15,7 +15,7 @@ fn open(file: &str, threads: usize, cap: Option<Tier>) -> Model {
 }
 
 /// Logits after every token, computed in batches of at most `ubatch`.
-fn logits(model: &Model, kv: &mut Kv, tokens: &[u32], ubatch: usize) -> Vec<f32> {
+pub(crate) fn logits(model: &Model, kv: &mut Kv, tokens: &[u32], ubatch: usize) -> Vec<f32> {
     let mut scratch = Scratch::default();
     let mut all = Vec::new();
     for tokens in tokens.chunks(ubatch) {

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 
 /// A common beginning shorter than this is computed again: to wait for it would take longer.
 const MIN_SHARED: usize = 16;
+/// Prompts that are kept, memory permitting: files often go round several long beginnings.
+const MAX_KEPT: usize = 64;
 
 /// How much a batch may take.
 #[derive(Clone, Copy, Debug)]
@@ -403,9 +405,10 @@ impl<'m> Batch<'m> {
         self.totals.hash.0 = self.totals.hash.0.wrapping_add(s.answer.stats.hash.0);
         let prompt = &s.tokens[..s.prompt_tokens];
         let covered = |long: &[u32], short: &[u32]| common(long, short) == short.len();
-        if prompt.len() >= MIN_SHARED && !self.kept.iter().any(|k| covered(&k.tokens, prompt)) {
+        let useful = prompt.len() >= MIN_SHARED && s.kv.len() >= prompt.len();
+        if useful && !self.kept.iter().any(|k| covered(&k.tokens, prompt)) {
             self.kept.retain(|k| !covered(prompt, &k.tokens));
-            if self.kept.len() == self.room.sequences {
+            if self.kept.len() == MAX_KEPT {
                 self.kept.pop_front();
             }
             self.kept.push_back(Kept {

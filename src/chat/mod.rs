@@ -9,6 +9,7 @@ pub mod gguf_vocab;
 pub mod jinja;
 mod json;
 pub mod repl;
+pub mod request;
 pub mod sampler;
 pub mod saved;
 mod schema;

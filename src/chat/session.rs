@@ -1,7 +1,7 @@
 //! One sequence of tokens and what comes next: prefill, sampling, the end.
 
 use super::draft::{Draft, Drafter};
-use super::sampler::{Sampler, logprob, logprobs};
+use super::sampler::{Sampler, SamplerOptions, logprob, logprobs};
 use crate::error::{Error, Result};
 use crate::moe::{Kv, KvType, Model, Observer, Routes, Run, Scratch, Want};
 use std::ops::ControlFlow;
@@ -29,6 +29,15 @@ pub struct Limits {
     pub stop: Vec<u32>,
     /// Likeliest tokens to record for each token of the answer.
     pub logprobs: usize,
+}
+
+impl Limits {
+    /// Lets answers go on where the model would end them.
+    pub fn ignore_ends(&mut self, options: &mut SamplerOptions) {
+        let ends = self.stop.drain(..);
+        let banned = ends.map(|id| (id, f32::NEG_INFINITY));
+        options.logit_bias.extend(banned);
+    }
 }
 
 /// What a session tells while it works; the answer `Break` stops it.
@@ -83,6 +92,14 @@ impl Answer {
             top: Vec::new(),
             stats: Stats::default(),
         }
+    }
+
+    /// Each token with its probability and the likeliest in its place, if they were asked for.
+    pub fn each(&self) -> impl Iterator<Item = (u32, f32, &[(u32, f32)])> {
+        let told = self.logprobs.iter().zip(&self.top);
+        let ids = self.tokens.iter();
+        ids.zip(told)
+            .map(|(id, (logprob, top))| (*id, *logprob, top.as_slice()))
     }
 
     /// Whether the answer ends before its next token: by its limit, or because a cache of `ctx` tokens

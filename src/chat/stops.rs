@@ -1,22 +1,23 @@
 //! The text of an answer as it comes, up to the first text that ends it.
 
 use super::tokenizer::Stream;
+use std::borrow::Cow;
 
 /// Turns tokens into text and holds back what may be the beginning of a stop text, so that nothing of one is
 /// ever shown, in however many tokens it arrives.
 pub struct AnswerText<'a> {
     stream: Stream<'a>,
-    stops: &'a [String],
+    stops: Cow<'a, [String]>,
     held: String,
     stopped: bool,
 }
 
 impl<'a> AnswerText<'a> {
     /// An answer that ends before any of `stops`; empty ones end nothing.
-    pub fn new(stream: Stream<'a>, stops: &'a [String]) -> AnswerText<'a> {
+    pub fn new(stream: Stream<'a>, stops: impl Into<Cow<'a, [String]>>) -> AnswerText<'a> {
         AnswerText {
             stream,
-            stops,
+            stops: stops.into(),
             held: String::new(),
             stopped: false,
         }

@@ -184,7 +184,7 @@ impl Serialize for Message {
 }
 
 /// A value as an error shows it.
-fn brief(value: &Value) -> String {
+pub(super) fn brief(value: &Value) -> String {
     if value.is_null() {
         return "none".into();
     }

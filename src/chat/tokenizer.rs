@@ -307,6 +307,12 @@ impl Tokenizer {
         self.encode_with(text, self.vocab.add_space_prefix, true)
     }
 
+    /// The ids of a prompt that is text alone: BOS, if the vocabulary begins so, and the text.
+    pub fn raw_prompt(&self, text: &str) -> Vec<u32> {
+        let bos = self.bos().filter(|_| self.add_bos());
+        bos.into_iter().chain(self.encode(text)).collect()
+    }
+
     /// The ids of `text` as the continuation of other text: no dummy prefix.
     pub fn encode_continuing(&self, text: &str) -> Vec<u32> {
         self.encode_with(text, false, true)

@@ -118,6 +118,7 @@ pub fn run(args: &Args) -> Result<()> {
         sampling: args.sampling.sampler(loaded.model.config.n_vocab)?,
         constraint: args
             .answer
+            .form
             .constraint(&loaded, false, args.machine.verbose)?,
         system: args.system.clone(),
         max_tokens: args

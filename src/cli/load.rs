@@ -7,7 +7,7 @@ use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::moe::{KvType, Machine, Model};
+use crate::moe::{Machine, Model};
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -104,10 +104,7 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
             bytes(file.file_bytes()),
             started.elapsed().as_secs_f64() * 1e3,
             template.name(),
-            match model.kv {
-                KvType::F16 => "f16",
-                KvType::F32 => "f32",
-            },
+            model.kv.name(),
         ));
     }
     Ok(Loaded {

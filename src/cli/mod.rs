@@ -1,15 +1,18 @@
 //! The commands, one file each: their arguments and how they talk to the terminal.
 
+pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod detokenize;
 pub mod imatrix;
 pub mod input;
 pub mod inspect;
+pub mod journal;
 pub mod load;
 pub mod options;
 pub mod perplexity;
 pub mod report;
 pub mod run;
 pub mod score;
+pub mod table;
 pub mod tokenize;

@@ -4,7 +4,7 @@ use super::input::{note, read_text};
 use super::load::Loaded;
 use crate::chat::constraint::{Compiler, Constraint, Form};
 use crate::chat::draft::Draft;
-use crate::chat::sampler::{SamplerOptions, Setting, settings};
+use crate::chat::sampler::{SamplerOptions, Setting, settings, unescape};
 use crate::error::Result;
 use crate::moe::KvType;
 use crate::simd::{TIERS, Tier};
@@ -43,6 +43,26 @@ pub struct MachineOptions {
     /// Tell more on stderr
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+/// What is asked of an answer.
+#[derive(clap::Args, Clone, Debug)]
+pub struct RequestOptions {
+    /// System text: how the model should behave
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Most tokens of the answer [default: as many as the context holds]
+    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = count, allow_negative_numbers = true)]
+    pub predict: Option<u32>,
+    /// End the answer before this text (\n is a line break); may be repeated
+    #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+    /// Go on where the model would end its answer
+    #[arg(long, conflicts_with = "form")]
+    pub ignore_eos: bool,
+    /// Continue the text itself, without the model's chat format
+    #[arg(long)]
+    pub raw: bool,
 }
 
 /// How the next token is chosen: an option for each of the sampler's settings.
@@ -124,6 +144,19 @@ impl clap::FromArgMatches for SamplingOptions {
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Answer")]
 pub struct AnswerOptions {
+    /// The form.
+    #[command(flatten)]
+    pub form: FormOptions,
+    /// Guess this many tokens ahead from repetitions in the text and check them in one pass: auto (as many as pay), a number
+    /// or off; the answer is the same
+    #[arg(long, value_name = "N", value_parser = parse_draft, default_value = "auto")]
+    pub draft: Draft,
+}
+
+/// The form that an answer must have.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
+pub struct FormOptions {
     /// Answer with JSON that this schema accepts: a file, or the schema itself
     #[arg(long, value_name = "SCHEMA", group = "form")]
     pub json_schema: Option<String>,
@@ -133,13 +166,31 @@ pub struct AnswerOptions {
     /// Answer with a text that this regular expression matches as a whole
     #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]
     pub regex: Option<String>,
-    /// Guess this many tokens ahead from repetitions in the text and check them in one pass: auto (as many as pay), a number
-    /// or off; the answer is the same
-    #[arg(long, value_name = "N", value_parser = parse_draft, default_value = "auto")]
-    pub draft: Draft,
 }
 
-impl AnswerOptions {
+impl FormOptions {
+    /// The form that was asked for, where it was, and its text.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn read(&self) -> Result<Option<(Form, PathBuf, String)>> {
+        Ok(Some(
+            match (&self.json_schema, &self.grammar, &self.regex) {
+                (Some(schema), _, _) if schema.trim_start().starts_with('{') => {
+                    (Form::JsonSchema, "--json-schema".into(), schema.clone())
+                }
+                (Some(file), _, _) => {
+                    let file = PathBuf::from(file);
+                    let text = read_text(Some(&file))?;
+                    (Form::JsonSchema, file, text)
+                }
+                (_, Some(file), _) => (Form::Grammar, file.clone(), read_text(Some(file))?),
+                (_, _, Some(regex)) => (Form::Regex, "--regex".into(), regex.clone()),
+                (None, None, None) => return Ok(None),
+            },
+        ))
+    }
+
     /// What holds the answers of a model to the form; nothing if none was asked for. `continuing`: see
     /// [`Compiler::compile`].
     ///
@@ -151,18 +202,8 @@ impl AnswerOptions {
         continuing: bool,
         verbose: bool,
     ) -> Result<Option<Constraint>> {
-        let (form, source, text) = match (&self.json_schema, &self.grammar, &self.regex) {
-            (Some(schema), _, _) if schema.trim_start().starts_with('{') => {
-                (Form::JsonSchema, "--json-schema".into(), schema.clone())
-            }
-            (Some(file), _, _) => {
-                let file = PathBuf::from(file);
-                let text = read_text(Some(&file))?;
-                (Form::JsonSchema, file, text)
-            }
-            (_, Some(file), _) => (Form::Grammar, file.clone(), read_text(Some(file))?),
-            (_, _, Some(regex)) => (Form::Regex, "--regex".into(), regex.clone()),
-            (None, None, None) => return Ok(None),
+        let Some((form, source, text)) = self.read()? else {
+            return Ok(None);
         };
         let started = Instant::now();
         let stop = loaded.template.stop_ids(&loaded.tokenizer);
@@ -186,6 +227,15 @@ pub fn count(text: &str) -> std::result::Result<u32, String> {
         _ => text
             .parse()
             .map_err(|_| "expected a number of tokens, or -1 for all".to_string()),
+    }
+}
+
+/// A text that ends an answer.
+fn stop(text: &str) -> std::result::Result<String, String> {
+    match unescape(text) {
+        Some(text) if !text.is_empty() => Ok(text),
+        Some(_) => Err("expected a text, found none".into()),
+        None => Err("expected only \\n, \\r, \\t, \\\" and \\\\ with a backslash".into()),
     }
 }
 
@@ -216,7 +266,11 @@ fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
     }
 }
 
-fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
+/// A cache's element type.
+///
+/// # Errors
+/// If no type has this name.
+pub fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
     match text {
         "f16" => Ok(KvType::F16),
         "f32" => Ok(KvType::F32),

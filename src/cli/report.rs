@@ -1,7 +1,8 @@
 //! What every run says on stderr: progress while a long prompt is read, and the closing line.
 
 use super::input::note;
-use crate::chat::session::Stats;
+use crate::chat::batch::Totals;
+use crate::chat::session::{LogitsHash, Stats};
 use crate::moe::Machine;
 use crate::pool::Pool;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -14,20 +15,27 @@ use std::time::{Duration, Instant};
 pub struct Progress {
     started: Instant,
     what: &'static str,
+    unit: &'static str,
     bar: Option<ProgressBar>,
 }
 
 impl Progress {
-    /// A bar for `what`, such as "reading the prompt".
+    /// A bar for `what`, such as "reading the prompt", that counts tokens.
     pub fn new(what: &'static str) -> Progress {
+        Progress::of(what, "tokens")
+    }
+
+    /// A bar that counts something else; its speed is what [`Progress::tell`] says.
+    pub fn of(what: &'static str, unit: &'static str) -> Progress {
         Progress {
             started: Instant::now(),
             what,
+            unit,
             bar: None,
         }
     }
 
-    /// `done` of `total` tokens are done.
+    /// `done` of `total` are done.
     pub fn set(&mut self, done: usize, total: usize) {
         if done >= total {
             return self.clear();
@@ -36,21 +44,40 @@ impl Progress {
             && std::io::stderr().is_terminal()
             && self.started.elapsed() > Duration::from_secs(1)
         {
-            let style = ProgressStyle::with_template(
-                "{msg} {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left",
-            )
-            .expect("a valid template");
-            let bar =
-                ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
-            self.bar = Some(
-                bar.with_style(style)
-                    .with_message(self.what)
-                    .with_elapsed(self.started.elapsed()),
-            );
+            self.bar = Some(self.begin(done, total));
         }
         if let Some(bar) = &self.bar {
             bar.set_position(done as u64);
         }
+    }
+
+    /// Says how fast it goes.
+    pub fn tell(&mut self, speed: impl FnOnce() -> String) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(speed());
+        }
+    }
+
+    fn begin(&self, done: usize, total: usize) -> ProgressBar {
+        let speed = match self.unit {
+            "tokens" => "{per_sec:1}",
+            _ => "{msg}",
+        };
+        // Nobody knows how much more there is on a pipe.
+        let (of, left) = match total {
+            usize::MAX => ("", ""),
+            _ => ("/{len}", ", {eta} left"),
+        };
+        let (what, unit) = (self.what, self.unit);
+        let template = format!("{what} {{wide_bar}} {{pos}}{of} {unit}, {speed}{left}");
+        let style = ProgressStyle::with_template(&template).expect("a valid template");
+        let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
+        let bar = bar
+            .with_style(style)
+            .with_position(done as u64)
+            .with_elapsed(self.started.elapsed());
+        bar.reset_eta();
+        bar
     }
 
     /// Takes the bar away.
@@ -94,8 +121,31 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
             stats.answer_rate()
         )),
     }
-    let used = stats.bandwidth() / 1e9;
-    let limit = bandwidth(&machine.pool, stats.bandwidth()) / 1e9;
+    closing(parts, machine, stats.bandwidth(), &stats.hash);
+}
+
+/// The same for a batch.
+pub fn batch_closing_line(lines: &str, totals: &Totals, machine: &Machine) {
+    let shared = match totals.shared_tokens {
+        0 => String::new(),
+        n => format!(" and {n} shared"),
+    };
+    let parts = vec![
+        format!("{lines} in {:.1} s", totals.time.as_secs_f64()),
+        format!("prompts {}{shared}", tokens(totals.prompt_tokens)),
+        format!(
+            "answers {} at {:.1} tok/s",
+            tokens(totals.answer_tokens),
+            totals.answer_rate()
+        ),
+    ];
+    closing(parts, machine, totals.bandwidth(), &totals.hash);
+}
+
+/// What all closing lines end with: the machine's bandwidth and `used` of it, tier, threads, logits.
+fn closing(mut parts: Vec<String>, machine: &Machine, used: f64, hash: &LogitsHash) {
+    let limit = bandwidth(&machine.pool, used) / 1e9;
+    let used = used / 1e9;
     parts.push(format!(
         "{used:.1} GB/s of weights ({:.0}% of {limit:.1})",
         100.0 * used / limit
@@ -105,7 +155,7 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
         machine.kernels.tier().name(),
         machine.pool.threads()
     ));
-    parts.push(format!("logits {}", stats.hash));
+    parts.push(format!("logits {hash}"));
     note(parts.join("; "));
 }
 
@@ -121,21 +171,29 @@ fn tokens(n: usize) -> String {
 /// count (about 0.2 s), then remembered in the user's cache folder. `seen`: what was just reached; more
 /// than is remembered means that the machine was busy when it was measured, so it is measured again.
 pub fn bandwidth(pool: &Pool, seen: f64) -> f64 {
-    let file = cache_folder().map(|dir| dir.join(format!("bandwidth-{}", pool.threads())));
+    let name = format!("bandwidth-{}", pool.threads());
+    remembered(&name, seen, || crate::pool::read_bandwidth(pool))
+}
+
+/// Products of int8 per second ([`Machine::int8_peak`]), remembered like [`bandwidth`].
+pub fn int8_peak(machine: &Machine, seen: f64) -> f64 {
+    let (tier, threads) = (machine.kernels.tier().name(), machine.pool.threads());
+    let name = format!("int8-{tier}-{threads}");
+    remembered(&name, seen, || machine.int8_peak())
+}
+
+/// What is known under `name`, measured anew if nothing is or if more than it was seen.
+fn remembered(name: &str, seen: f64, measure: impl FnOnce() -> f64) -> f64 {
+    let file = cache_folder().map(|dir| dir.join(name));
     let known = file
         .as_ref()
         .and_then(|f| std::fs::read_to_string(f).ok())
         .and_then(|text| text.trim().parse().ok())
         .filter(|b: &f64| b.is_finite() && *b > 0.0);
-    match known {
-        Some(known) if known >= seen => known,
-        _ => remember(pool, file, known.unwrap_or(0.0)),
+    if let Some(known) = known.filter(|known| *known >= seen) {
+        return known;
     }
-}
-
-/// Measures, and remembers the best of what was known and measured.
-fn remember(pool: &Pool, file: Option<PathBuf>, known: f64) -> f64 {
-    let best = crate::pool::read_bandwidth(pool).max(known);
+    let best = measure().max(known.unwrap_or(0.0));
     if let Some(file) = file {
         // Without a cache folder it is measured again next time; no reason to trouble the user.
         let _ = file.parent().map(std::fs::create_dir_all);

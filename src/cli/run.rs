@@ -3,10 +3,12 @@
 use super::chat::hear_interrupts;
 use super::input::{note, read_text};
 use super::load::{Loaded, load};
-use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, count};
+use super::options::{
+    AnswerOptions, MachineOptions, ModelOptions, RequestOptions, SamplingOptions,
+};
 use super::report::{Progress, closing_line, draft_line};
 use crate::chat::repl::show;
-use crate::chat::sampler::{Sampler, unescape};
+use crate::chat::sampler::Sampler;
 use crate::chat::session::{Answer, Event, Finish, Limits, Session};
 use crate::chat::stops::AnswerText;
 use crate::chat::template::{Message, Role};
@@ -26,21 +28,9 @@ pub struct Args {
     /// A file with the prompt; - is standard input; may be repeated, and --prompt comes after it
     #[arg(short, long, value_name = "FILE")]
     pub file: Vec<PathBuf>,
-    /// System text: how the model should behave
-    #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
-    pub system: Option<String>,
-    /// Most tokens of the answer [default: as many as the context holds]
-    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = count, allow_negative_numbers = true)]
-    pub predict: Option<u32>,
-    /// End the answer before this text (\n is a line break); may be repeated
-    #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
-    pub stop: Vec<String>,
-    /// Go on where the model would end its answer
-    #[arg(long, conflicts_with = "form")]
-    pub ignore_eos: bool,
-    /// Continue the text itself, without the model's chat format
-    #[arg(long)]
-    pub raw: bool,
+    /// What is asked of the answer.
+    #[command(flatten)]
+    pub request: RequestOptions,
     /// Show the token ids and pieces of the prompt instead of answering it
     #[arg(long)]
     pub show_prompt: bool,
@@ -62,15 +52,6 @@ pub struct Args {
     /// How tokens are chosen.
     #[command(flatten)]
     pub sampling: SamplingOptions,
-}
-
-/// A text that ends an answer.
-fn stop(text: &str) -> std::result::Result<String, String> {
-    match unescape(text) {
-        Some(text) if !text.is_empty() => Ok(text),
-        Some(_) => Err("expected a text, found none".into()),
-        None => Err("expected only \\n, \\r, \\t, \\\" and \\\\ with a backslash".into()),
-    }
 }
 
 /// The files in order, then the prompt, each on lines of its own.
@@ -100,13 +81,14 @@ pub fn run(args: &Args) -> Result<()> {
     let text = prompt_text(args)?;
     let loaded = load(&args.model, &args.machine)?;
     let tokenizer = &loaded.tokenizer;
-    let prompt: Vec<u32> = match args.raw {
-        true => {
-            let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
-            bos.into_iter().chain(tokenizer.encode(&text)).collect()
-        }
+    let prompt = match args.request.raw {
+        true => tokenizer.raw_prompt(&text),
         false => {
-            let system = args.system.iter().map(|s| Message::new(Role::System, s));
+            let system = args
+                .request
+                .system
+                .iter()
+                .map(|s| Message::new(Role::System, s));
             let messages: Vec<_> = system.chain([Message::new(Role::User, &text)]).collect();
             loaded.template.encode(tokenizer, &messages, None)?
         }
@@ -114,9 +96,10 @@ pub fn run(args: &Args) -> Result<()> {
     if args.show_prompt {
         return show_prompt(args, &loaded, &prompt);
     }
-    let constraint = args
-        .answer
-        .constraint(&loaded, args.raw, args.machine.verbose)?;
+    let constraint =
+        args.answer
+            .form
+            .constraint(&loaded, args.request.raw, args.machine.verbose)?;
     let interrupted = hear_interrupts()?;
     let mut session = Session::new(
         &loaded.model,
@@ -126,16 +109,13 @@ pub fn run(args: &Args) -> Result<()> {
     );
     session.set_draft(args.answer.draft);
     let mut limits = Limits {
-        max_tokens: args.predict.map(|n| n as usize),
+        max_tokens: args.request.predict.map(|n| n as usize),
         stop: loaded.template.stop_ids(tokenizer),
         logprobs: args.logprobs,
     };
     let mut options = args.sampling.sampler(loaded.model.config.n_vocab)?;
-    if args.ignore_eos {
-        let ends = limits.stop.drain(..);
-        options
-            .logit_bias
-            .extend(ends.map(|id| (id, f32::NEG_INFINITY)));
+    if args.request.ignore_eos {
+        limits.ignore_ends(&mut options);
     }
     let mut sampler = Sampler::for_text(options, tokenizer);
     sampler.constrain(constraint);
@@ -143,11 +123,11 @@ pub fn run(args: &Args) -> Result<()> {
         note(format!("seed {}", sampler.seed()));
     }
     // A chat answer begins anew; raw text goes on where the prompt ends, so its first space counts.
-    let stream = match args.raw {
+    let stream = match args.request.raw {
         true => tokenizer.stream_continuing(),
         false => tokenizer.stream(),
     };
-    let mut answer_text = AnswerText::new(stream, &args.stop);
+    let mut answer_text = AnswerText::new(stream, &args.request.stop);
     let mut said = String::new();
     let mut progress = Progress::new("reading the prompt");
     let mut failed = None;
@@ -249,7 +229,7 @@ fn show_prompt(args: &Args, loaded: &Loaded, prompt: &[u32]) -> Result<()> {
         "{} tokens of a context of {}; {}",
         prompt.len(),
         loaded.ctx,
-        match args.raw {
+        match args.request.raw {
             true => "raw text".to_string(),
             false => format!("prompt format {}", loaded.template.name()),
         }

@@ -220,6 +220,19 @@ impl Config {
         Ok(())
     }
 
+    /// Products of weights and activations that a token takes, without the output head.
+    pub fn macs(&self) -> u64 {
+        let (d, heads, kv) = (
+            self.d_model,
+            self.n_head * self.d_head,
+            self.n_kv * self.d_head,
+        );
+        let attention = d * (2 * heads + 2 * kv);
+        let router = if self.routed { d * self.n_expert } else { 0 };
+        let experts = self.n_used * 3 * d * self.d_ff;
+        (self.n_layer * (attention + router + experts)) as u64
+    }
+
     /// Things that are probably mistakes of whoever made the file, one sentence each.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();

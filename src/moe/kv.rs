@@ -20,6 +20,16 @@ pub enum KvType {
     F32,
 }
 
+impl KvType {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F16 => "f16",
+            KvType::F32 => "f32",
+        }
+    }
+}
+
 /// Keys or values of one layer and block: `(n_kv, KV_BLOCK, d_head)`.
 #[derive(Clone)]
 pub enum Plane {

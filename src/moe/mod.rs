@@ -25,6 +25,8 @@ pub use routes::Routes;
 use crate::error::Result;
 use crate::pool::Pool;
 use crate::simd::{Kernels, Tier, best};
+use std::hint::black_box;
+use std::time::Instant;
 
 /// What a model runs on: threads, and the kernels of a CPU tier.
 pub struct Machine {
@@ -43,6 +45,34 @@ impl Machine {
         Ok(Machine {
             pool: Pool::new(threads)?,
             kernels: Kernels::of(best(cap)),
+        })
+    }
+
+    /// Products of int8 per second that the machine can do at most, as its kernels do them: the best of some
+    /// passes over weights in the L1 cache ([`Kernels::products`]). Takes about 0.1 s.
+    pub fn int8_peak(&self) -> f64 {
+        const W: usize = 32 << 10;
+        let (w, x) = ([7u8; W], [[5i8; 4]; 8]);
+        let calls = |n: usize| {
+            let started = Instant::now();
+            self.pool.tasks(16 * self.pool.threads(), |_| {
+                for _ in 0..n {
+                    black_box(self.kernels.products(black_box(&w), black_box(&x)));
+                }
+            });
+            let macs = 16 * self.pool.threads() * n * 8 * W;
+            (
+                macs as f64 / started.elapsed().as_secs_f64(),
+                started.elapsed(),
+            )
+        };
+        self.pool.enter(|| {
+            // So many that a pass takes some milliseconds in any tier.
+            let mut n = 1;
+            while calls(n).1.as_millis() < 5 {
+                n *= 2;
+            }
+            (0..8).map(|_| calls(n).0).fold(0.0, f64::max)
         })
     }
 }

@@ -186,13 +186,13 @@ impl Tile for Maddubs {
     }
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
-        _mm_prefetch::<_MM_HINT_T0>(at.cast())
+        _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
     unsafe fn dot16<const N: usize, const BITS: u32>(
         sums: &mut [__m256i; N],
-        w: *const u8,
-        x: &[*const i8; N],
+        w: [__m256i; 4],
+        x: [*const i8; N],
     ) {
         // Pairs that fit i16 together: 15 · 127 · 2 eight times, 63 · 127 · 2 twice, 128 · 127 · 2 once.
         let together = match BITS {
@@ -203,7 +203,7 @@ impl Tile for Maddubs {
         for first in (0..4).step_by(together) {
             let mut pairs = [_mm256_setzero_si256(); N];
             for j in first..first + together {
-                let w = _mm256_loadu_si256(w.add(32 * j).cast());
+                let w = w[j];
                 for t in 0..N {
                     let x = _mm256_set1_epi32(x[t].cast::<i32>().add(j).read_unaligned());
                     // |w| · (x with the sign of w), where w is signed; -128 becomes 128 as a u8.

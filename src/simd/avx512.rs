@@ -144,12 +144,13 @@ impl Tile for Vnni {
     #[inline(always)]
     unsafe fn columns(at: *const u8, stride: usize) -> [__m512i; 4] {
         // Quarter `q` of `z(i)` is row `4q + i`; a 4 × 4 transposition of dwords within quarters
-        // brings four rows' dwords together.
+        // brings four rows' dwords together. Loads that broadcast under a mask leave the shuffle port free.
         let row = |r: usize| _mm_loadu_si128(at.add(stride * r).cast());
         let z = |i: usize| {
-            let low = _mm256_set_m128i(row(i + 4), row(i));
-            let high = _mm256_set_m128i(row(i + 12), row(i + 8));
-            _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)
+            let z = _mm512_castsi128_si512(row(i));
+            let z = _mm512_mask_broadcast_i32x4(z, 0x00f0, row(i + 4));
+            let z = _mm512_mask_broadcast_i32x4(z, 0x0f00, row(i + 8));
+            _mm512_mask_broadcast_i32x4(z, 0xf000, row(i + 12))
         };
         let (a, b, c, d) = (z(0), z(1), z(2), z(3));
         let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
@@ -163,19 +164,18 @@ impl Tile for Vnni {
     }
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
-        _mm_prefetch::<_MM_HINT_T0>(at.cast())
+        _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
     unsafe fn dot16<const N: usize, const BITS: u32>(
         sums: &mut [__m512i; N],
-        w: *const u8,
-        x: &[*const i8; N],
+        w: [__m512i; 4],
+        x: [*const i8; N],
     ) {
         for j in 0..4 {
-            let w = _mm512_loadu_si512(w.add(64 * j).cast());
             for t in 0..N {
                 let x = _mm512_set1_epi32(x[t].cast::<i32>().add(j).read_unaligned());
-                sums[t] = _mm512_dpbusd_epi32(sums[t], w, x);
+                sums[t] = _mm512_dpbusd_epi32(sums[t], w[j], x);
             }
         }
     }

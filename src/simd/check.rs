@@ -385,3 +385,22 @@ fn tiers_fall_through() {
         assert_eq!(best(Some(tier)), tier);
     }
 }
+
+#[test]
+fn products_are_the_same_in_every_tier() {
+    let mut random = Random(7);
+    for n in [0, 256, 768, 1 << 15] {
+        let w: Vec<u8> = (0..n).map(|_| random.next() as u8 & 15).collect();
+        let x = std::array::from_fn(|_| std::array::from_fn(|_| random.next() as i8 | 1));
+        let mut want = 0i64;
+        for (i, w) in w.iter().enumerate() {
+            for x in x {
+                want += i64::from(*w) * i64::from(x[i % 4]);
+            }
+        }
+        for tier in available() {
+            let got = Kernels::of(tier).products(&w, &x);
+            assert_eq!(i64::from(got), want, "{tier:?} {n}");
+        }
+    }
+}

@@ -220,6 +220,7 @@ pub struct Kernels {
     rope: unsafe fn(&mut [f32], &[f32], &[f32]),
     attend_f32: Attend<f32>,
     attend_f16: Attend<f16>,
+    products: unsafe fn(&[u8], &[[i8; 4]; 8]) -> i32,
 }
 
 impl Kernels {
@@ -332,5 +333,17 @@ impl Kernels {
     ) {
         // SAFETY: see above.
         unsafe { (self.attend_f16)(q, k, v, dim, run, acc) }
+    }
+
+    /// `Σ_t Σ_i w[i] · x[t][i % 4]`, wrapping: the products that [`Kernels::matmul`] is made of, from the L1 cache and
+    /// without unpacking, scales and stores. How fast this is, is the most that it could reach. Weights have
+    /// at most 4 bits.
+    ///
+    /// # Panics
+    /// If `w` is not a multiple of 256 bytes.
+    pub fn products(&self, w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+        assert!(w.len().is_multiple_of(256));
+        // SAFETY: see above.
+        unsafe { (self.products)(w, x) }
     }
 }

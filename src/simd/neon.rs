@@ -152,8 +152,8 @@ impl Tile for Widening {
     #[inline(always)]
     unsafe fn dot16<const N: usize, const BITS: u32>(
         sums: &mut [int32x4_t; N],
-        w: *const u8,
-        x: &[*const i8; N],
+        w: [int32x4_t; 4],
+        x: [*const i8; N],
     ) {
         // Products that fit i16 together: 32 · 127 eight times, 128 · 127 twice.
         let together = if BITS == 8 { 1 } else { 4 };
@@ -161,7 +161,7 @@ impl Tile for Widening {
             for t in 0..N {
                 let (mut low, mut high) = (vdupq_n_s16(0), vdupq_n_s16(0));
                 for j in first..first + together {
-                    let w = vld1q_s8(w.cast::<i8>().add(16 * j));
+                    let w = vreinterpretq_s8_s32(w[j]);
                     let x = vdupq_n_s32(x[t].cast::<i32>().add(j).read_unaligned());
                     let x = vreinterpretq_s8_s32(x);
                     low = vmlal_s8(low, vget_low_s8(w), vget_low_s8(x));

@@ -21,7 +21,21 @@ pub(super) fn table() -> Kernels {
         rope,
         attend_f32,
         attend_f16,
+        products,
     }
+}
+
+/// [`Kernels::products`], as it is defined.
+fn products(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+    let mut sums = [0i32; 8];
+    for w in w.as_chunks::<4>().0 {
+        for (sum, x) in sums.iter_mut().zip(x) {
+            for (w, x) in w.iter().zip(x) {
+                *sum = sum.wrapping_add(i32::from(*w) * i32::from(*x));
+            }
+        }
+    }
+    sums.iter().fold(0, |total, sum| total.wrapping_add(*sum))
 }
 
 /// Nothing lies below this tier.

@@ -10,18 +10,20 @@
 //!
 //! So row sums appear in lanes, without a horizontal addition, and every row of the panel has its one
 //! accumulator: the canonical arithmetic of `quant`. Unpacking (`unpack.rs`) is a transposition and a few
-//! shifts of whole registers, cheap enough for a single token, and is paid once for all tokens; these
-//! go through a panel a few at a time, so that accumulators stay in registers.
+//! shifts of whole registers and is paid once for all tokens; these go through a panel a few at a time, so
+//! that accumulators stay in registers. For a single token nothing is stored: what is unpacked is
+//! multiplied at once.
 //!
 //! ```text
 //! for panel in rows / ROWS:  for chunk in k / 256:  unpack;  for tokens / TOKENS:  tile
 //! ```
 
-use super::unpack::{Source, Unpack};
+use super::unpack::{Sink, Source, Unpack};
 use super::{Rows, Tokens};
 use crate::pool::Stripe;
 use crate::quant::IntBlock;
-use crate::quant::act::{CHUNK, Chunk, SUM};
+use crate::quant::act::{Acts, CHUNK, Chunk};
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 /// The few instructions that a tier brings. Lanes are rows.
@@ -72,12 +74,11 @@ pub(super) trait Tile: Copy {
     /// Brings memory nearer that will be wanted soon. May do nothing; any address will do.
     unsafe fn prefetch(_at: *const u8) {}
 
-    /// `sums[t] += Σ_16 w · x[t]`. `w`: 16 weights of each row, four registers of a panel, of at most `BITS`
-    /// bits; `x[t]`: 16 activations.
+    /// `sums[t] += Σ_16 w · x[t]`. `w`: 16 weights of each row, of at most `BITS` bits; `x[t]`: 16 activations.
     unsafe fn dot16<const N: usize, const BITS: u32>(
         sums: &mut [Self::I; N],
-        w: *const u8,
-        x: &[*const i8; N],
+        w: [Self::I; 4],
+        x: [*const i8; N],
     );
     /// `acc + m[r][0] · x[0] + m[r][1] · x[1]`; `m`: a pair of i16 in every lane, `x`: two i16.
     unsafe fn pair(acc: Self::I, m: Self::I, x: *const i16) -> Self::I;
@@ -93,24 +94,61 @@ pub(super) trait Tile: Copy {
 }
 
 /// Most rows of a panel in any tier.
-pub(super) const MAX_ROWS: usize = 16;
+const MAX_ROWS: usize = 16;
 /// Tokens that share the unpacking of a panel; more than this come in several passes.
 const BATCH: usize = 512;
 
 /// Some rows × 256 weights, interleaved. Of each array the first [`Tile::ROWS`] columns are in use.
 #[repr(C, align(64))]
-pub(super) struct Panel {
+struct Panel {
     /// `(CHUNK / 4, ROWS, 4)`, packed to the tier's number of rows.
-    pub(super) q: [u8; CHUNK * MAX_ROWS],
+    q: [u8; CHUNK * MAX_ROWS],
     /// Blocks' scales: one row for 256 weights, or one for every 32.
-    pub(super) scale: [[f32; MAX_ROWS]; CHUNK / 32],
+    scale: [[f32; MAX_ROWS]; CHUNK / 32],
     /// Blocks' minimums.
-    pub(super) min: [[f32; MAX_ROWS]; CHUNK / 32],
+    min: [[f32; MAX_ROWS]; CHUNK / 32],
     /// Sub-blocks' scales.
-    pub(super) sub: [[i32; MAX_ROWS]; CHUNK / 16],
+    sub: [[i32; MAX_ROWS]; CHUNK / 16],
     /// What the sums of activations are multiplied with, a pair of i16 for two sums of 16: sub-blocks'
     /// minimums, or their scales where a bias must leave again.
-    pub(super) pairs: [[i32; MAX_ROWS]; CHUNK / 32],
+    pairs: [[i32; MAX_ROWS]; CHUNK / 32],
+}
+
+/// A block of a panel, to be filled.
+struct Slot<'a> {
+    panel: &'a mut Panel,
+    b: usize,
+}
+
+impl<T: Tile> Sink<T> for Slot<'_> {
+    #[inline(always)]
+    unsafe fn scale(&mut self, d: T::F) {
+        // SAFETY: the caller's; a row of the panel, here and below.
+        unsafe { T::store_floats(self.panel.scale[self.b].as_mut_ptr(), d) }
+    }
+    #[inline(always)]
+    unsafe fn min(&mut self, m: T::F) {
+        // SAFETY: as above.
+        unsafe { T::store_floats(self.panel.min[self.b].as_mut_ptr(), m) }
+    }
+    #[inline(always)]
+    unsafe fn sub(&mut self, s: usize, scale: T::I) {
+        // SAFETY: as above.
+        unsafe { T::store(self.panel.sub[s].as_mut_ptr(), scale) }
+    }
+    #[inline(always)]
+    unsafe fn pair(&mut self, p: usize, factors: T::I) {
+        // SAFETY: as above.
+        unsafe { T::store(self.panel.pairs[p].as_mut_ptr(), factors) }
+    }
+    #[inline(always)]
+    unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
+        for (i, q) in q.into_iter().enumerate() {
+            let at = (32 * self.b + first + 4 * i) * T::ROWS;
+            // SAFETY: the caller's; a register of the panel.
+            unsafe { T::store(self.panel.q[at..].as_mut_ptr().cast(), q) };
+        }
+    }
 }
 
 /// `y[t][r] = Σ_k w[r][k] · x[t][k]`, see [`super::Kernels::matmul`].
@@ -119,8 +157,21 @@ pub(super) struct Panel {
 /// The tier's features are enabled. Shapes belong together (`Kernels::matmul` asserts them).
 #[inline(always)]
 pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let stride = w.row_bytes();
     let panels = w.len() / T::ROWS;
+    // SAFETY: the caller's.
+    unsafe {
+        match x.pick {
+            [token] => one::<T, B>(w, x.acts, *token, y),
+            _ => many::<T, B>(w, x, y),
+        }
+    }
+    super::matmul_rest(w, panels * T::ROWS, x, y);
+}
+
+/// [`matmul`] of whole panels with many tokens.
+#[inline(always)]
+unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
+    let stride = w.row_bytes();
     let mut panel = Panel {
         q: [0; CHUNK * MAX_ROWS],
         scale: [[0.0; MAX_ROWS]; CHUNK / 32],
@@ -131,34 +182,24 @@ pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &
     let mut acc = [const { MaybeUninit::<[f32; MAX_ROWS]>::uninit() }; BATCH];
     for (batch, pick) in x.pick.chunks(BATCH).enumerate() {
         let acc = &mut acc[..pick.len()];
-        for p in 0..panels {
+        for p in 0..w.len() / T::ROWS {
             for acc in acc.iter_mut() {
                 acc.write([0.0; MAX_ROWS]);
             }
             // SAFETY: all of them have just been written.
             let acc = unsafe {
-                std::slice::from_raw_parts_mut(
-                    acc.as_mut_ptr().cast::<[f32; MAX_ROWS]>(),
-                    acc.len(),
-                )
+                let first = acc.as_mut_ptr().cast::<[f32; MAX_ROWS]>();
+                std::slice::from_raw_parts_mut(first, acc.len())
             };
             let rows = w.bytes[p * T::ROWS * stride..].as_ptr();
             for k in (0..w.k).step_by(CHUNK) {
                 let width = CHUNK.min(w.k - k);
-                let at = k / B::WEIGHTS * size_of::<B>();
-                let bytes = width / B::WEIGHTS * size_of::<B>();
-                // SAFETY: chunk `k` of `ROWS` rows is inside `w.bytes`; the features are enabled by the caller.
-                unsafe {
-                    for b in 0..width / B::WEIGHTS {
-                        let source = Source::<T>::new(rows.add(at + b * size_of::<B>()), stride);
-                        B::unpack(source, b, &mut panel);
-                    }
-                    // The next panel's rows lie behind these: while this chunk is worked, the share of them
-                    // that keeps pace is fetched, in the order of memory.
-                    let ahead = rows.wrapping_add(T::ROWS * (stride + at));
-                    for line in (0..T::ROWS * bytes).step_by(64) {
-                        T::prefetch(ahead.wrapping_add(line));
-                    }
+                for b in 0..width / B::WEIGHTS {
+                    let panel = &mut panel;
+                    // SAFETY: this block of `ROWS` rows is inside `w.bytes`; the features are enabled by the caller.
+                    unsafe {
+                        unpack::<T, B>(rows, stride, k / B::WEIGHTS + b, &mut Slot { panel, b })
+                    };
                 }
                 let chunks = x.acts.chunks(k / CHUNK);
                 let mut t = 0;
@@ -180,8 +221,35 @@ pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &
             }
         }
     }
-    super::matmul_rest(w, panels * T::ROWS, x, y);
 }
+
+/// Unpacks block `b` of every row.
+///
+/// CPUs fetch ahead along a row by themselves, but not beyond a page, and only once they have seen a few of its
+/// cache lines. Where rows are shorter than a page, as many bytes of the next panel are fetched, which lies
+/// behind this one: it arrives in the order of memory.
+#[inline(always)]
+unsafe fn unpack<T: Tile, B: Unpack>(
+    rows: *const u8,
+    stride: usize,
+    b: usize,
+    to: &mut impl Sink<T>,
+) {
+    let size = size_of::<B>();
+    // SAFETY: the caller's; prefetching takes any address.
+    unsafe {
+        if stride < PAGE {
+            let ahead = rows.wrapping_add(T::ROWS * (stride + b * size));
+            for line in (0..T::ROWS * size).step_by(64) {
+                T::prefetch(ahead.wrapping_add(line));
+            }
+        }
+        B::unpack(Source::new(rows.add(b * size), stride), to);
+    }
+}
+
+/// Bytes of a page of memory.
+const PAGE: usize = 4096;
 
 /// One panel × the first N picked tokens: `acc[t][r] += Σ_k w[r][k] · x[t][k]` over the panel's chunk.
 #[inline(always)]
@@ -202,8 +270,8 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize>(
             y[t] = T::load_floats(acc[t].as_ptr());
         }
         match B::WEIGHTS {
-            CHUNK => block_of_256::<T, B, N>(panel, &x, &mut y),
-            _ => (0..width / 32).for_each(|b| block_of_32::<T, B, N>(panel, b, &x, &mut y)),
+            CHUNK => tile_of_256::<T, B, N>(panel, x, &mut y),
+            _ => (0..width / 32).for_each(|b| tile_of_32::<T, B, N>(panel, b, x, &mut y)),
         }
         for t in 0..N {
             T::store_floats(acc[t].as_mut_ptr(), y[t]);
@@ -212,68 +280,48 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize>(
     N
 }
 
-/// Block `b` of 32 weights: one float step.
+/// Block `b` of 32 weights of a panel.
 #[inline(always)]
-unsafe fn block_of_32<T: Tile, B: IntBlock, const N: usize>(
+unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize>(
     panel: &Panel,
     b: usize,
-    x: &[&Chunk; N],
+    x: [&Chunk; N],
     y: &mut [T::F; N],
 ) {
-    let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
-        let zero = T::splat(0);
-        let mut isum = [zero; N];
-        if bias != 0 {
-            // The bias leaves through the sums of the activations.
-            let out = T::splat((-bias & 0xffff) | (-bias << 16));
-            for t in 0..N {
-                isum[t] = T::pair(zero, out, x[t].sums[32 * b / SUM..].as_ptr());
-            }
+        let mut isum = start_of_32::<T, B, N>(x, b);
+        for first in [0, 16] {
+            dot16_at::<T, B, N>(&mut isum, panel, 32 * b + first, x);
         }
-        dot::<T, B, N, 32>(panel, 32 * b, x, &mut isum);
         let d = T::load_floats(panel.scale[b].as_ptr());
-        for t in 0..N {
-            y[t] = T::step(y[t], d, x[t].d[b], isum[t]);
-        }
-        if B::HAS_MIN {
-            let m = T::load_floats(panel.min[b].as_ptr());
-            let one = T::splat(0x1_0001);
-            for t in 0..N {
-                let total = T::pair(zero, one, x[t].sums[32 * b / SUM..].as_ptr());
-                y[t] = T::step(y[t], m, x[t].d[b], total);
-            }
-        }
+        let m = T::load_floats(panel.min[b].as_ptr());
+        end_of_32::<T, B, N>(isum, [d, m], x, b, y);
     }
 }
 
-/// A block of 256 weights: sub-blocks' sums times their integer scales, one float step.
+/// The block of 256 weights of a panel.
 #[inline(always)]
-unsafe fn block_of_256<T: Tile, B: IntBlock, const N: usize>(
+unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize>(
     panel: &Panel,
-    x: &[&Chunk; N],
+    x: [&Chunk; N],
     y: &mut [T::F; N],
 ) {
-    let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
         let zero = T::splat(0);
-        let mut total = [zero; N];
+        let (mut isum, mut other) = ([zero; N], [zero; N]);
         for s in 0..CHUNK / B::SUB {
-            let mut isum = [zero; N];
-            match B::SUB {
-                16 => dot::<T, B, N, 16>(panel, 16 * s, x, &mut isum),
-                _ => dot::<T, B, N, 32>(panel, 32 * s, x, &mut isum),
+            let mut sub = [zero; N];
+            for first in (0..B::SUB).step_by(16) {
+                dot16_at::<T, B, N>(&mut sub, panel, B::SUB * s + first, x);
             }
             let scale = T::load(panel.sub[s].as_ptr());
             for t in 0..N {
-                total[t] = T::add(total[t], T::mul(isum[t], scale));
+                isum[t] = T::add(isum[t], T::mul(sub[t], scale));
             }
         }
-        // Sums of activations times minimums, or times scales where the bias has to leave.
-        let mut other = [zero; N];
-        if B::HAS_MIN || bias != 0 {
+        if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
             for (p, pairs) in panel.pairs.iter().enumerate() {
                 let pairs = T::load(pairs.as_ptr());
                 for t in 0..N {
@@ -283,11 +331,105 @@ unsafe fn block_of_256<T: Tile, B: IntBlock, const N: usize>(
         }
         let d = T::load_floats(panel.scale[0].as_ptr());
         let m = T::load_floats(panel.min[0].as_ptr());
-        for t in 0..N {
-            if bias != 0 {
-                total[t] = T::add(total[t], T::mul(other[t], T::splat(-bias)));
+        end_of_256::<T, B, N>(isum, other, [d, m], x, y);
+    }
+}
+
+/// [`dot16`] with the weights from `first` on of a panel.
+#[inline(always)]
+unsafe fn dot16_at<T: Tile, B: IntBlock, const N: usize>(
+    sums: &mut [T::I; N],
+    panel: &Panel,
+    first: usize,
+    x: [&Chunk; N],
+) {
+    let w = panel.q[first * T::ROWS..][..16 * T::ROWS]
+        .as_ptr()
+        .cast::<i32>();
+    // SAFETY: as `tile`; four registers.
+    unsafe {
+        let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
+        dot16::<T, B, N>(sums, w, x.map(|x| x.qs[first..][..16].as_ptr()));
+    }
+}
+
+/// [`Tile::dot16`] with the format's bits.
+#[inline(always)]
+unsafe fn dot16<T: Tile, B: IntBlock, const N: usize>(
+    sums: &mut [T::I; N],
+    w: [T::I; 4],
+    x: [*const i8; N],
+) {
+    // SAFETY: as `tile`.
+    unsafe {
+        match B::BITS {
+            ..=4 => T::dot16::<N, 4>(sums, w, x),
+            5..=6 => T::dot16::<N, 6>(sums, w, x),
+            _ => T::dot16::<N, 8>(sums, w, x),
+        }
+    }
+}
+
+/// What the integer sums of a block of 32 start with: the bias leaves through the sums of the activations.
+#[inline(always)]
+unsafe fn start_of_32<T: Tile, B: IntBlock, const N: usize>(x: [&Chunk; N], b: usize) -> [T::I; N] {
+    let bias = T::bias(B::OFFSET);
+    // SAFETY: as `tile`.
+    unsafe {
+        let mut isum = [T::splat(0); N];
+        if bias != 0 {
+            let out = T::splat((-bias & 0xffff) | (-bias << 16));
+            for t in 0..N {
+                isum[t] = T::pair(isum[t], out, x[t].sums[2 * b..].as_ptr());
             }
-            y[t] = T::step(y[t], d, x[t].d[0], total[t]);
+        }
+        isum
+    }
+}
+
+/// The float steps of block `b` of 32 weights; `d`, `m`: its scale and minimum.
+#[inline(always)]
+unsafe fn end_of_32<T: Tile, B: IntBlock, const N: usize>(
+    isum: [T::I; N],
+    [d, m]: [T::F; 2],
+    x: [&Chunk; N],
+    b: usize,
+    y: &mut [T::F; N],
+) {
+    // SAFETY: as `tile`.
+    unsafe {
+        for t in 0..N {
+            y[t] = T::step(y[t], d, x[t].d[b], isum[t]);
+        }
+        if B::HAS_MIN {
+            let (zero, one) = (T::splat(0), T::splat(0x1_0001));
+            for t in 0..N {
+                let total = T::pair(zero, one, x[t].sums[2 * b..].as_ptr());
+                y[t] = T::step(y[t], m, x[t].d[b], total);
+            }
+        }
+    }
+}
+
+/// The float steps of a block of 256 weights. `other`: the sums of activations times minimums, or times
+/// scales where the bias has to leave; `d`, `m`: the block's scale and minimum.
+#[inline(always)]
+unsafe fn end_of_256<T: Tile, B: IntBlock, const N: usize>(
+    isum: [T::I; N],
+    other: [T::I; N],
+    [d, m]: [T::F; 2],
+    x: [&Chunk; N],
+    y: &mut [T::F; N],
+) {
+    let bias = T::bias(B::OFFSET);
+    // SAFETY: as `tile`.
+    unsafe {
+        for t in 0..N {
+            let isum = match bias {
+                0 => isum[t],
+                _ => T::add(isum[t], T::mul(other[t], T::splat(-bias))),
+            };
+            y[t] = T::step(y[t], d, x[t].d[0], isum);
             if B::HAS_MIN {
                 y[t] = T::step(y[t], m, x[t].d[0], other[t]);
             }
@@ -295,25 +437,139 @@ unsafe fn block_of_256<T: Tile, B: IntBlock, const N: usize>(
     }
 }
 
-/// `isum[t] += Σ w · x[t]` over the L weights from `first` on of the panel.
+/// [`matmul`] of whole panels with one token.
 #[inline(always)]
-unsafe fn dot<T: Tile, B: IntBlock, const N: usize, const L: usize>(
-    panel: &Panel,
-    first: usize,
-    x: &[&Chunk; N],
-    isum: &mut [T::I; N],
-) {
-    for k in (first..first + L).step_by(16) {
-        let x = x.map(|x| x.qs[k..].as_ptr());
-        let w = panel.q[k * T::ROWS..].as_ptr();
-        // SAFETY: as `tile`; a panel's bits are the format's.
+unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut Stripe<'_>) {
+    let stride = w.row_bytes();
+    let per_chunk = CHUNK / B::WEIGHTS;
+    for (p, out) in y.row(0).chunks_exact_mut(T::ROWS).enumerate() {
+        let rows = w.bytes[p * T::ROWS * stride..][..T::ROWS * stride].as_ptr();
+        // SAFETY: the features are enabled by the caller; blocks are inside the panel's rows.
         unsafe {
-            match B::BITS {
-                ..=4 => T::dot16::<N, 4>(isum, w, &x),
-                5..=6 => T::dot16::<N, 6>(isum, w, &x),
-                _ => T::dot16::<N, 8>(isum, w, &x),
+            let zero = T::splat(0);
+            let mut y = [T::halves(zero)];
+            for b in 0..w.k / B::WEIGHTS {
+                let x = [&acts.chunks(b / per_chunk)[token as usize]];
+                let at = b % per_chunk;
+                let mut block = Product::<T, B> {
+                    x: x[0],
+                    at: 32 * at,
+                    isum: match B::WEIGHTS {
+                        CHUNK => [zero],
+                        _ => start_of_32::<T, B, 1>(x, at),
+                    },
+                    other: [zero],
+                    scales: [y[0]; 2],
+                    subs: [zero; CHUNK / 16],
+                    format: PhantomData,
+                };
+                unpack::<T, B>(rows, stride, b, &mut block);
+                match B::WEIGHTS {
+                    CHUNK => {
+                        end_of_256::<T, B, 1>(block.isum, block.other, block.scales, x, &mut y)
+                    }
+                    _ => end_of_32::<T, B, 1>(block.isum, block.scales, x, at, &mut y),
+                }
+            }
+            T::store_floats(out.as_mut_ptr(), y[0]);
+        }
+    }
+}
+
+/// The integer sums of a block with one token's activations, made while it is unpacked.
+struct Product<'a, T: Tile, B> {
+    x: &'a Chunk,
+    /// Where the block's activations begin in `x`.
+    at: usize,
+    isum: [T::I; 1],
+    other: [T::I; 1],
+    /// Scale and minimum.
+    scales: [T::F; 2],
+    subs: [T::I; CHUNK / 16],
+    format: PhantomData<B>,
+}
+
+impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
+    #[inline(always)]
+    unsafe fn scale(&mut self, d: T::F) {
+        self.scales[0] = d;
+    }
+    #[inline(always)]
+    unsafe fn min(&mut self, m: T::F) {
+        self.scales[1] = m;
+    }
+    #[inline(always)]
+    unsafe fn sub(&mut self, s: usize, scale: T::I) {
+        self.subs[s] = scale;
+    }
+    #[inline(always)]
+    unsafe fn pair(&mut self, p: usize, factors: T::I) {
+        // SAFETY: the caller's; two of the chunk's sums.
+        unsafe {
+            self.other = [T::pair(
+                self.other[0],
+                factors,
+                self.x.sums[2 * p..].as_ptr(),
+            )]
+        }
+    }
+    #[inline(always)]
+    unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
+        let x = [self.x.qs[self.at + first..][..16].as_ptr()];
+        // SAFETY: the caller's; 16 activations.
+        unsafe {
+            if B::WEIGHTS == CHUNK {
+                let mut sub = [T::splat(0)];
+                dot16::<T, B, 1>(&mut sub, q, x);
+                self.isum = [T::add(
+                    self.isum[0],
+                    T::mul(sub[0], self.subs[first / B::SUB]),
+                )];
+            } else {
+                dot16::<T, B, 1>(&mut self.isum, q, x);
             }
         }
+    }
+}
+
+/// The kernel's products and nothing else, see [`super::Kernels::products`].
+///
+/// # Safety
+/// The tier's features are enabled.
+#[inline(always)]
+pub(super) unsafe fn products<T: Tile>(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match T::TOKENS {
+            8 => products_of::<T, 8>(w, x),
+            _ => {
+                let halves = x.as_chunks::<4>().0;
+                products_of::<T, 4>(w, &halves[0]).wrapping_add(products_of::<T, 4>(w, &halves[1]))
+            }
+        }
+    }
+}
+
+/// The same for N tokens.
+#[inline(always)]
+unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i32 {
+    let x = x.map(|x| [x; 4]);
+    let x: [*const i8; N] = std::array::from_fn(|t| x[t].as_ptr().cast());
+    // SAFETY: 16 weights of each row, 16 activations of each token, at most `MAX_ROWS` lanes.
+    unsafe {
+        let mut sums = [T::splat(0); N];
+        for w in w.chunks_exact(16 * T::ROWS) {
+            let w = w.as_ptr().cast::<i32>();
+            let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
+            T::dot16::<N, 4>(&mut sums, w, x);
+        }
+        let mut total = 0i32;
+        for sums in sums {
+            let mut lanes = [0; MAX_ROWS];
+            T::store(lanes.as_mut_ptr(), sums);
+            total = lanes.iter().fold(total, |s, l| s.wrapping_add(*l));
+        }
+        total
     }
 }
 
@@ -345,8 +601,15 @@ macro_rules! tile_doors {
             }
         )*
 
+        #[$tier]
+        fn products(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+            // SAFETY: as above.
+            unsafe { $crate::simd::tile::products::<$tile>(w, x) }
+        }
+
         /// Puts the integer formats' kernels into the table.
         fn install_tiles(k: &mut Kernels) {
+            k.products = products;
             $( k.matmul[quant::Format::$format.index()] = $name; )*
         }
     };

@@ -1,11 +1,11 @@
-//! From packed blocks to panels: where the bits of every format lie, for many rows at once.
+//! From packed blocks to bytes: where the bits of every format lie, for many rows at once.
 //!
 //! [`Source::columns`] fetches 16 bytes of every row and transposes them: each register then has the same
 //! 4 bytes of all rows. From there on unpacking is shifts and masks of whole registers, and its result is
-//! already interleaved as a panel wants it. The layouts are those of `quant/`, whose files say where
+//! already interleaved as products want it. The layouts are those of `quant/`, whose files say where
 //! they come from.
 
-use super::tile::{MAX_ROWS, Panel, Tile};
+use super::tile::Tile;
 use crate::quant::IntBlock;
 use crate::quant::act::CHUNK;
 use crate::quant::iq4_nl::{self, Iq4Nl};
@@ -23,13 +23,31 @@ use crate::quant::q8_0::Q8_0;
 use std::marker::PhantomData;
 use std::mem::offset_of;
 
-/// A format that can be unpacked into panels.
+/// A format that can be unpacked, one block of every row at a time.
 pub(super) trait Unpack: IntBlock {
-    /// Unpacks one block of every row, as block `b` of the panel.
+    /// Unpacks one block of every row: its scales first, then its weights, in pieces of any order.
     ///
     /// # Safety
     /// The tier's features are enabled, and `rows` leads to whole blocks of this format.
-    unsafe fn unpack<T: Tile>(rows: Source<T>, b: usize, panel: &mut Panel);
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S);
+}
+
+/// Who takes what a block is made of.
+///
+/// # Safety
+/// Of every function: the tier's features are enabled; indices are inside a block.
+pub(super) trait Sink<T: Tile> {
+    /// The block's scale.
+    unsafe fn scale(&mut self, d: T::F);
+    /// The block's minimum, [`IntBlock::min`].
+    unsafe fn min(&mut self, m: T::F);
+    /// The scale of sub-block `s`.
+    unsafe fn sub(&mut self, s: usize, scale: T::I);
+    /// What the sums `2 p` and `2 p + 1` of 16 activations are multiplied with, a pair of i16: sub-blocks'
+    /// minimums, or, in formats without, their scales again, so that a bias can leave.
+    unsafe fn pair(&mut self, p: usize, factors: T::I);
+    /// 16 weights of every row from weight `first` on, raised by the tier's bias.
+    unsafe fn weights(&mut self, first: usize, q: [T::I; 4]);
 }
 
 /// One block of every row of a panel.
@@ -88,29 +106,33 @@ unsafe fn field<T: Tile>(x: T::I, at: i32, mask: i32) -> T::I {
     unsafe { T::and(T::shr(x, at), T::splat(mask)) }
 }
 
-/// Stores 16 weights of every row, from weight `first` on; `stored` is what the bytes have been raised
-/// by in the file, to be replaced by the tier's bias.
+/// Hands on 16 weights of every row, from weight `first` on; `stored` is what they have been raised by in
+/// the file, to be replaced by the tier's bias.
 #[inline(always)]
-unsafe fn put<T: Tile, B: IntBlock>(panel: &mut Panel, first: usize, q: [T::I; 4], stored: i32) {
+unsafe fn put<T: Tile, B: IntBlock>(
+    to: &mut impl Sink<T>,
+    first: usize,
+    q: [T::I; 4],
+    stored: i32,
+) {
     let raise = T::bias(B::OFFSET) - stored;
-    for (i, q) in q.into_iter().enumerate() {
-        let to = panel.q[(first + 4 * i) * T::ROWS..].as_mut_ptr();
-        // SAFETY: the caller's; a register of the panel.
-        unsafe {
-            let q = match raise {
+    // SAFETY: the caller's.
+    unsafe {
+        to.weights(
+            first,
+            match raise {
                 0 => q,
-                _ => T::add_bytes(q, T::splat(bytes(raise))),
-            };
-            T::store(to.cast(), q);
-        }
+                _ => q.map(|q| T::add_bytes(q, T::splat(bytes(raise)))),
+            },
+        );
     }
 }
 
 /// [`put`] for two planes of nibbles: the low ones are the weights from `low` on, the high ones from
-/// `high` on, and `more(i, 0 or 1)` adds to register `i` of either.
+/// `high` on; `finish(i, 0 or 1, q)` is what becomes of register `i` of either.
 #[inline(always)]
 unsafe fn put_nibbles<T: Tile, B: IntBlock>(
-    panel: &mut Panel,
+    to: &mut impl Sink<T>,
     [low, high]: [usize; 2],
     bytes: [T::I; 4],
     finish: impl Fn(usize, usize, T::I) -> T::I,
@@ -123,39 +145,30 @@ unsafe fn put_nibbles<T: Tile, B: IntBlock>(
             *q = finish(i, plane, unsafe { bits::<T>(*q, 4 * plane as i32, 15) });
         }
         // SAFETY: the caller's.
-        unsafe { put::<T, B>(panel, first, q, stored) };
+        unsafe { put::<T, B>(to, first, q, stored) };
     }
 }
 
-/// Stores the f16 in the low halves as row `b` of scales, or of minimums.
-#[inline(always)]
-unsafe fn put_halves<T: Tile>(to: &mut [[f32; MAX_ROWS]], b: usize, halves: T::I) {
-    // SAFETY: the caller's.
-    unsafe { T::store_floats(to[b].as_mut_ptr(), T::halves(halves)) };
-}
-
-/// Stores the scales of all sub-blocks, and what the sums of activations are multiplied with: their
-/// minimums, or, where a bias has to leave, their scales again.
+/// Hands on the scales of all sub-blocks and what the sums of activations are multiplied with.
 #[inline(always)]
 unsafe fn put_subs<T: Tile, B: IntBlock>(
-    panel: &mut Panel,
+    to: &mut impl Sink<T>,
     scale: impl Fn(usize) -> T::I,
     min: impl Fn(usize) -> T::I,
 ) {
-    // SAFETY: the caller's; rows of the panel.
+    // SAFETY: the caller's.
     unsafe {
         for s in 0..CHUNK / B::SUB {
-            T::store(panel.sub[s].as_mut_ptr(), scale(s));
+            to.sub(s, scale(s));
         }
         if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
             let factor = |s| if B::HAS_MIN { min(s) } else { scale(s) };
-            for (p, to) in panel.pairs.iter_mut().enumerate() {
+            for p in 0..CHUNK / 32 {
                 let (a, b) = match B::SUB {
                     16 => (factor(2 * p), factor(2 * p + 1)),
                     _ => (factor(p), factor(p)),
                 };
-                let pair = T::or(T::and(a, T::splat(0xffff)), T::shl(b, 16));
-                T::store(to.as_mut_ptr(), pair);
+                to.pair(p, T::or(T::and(a, T::splat(0xffff)), T::shl(b, 16)));
             }
         }
     }
@@ -165,26 +178,26 @@ unsafe fn put_subs<T: Tile, B: IntBlock>(
 
 impl Unpack for Q4_0 {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
-            put_halves::<T>(&mut panel.scale, b, rows.column(offset_of!(Q4_0, d)));
+            to.scale(T::halves(rows.column(offset_of!(Q4_0, d))));
             let qs = rows.columns(offset_of!(Q4_0, qs));
-            put_nibbles::<T, Q4_0>(panel, [32 * b, 32 * b + 16], qs, |_, _, q| q, 8);
+            put_nibbles::<T, Q4_0>(to, [0, 16], qs, |_, _, q| q, 8);
         }
     }
 }
 
 impl Unpack for Q4_1 {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
             let head = rows.column(offset_of!(Q4_1, d));
-            put_halves::<T>(&mut panel.scale, b, head);
-            put_halves::<T>(&mut panel.min, b, T::shr(head, 16));
+            to.scale(T::halves(head));
+            to.min(T::halves(T::shr(head, 16)));
             let qs = rows.columns(offset_of!(Q4_1, qs));
-            put_nibbles::<T, Q4_1>(panel, [32 * b, 32 * b + 16], qs, |_, _, q| q, 0);
+            put_nibbles::<T, Q4_1>(to, [0, 16], qs, |_, _, q| q, 0);
         }
     }
 }
@@ -203,43 +216,43 @@ unsafe fn fifth_bits<T: Tile>(qh: T::I, i: usize, plane: usize, q: T::I) -> T::I
 
 impl Unpack for Q5_0 {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
-            put_halves::<T>(&mut panel.scale, b, rows.column(offset_of!(Q5_0, d)));
+            to.scale(T::halves(rows.column(offset_of!(Q5_0, d))));
             let qh = rows.column(offset_of!(Q5_0, qh));
             let qs = rows.columns(offset_of!(Q5_0, qs));
             let add = |i, plane, q| fifth_bits::<T>(qh, i, plane, q);
-            put_nibbles::<T, Q5_0>(panel, [32 * b, 32 * b + 16], qs, add, 16);
+            put_nibbles::<T, Q5_0>(to, [0, 16], qs, add, 16);
         }
     }
 }
 
 impl Unpack for Q5_1 {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
             let head = rows.column(offset_of!(Q5_1, d));
-            put_halves::<T>(&mut panel.scale, b, head);
-            put_halves::<T>(&mut panel.min, b, T::shr(head, 16));
+            to.scale(T::halves(head));
+            to.min(T::halves(T::shr(head, 16)));
             let qh = rows.column(offset_of!(Q5_1, qh));
             let qs = rows.columns(offset_of!(Q5_1, qs));
             let add = |i, plane, q| fifth_bits::<T>(qh, i, plane, q);
-            put_nibbles::<T, Q5_1>(panel, [32 * b, 32 * b + 16], qs, add, 0);
+            put_nibbles::<T, Q5_1>(to, [0, 16], qs, add, 0);
         }
     }
 }
 
 impl Unpack for Q8_0 {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
-            put_halves::<T>(&mut panel.scale, b, rows.column(offset_of!(Q8_0, d)));
+            to.scale(T::halves(rows.column(offset_of!(Q8_0, d))));
             for half in [0, 16] {
                 let qs = rows.columns(offset_of!(Q8_0, qs) + half);
-                put::<T, Q8_0>(panel, 32 * b + half, qs, 0);
+                put::<T, Q8_0>(to, half, qs, 0);
             }
         }
     }
@@ -247,13 +260,13 @@ impl Unpack for Q8_0 {
 
 impl Unpack for Iq4Nl {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
-            put_halves::<T>(&mut panel.scale, b, rows.column(offset_of!(Iq4Nl, d)));
+            to.scale(T::halves(rows.column(offset_of!(Iq4Nl, d))));
             let qs = rows.columns(offset_of!(Iq4Nl, qs));
             let value = |_, _, q| T::lookup(&iq4_nl::VALUES, q);
-            put_nibbles::<T, Iq4Nl>(panel, [32 * b, 32 * b + 16], qs, value, 0);
+            put_nibbles::<T, Iq4Nl>(to, [0, 16], qs, value, 0);
         }
     }
 }
@@ -280,37 +293,37 @@ unsafe fn scale_min<T: Tile>([a, b, c]: [T::I; 3], s: usize) -> (T::I, T::I) {
 
 /// The first 16 bytes of Q4_K and Q5_K: both f16 scales, and those of the sub-blocks.
 #[inline(always)]
-unsafe fn put_head<T: Tile, B: IntBlock>(panel: &mut Panel, [d, a, b, c]: [T::I; 4]) {
+unsafe fn put_head<T: Tile, B: IntBlock>(to: &mut impl Sink<T>, [d, a, b, c]: [T::I; 4]) {
     // SAFETY: the caller's.
     unsafe {
-        put_two_scales::<T>(panel, d);
+        put_two_scales::<T>(to, d);
         let scale = |s| scale_min::<T>([a, b, c], s).0;
-        put_subs::<T, B>(panel, scale, |s| scale_min::<T>([a, b, c], s).1);
+        put_subs::<T, B>(to, scale, |s| scale_min::<T>([a, b, c], s).1);
     }
 }
 
 /// `d` in the low and `dmin`, which is subtracted, in the high half.
 #[inline(always)]
-unsafe fn put_two_scales<T: Tile>(panel: &mut Panel, both: T::I) {
+unsafe fn put_two_scales<T: Tile>(to: &mut impl Sink<T>, both: T::I) {
     // SAFETY: the caller's.
     unsafe {
-        put_halves::<T>(&mut panel.scale, 0, both);
+        to.scale(T::halves(both));
         // Only the sign differs, and the low half is not looked at: a sum with bit 31 alone flips it.
         let negated = T::add(both, T::splat(i32::MIN));
-        put_halves::<T>(&mut panel.min, 0, T::shr(negated, 16));
+        to.min(T::halves(T::shr(negated, 16)));
     }
 }
 
 impl Unpack for Q4_K {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, _b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
-            put_head::<T, Q4_K>(panel, rows.columns(offset_of!(Q4_K, d)));
+            put_head::<T, Q4_K>(to, rows.columns(offset_of!(Q4_K, d)));
             for part in 0..8 {
                 let qs = rows.columns(offset_of!(Q4_K, qs) + 16 * part);
                 let low = 64 * (part / 2) + 16 * (part % 2);
-                put_nibbles::<T, Q4_K>(panel, [low, low + 32], qs, |_, _, q| q, 0);
+                put_nibbles::<T, Q4_K>(to, [low, low + 32], qs, |_, _, q| q, 0);
             }
         }
     }
@@ -318,10 +331,10 @@ impl Unpack for Q4_K {
 
 impl Unpack for Q5_K {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, _b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
-            put_head::<T, Q5_K>(panel, rows.columns(offset_of!(Q5_K, d)));
+            put_head::<T, Q5_K>(to, rows.columns(offset_of!(Q5_K, d)));
             for half in 0..2 {
                 // Bit `s` of byte `j` belongs to weight `32 s + j`.
                 let qh = rows.columns(offset_of!(Q5_K, qh) + 16 * half);
@@ -332,7 +345,7 @@ impl Unpack for Q5_K {
                         let fifth = bits::<T>(qh[i], (2 * pair + plane) as i32, 1);
                         T::or(q, T::shl(fifth, 4))
                     };
-                    put_nibbles::<T, Q5_K>(panel, [low, low + 32], qs, add, 0);
+                    put_nibbles::<T, Q5_K>(to, [low, low + 32], qs, add, 0);
                 }
             }
         }
@@ -352,14 +365,14 @@ unsafe fn signed_byte<T: Tile>(x: T::I, i: usize) -> T::I {
 
 impl Unpack for Q6_K {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, _b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's; `d` is the block's last field, so it is read from 2 bytes before.
         unsafe {
             let d = T::shr(rows.column(offset_of!(Q6_K, d) - 2), 16);
-            put_halves::<T>(&mut panel.scale, 0, d);
+            to.scale(T::halves(d));
             let scales = rows.columns(offset_of!(Q6_K, scales));
             let scale = |s: usize| signed_byte::<T>(scales[s / 4], s % 4);
-            put_subs::<T, Q6_K>(panel, scale, scale);
+            put_subs::<T, Q6_K>(to, scale, scale);
             for half in 0..2 {
                 for part in 0..2 {
                     // 16 bytes of upper bits serve four groups of 32 weights, lower bits two.
@@ -373,7 +386,7 @@ impl Unpack for Q6_K {
                             let two = bits::<T>(qh[i], (2 * group + 4 * plane) as i32, 3);
                             T::or(q, T::shl(two, 4))
                         };
-                        put_nibbles::<T, Q6_K>(panel, [low, low + 64], ql, add, 32);
+                        put_nibbles::<T, Q6_K>(to, [low, low + 64], ql, add, 32);
                     }
                 }
             }
@@ -383,19 +396,19 @@ impl Unpack for Q6_K {
 
 impl Unpack for Q2_K {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, _b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's.
         unsafe {
-            put_two_scales::<T>(panel, rows.column(offset_of!(Q2_K, d)));
+            put_two_scales::<T>(to, rows.column(offset_of!(Q2_K, d)));
             let scales = rows.columns(offset_of!(Q2_K, scales));
             let nibble = |s: usize, at| field::<T>(scales[s / 4], 8 * (s % 4) as i32 + at, 15);
-            put_subs::<T, Q2_K>(panel, |s| nibble(s, 0), |s| nibble(s, 4));
+            put_subs::<T, Q2_K>(to, |s| nibble(s, 0), |s| nibble(s, 4));
             for part in 0..4 {
                 let qs = rows.columns(offset_of!(Q2_K, qs) + 16 * part);
                 let first = 128 * (part / 2) + 16 * (part % 2);
                 for group in 0..4 {
                     let q = qs.map(|q| bits::<T>(q, 2 * group as i32, 3));
-                    put::<T, Q2_K>(panel, first + 32 * group, q, 0);
+                    put::<T, Q2_K>(to, first + 32 * group, q, 0);
                 }
             }
         }
@@ -404,11 +417,11 @@ impl Unpack for Q2_K {
 
 impl Unpack for Q3_K {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, _b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's; `d` is the block's last field, so it is read from 2 bytes before.
         unsafe {
             let d = T::shr(rows.column(offset_of!(Q3_K, d) - 2), 16);
-            put_halves::<T>(&mut panel.scale, 0, d);
+            to.scale(T::halves(d));
             let [a, b, c] = [0, 4, 8].map(|at| rows.column(offset_of!(Q3_K, scales) + at));
             let scale = |s: usize| {
                 let byte = 8 * (s % 4) as i32;
@@ -417,7 +430,7 @@ impl Unpack for Q3_K {
                 let high = field::<T>(c, byte + 2 * (s / 4) as i32, 3);
                 T::add(T::or(low, T::shl(high, 4)), T::splat(-32))
             };
-            put_subs::<T, Q3_K>(panel, scale, scale);
+            put_subs::<T, Q3_K>(to, scale, scale);
             for part in 0..2 {
                 // Bit `i / 32` of byte `i % 32` is the third bit of weight `i`.
                 let third = rows.columns(offset_of!(Q3_K, hmask) + 16 * part);
@@ -429,7 +442,7 @@ impl Unpack for Q3_K {
                             let third = bits::<T>(third, (4 * half + group) as i32, 1);
                             *q = T::or(bits::<T>(*q, 2 * group as i32, 3), T::shl(third, 2));
                         }
-                        put::<T, Q3_K>(panel, 128 * half + 32 * group + 16 * part, q, 4);
+                        put::<T, Q3_K>(to, 128 * half + 32 * group + 16 * part, q, 4);
                     }
                 }
             }
@@ -439,22 +452,22 @@ impl Unpack for Q3_K {
 
 impl Unpack for Iq4Xs {
     #[inline(always)]
-    unsafe fn unpack<T: Tile>(rows: Source<T>, _b: usize, panel: &mut Panel) {
+    unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
         // SAFETY: the caller's; `scales_h` lies behind `d`.
         unsafe {
             let head = rows.column(offset_of!(Iq4Xs, d));
-            put_halves::<T>(&mut panel.scale, 0, head);
+            to.scale(T::halves(head));
             let low = rows.column(offset_of!(Iq4Xs, scales_l));
             let scale = |s: usize| {
                 let high = T::shl(field::<T>(head, 16 + 2 * s as i32, 3), 4);
                 let scale = T::or(field::<T>(low, 4 * s as i32, 15), high);
                 T::add(scale, T::splat(-32))
             };
-            put_subs::<T, Iq4Xs>(panel, scale, scale);
+            put_subs::<T, Iq4Xs>(to, scale, scale);
             for part in 0..8 {
                 let qs = rows.columns(offset_of!(Iq4Xs, qs) + 16 * part);
                 let value = |_, _, q| T::lookup(&iq4_nl::VALUES, q);
-                put_nibbles::<T, Iq4Xs>(panel, [32 * part, 32 * part + 16], qs, value, 0);
+                put_nibbles::<T, Iq4Xs>(to, [32 * part, 32 * part + 16], qs, value, 0);
             }
         }
     }

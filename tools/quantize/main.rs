@@ -229,7 +229,11 @@ fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let (errors, resumed) = match result {
         Err(e @ (Error::Interrupted | Error::Io { .. })) => {
-            eprintln!("quantize: what is done is kept: the same command with --resume continues");
+            if pipeline::resumable(&outputs) {
+                eprintln!(
+                    "quantize: what is done is kept: the same command with --resume continues"
+                );
+            }
             return Err(e);
         }
         other => other?,

@@ -566,6 +566,15 @@ struct Journal {
     done: Errors,
 }
 
+fn journal_path(outputs: &[Output]) -> PathBuf {
+    disk::beside(&outputs[0].files[0].path, ".resume")
+}
+
+/// Whether a run that ended early left something for `--resume`.
+pub(crate) fn resumable(outputs: &[Output]) -> bool {
+    journal_path(outputs).exists()
+}
+
 /// What a run is made of: everything that the bytes of its outputs depend on.
 fn fingerprint(run: &Run<'_>) -> Result<String> {
     let mut hash = Sha256::new();
@@ -613,15 +622,14 @@ impl Journal {
     /// Starts a journal, or continues one.
     fn open(run: &Run<'_>) -> Result<Journal> {
         let first = &run.outputs[0].files[0].path;
-        let path = disk::beside(first, ".resume");
-        let failed = |action| Error::io(&path, action);
+        let path = journal_path(run.outputs);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
-            .map_err(failed("create"))?;
+            .map_err(Error::io(first, "create"))?;
         if !disk::lock(&file) {
             return Err(Error::Usage(format!(
                 "{}: another quantize is writing this file",

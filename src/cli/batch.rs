@@ -1,0 +1,643 @@
+//! `octet batch`: a file of requests, answered many at once, each of them once.
+
+use super::chat::hear_interrupts;
+use super::input::{BoundedLines, note};
+use super::journal::{Finished, Id, Journal, LineSum, Mode};
+use super::load::{Loaded, load};
+use super::options::{
+    FormOptions, MachineOptions, ModelOptions, RequestOptions, SamplingOptions, parse_size,
+};
+use super::report::{Progress, batch_closing_line};
+use crate::chat::batch::{Batch, Done, Room};
+use crate::chat::constraint::{Compiler, Constraint, Form};
+use crate::chat::request::{Answerer, Defaults, Line, Object, Request, Told};
+use crate::chat::sampler::Sampler;
+use crate::chat::session::Finish;
+use crate::chat::stops::AnswerText;
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
+
+/// Answer a file of requests, many at once: a line of JSON in, a line of JSON out.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Requests, one a line: OpenAI's batch form, or {"prompt": …} or {"messages": …} with options; - is standard input
+    #[arg(value_name = "IN.jsonl")]
+    pub input: PathBuf,
+    /// Where the results go, one a line in OpenAI's batch form; - is standard output
+    #[arg(short, long, value_name = "OUT.jsonl")]
+    pub output: PathBuf,
+    /// Continue the results that are there
+    #[arg(long)]
+    pub resume: bool,
+    /// Write over the results that are there
+    #[arg(long, conflicts_with = "resume")]
+    pub force: bool,
+    /// Write results as they come, not in the order of the requests
+    #[arg(long)]
+    pub unordered: bool,
+    /// Most sequences that run at once; results do not depend on it
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub parallel: u16,
+    /// Most memory for the KV caches of all sequences, such as 4G [default: half of what the model leaves]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub kv_ram: Option<u64>,
+    /// What requests get that do not say.
+    #[command(flatten)]
+    pub request: RequestOptions,
+    /// The form of the answers.
+    #[command(flatten)]
+    pub form: FormOptions,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// What it runs on.
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingOptions,
+}
+
+/// The longest line that is read. OpenAI's own limit for a whole file is 200 MB.
+const MAX_LINE: usize = 16 << 20;
+
+/// Most results that wait for those of earlier lines: each takes about a hundred bytes of memory.
+const MAX_WAITING: usize = 100_000;
+
+/// Caches get at least this much memory, and without `--kv-ram` at most so much.
+const KV_RAM: std::ops::RangeInclusive<u64> = 512 << 20..=64 << 30;
+
+/// Runs the command.
+///
+/// # Errors
+/// If the model cannot be loaded, or input and output cannot be used; [`Error::Lines`] if a line has an error for a
+/// result, [`Error::Interrupted`] after Ctrl-C.
+pub fn run(args: &Args) -> Result<()> {
+    let lines = Lines::check(args)?;
+    let loaded = load(&args.model, &args.machine)?;
+    let options = args.sampling.sampler(loaded.model.config.n_vocab)?;
+    let file = Gguf::open(&loaded.path)?;
+    let mut defaults = Defaults {
+        system: args.request.system.clone(),
+        raw: args.request.raw,
+        max_tokens: args.request.predict.map(|n| n as usize),
+        stops: args.request.stop.clone(),
+        ignore_ends: args.request.ignore_eos,
+        form: args.form.read()?.map(|(form, _, text)| (form, text)),
+        sampling: options,
+    };
+    let settings = hash(&format!(
+        "{} {:?} {} {:?} {} {defaults:?}",
+        env!("CARGO_PKG_VERSION"),
+        file.identity(),
+        loaded.ctx,
+        args.model.kv,
+        args.unordered,
+    ));
+    // A line without a seed gets one of its own, the same in every run.
+    let seed = defaults.sampling.seed.take().unwrap_or(0);
+    let interrupted = hear_interrupts()?;
+    let mode = Mode {
+        resume: args.resume,
+        force: args.force,
+        unordered: args.unordered,
+        settings,
+        most_lines: lines.bytes.unwrap_or(u64::MAX),
+    };
+    let (journal, finished) = Journal::open(&args.output, mode)?;
+    let total = lines.count(&finished, args)?;
+    let name = loaded.path.file_stem().unwrap_or(loaded.path.as_os_str());
+    let mut work = Work {
+        batch: Batch::new(&loaded.model, room(args, loaded.ctx, file.file_bytes())),
+        flights: HashMap::new(),
+        answerer: Answerer {
+            model: name.to_string_lossy().into_owned(),
+            fingerprint: format!("fp_{settings:012x}"),
+            tokenizer: &loaded.tokenizer,
+        },
+        done: finished.lines,
+        failed: finished.failed,
+        loaded: &loaded,
+        forms: Forms::default(),
+        defaults,
+        settings,
+        seed,
+        journal,
+        verbose: args.machine.verbose,
+    };
+    let mut input = Input::open(&lines)?;
+    let mut progress = Progress::of("answering", "prompts");
+    let mut line = Vec::new();
+    let mut number = 0;
+    let mut more = true;
+    let stopped = || interrupted.load(Ordering::Relaxed);
+    while (more || !work.batch.is_empty()) && !stopped() {
+        // Not too many at once: lines without work must not keep the others waiting.
+        for _ in 0..args.parallel {
+            let room = work.batch.has_room() && work.journal.waiting() < MAX_WAITING;
+            if !more || !room {
+                break;
+            }
+            let next = input.next(&mut line, work.batch.is_empty());
+            match next.map_err(Error::io(&args.input, "read"))? {
+                Next::Line(bytes) => {
+                    number += 1;
+                    if !is_blank(&line) && !finished.has(number) {
+                        work.take(number, &line, bytes)?;
+                    }
+                }
+                Next::NotYet => break,
+                Next::End => more = false,
+            }
+        }
+        work.step()?;
+        progress.set(work.done as usize, total.map_or(usize::MAX, |n| n as usize));
+        progress.tell(|| format!("{:.1} tok/s", work.batch.totals().answer_rate()));
+    }
+    progress.clear();
+    let (done, failed) = (work.done, work.failed);
+    match (done - finished.lines, failed - finished.failed) {
+        (0, _) if !stopped() => note(format!(
+            "nothing left to do: all {done} prompts have results"
+        )),
+        (n, failed) => {
+            let failed = match failed {
+                0 => String::new(),
+                failed => format!(" ({failed} failed)"),
+            };
+            let lines = format!("{n} prompts{failed}");
+            batch_closing_line(&lines, work.batch.totals(), loaded.model.machine());
+        }
+    }
+    if more || !work.batch.is_empty() {
+        let of = total.map_or(String::new(), |n| format!(" of {n}"));
+        let how = match args.output == Path::new("-") || args.input == Path::new("-") {
+            true => "",
+            false => "; the same command with --resume goes on from here",
+        };
+        note(format!("{done}{of} results are kept{how}"));
+        return Err(Error::Interrupted);
+    }
+    match failed {
+        0 => Ok(()),
+        _ => Err(Error::Lines {
+            file: args.input.clone(),
+            failed,
+            of: done,
+        }),
+    }
+}
+
+/// The first bits of a SHA-256, as many as an [`Id`] says.
+fn hash(bytes: &(impl AsRef<[u8]> + ?Sized)) -> u64 {
+    let digest = Sha256::digest(bytes.as_ref());
+    let first = digest.iter().take(8);
+    first.fold(0, |h, b| h << 8 | u64::from(*b)) & Id::BITS
+}
+
+fn is_blank(line: &[u8]) -> bool {
+    line.trim_ascii().is_empty()
+}
+
+/// The hash of a line that may be longer than what is in memory of it.
+fn line_hash(line: &[u8], bytes: u64) -> u64 {
+    match bytes > line.len() as u64 {
+        false => hash(line.trim_ascii_end()),
+        true => hash(&[line, &bytes.to_le_bytes()].concat()),
+    }
+}
+
+/// The input.
+struct Lines<'a> {
+    path: &'a Path,
+    /// The file's size; `None`: it is a pipe, which can be read once.
+    bytes: Option<u64>,
+}
+
+impl<'a> Lines<'a> {
+    /// Looks whether the input can be used at all, before a model is loaded.
+    fn check(args: &'a Args) -> Result<Lines<'a>> {
+        let path = args.input.as_path();
+        let bytes = match path == Path::new("-") {
+            true => None,
+            false => {
+                let there = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
+                there.is_file().then_some(there.len())
+            }
+        };
+        if bytes.is_none() && args.resume {
+            return Err(Error::Usage(format!(
+                "--resume compares the results with the requests, for which {} must be a file",
+                path.display()
+            )));
+        }
+        let same = |a: &Path, b: &Path| a.canonicalize().ok() == b.canonicalize().ok();
+        if bytes.is_some() && args.output.exists() && same(path, &args.output) {
+            return Err(Error::Usage(format!(
+                "{}: the results would be written over the requests",
+                path.display()
+            )));
+        }
+        Ok(Lines { path, bytes })
+    }
+
+    fn open(&self) -> Result<BoundedLines<BufReader<Box<dyn Read + Send>>>> {
+        let reader: Box<dyn Read + Send> = match self.path == Path::new("-") {
+            true => Box::new(std::io::stdin()),
+            false => Box::new(File::open(self.path).map_err(Error::io(self.path, "open"))?),
+        };
+        let reader = BufReader::with_capacity(1 << 16, reader);
+        Ok(BoundedLines::new(reader, MAX_LINE))
+    }
+
+    /// How many requests a file has. Those that are done must be the same as ever.
+    fn count(&self, finished: &Finished, args: &Args) -> Result<Option<u64>> {
+        if self.bytes.is_none() {
+            return Ok(None);
+        }
+        let mut lines = self.open()?;
+        let (mut line, mut number, mut total) = (Vec::new(), 0, 0);
+        let (mut same, mut sum) = (0, LineSum::default());
+        while let Some(end) = lines
+            .next(&mut line)
+            .map_err(Error::io(self.path, "read"))?
+        {
+            number += 1;
+            if is_blank(&line) {
+                continue;
+            }
+            // In order, what is done comes first.
+            if finished.has(number) && (args.unordered || same == total) {
+                same += 1;
+                sum.add(number, line_hash(&line, end.bytes));
+            }
+            total += 1;
+        }
+        if !finished.are(same, sum) {
+            return Err(Error::invalid(
+                &args.output,
+                "the file",
+                format!("results of {}", self.path.display()),
+                "results of other requests; --force begins anew",
+            ));
+        }
+        Ok(Some(total))
+    }
+}
+
+/// Lines as they are wanted, from a file, or as they come, from a pipe: whoever writes there may take their time,
+/// and what runs goes on meanwhile.
+enum Input {
+    File(BoundedLines<BufReader<Box<dyn Read + Send>>>),
+    Pipe(Receiver<std::io::Result<(Vec<u8>, u64)>>),
+}
+
+/// What an [`Input`] has.
+enum Next {
+    /// A line of so many bytes.
+    Line(u64),
+    /// Nothing yet.
+    NotYet,
+    /// No more lines.
+    End,
+}
+
+impl Input {
+    fn open(lines: &Lines<'_>) -> Result<Input> {
+        let mut reader = lines.open()?;
+        if lines.bytes.is_some() {
+            return Ok(Input::File(reader));
+        }
+        let (send, receive) = sync_channel(2);
+        std::thread::spawn(move || {
+            loop {
+                let mut line = Vec::new();
+                let next = match reader.next(&mut line) {
+                    Ok(Some(end)) => Ok((line, end.bytes)),
+                    Ok(None) => break,
+                    Err(e) => Err(e),
+                };
+                // Nobody listens any more, or nothing more can be read.
+                let failed = next.is_err();
+                if send.send(next).is_err() || failed {
+                    break;
+                }
+            }
+        });
+        Ok(Input::Pipe(receive))
+    }
+
+    /// Puts the next line into `line`. `idle`: there is time to wait for it.
+    fn next(&mut self, line: &mut Vec<u8>, idle: bool) -> std::io::Result<Next> {
+        match self {
+            Input::File(lines) => Ok(lines
+                .next(line)?
+                .map_or(Next::End, |end| Next::Line(end.bytes))),
+            Input::Pipe(lines) => {
+                // Ctrl-C is heard in between.
+                let patience = Duration::from_millis(if idle { 100 } else { 1 });
+                match lines.recv_timeout(patience) {
+                    Ok(next) => {
+                        let (text, bytes) = next?;
+                        *line = text;
+                        Ok(Next::Line(bytes))
+                    }
+                    Err(RecvTimeoutError::Timeout) => Ok(Next::NotYet),
+                    Err(RecvTimeoutError::Disconnected) => Ok(Next::End),
+                }
+            }
+        }
+    }
+}
+
+/// How much may run at once.
+fn room(args: &Args, ctx: usize, model_bytes: u64) -> Room {
+    let bytes = args.kv_ram.unwrap_or_else(|| {
+        let free = free_memory().unwrap_or(0).saturating_sub(model_bytes) / 2;
+        free.clamp(*KV_RAM.start(), *KV_RAM.end())
+    });
+    Room {
+        kv: args.model.kv,
+        ctx,
+        ubatch: args.machine.ubatch as usize,
+        sequences: usize::from(args.parallel),
+        kv_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
+    }
+}
+
+/// Bytes of memory that programs can have, as Linux tells; what it caches of files counts as free.
+fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+/// A request that is being answered.
+struct Flight<'a> {
+    id: Id,
+    custom_id: Option<String>,
+    object: Object,
+    logprobs: Option<usize>,
+    seed: u64,
+    text: AnswerText<'a>,
+    said: String,
+}
+
+/// Why a line has no answer.
+struct Refusal {
+    code: &'static str,
+    why: String,
+}
+
+impl Refusal {
+    fn new(code: &'static str, why: impl std::fmt::Display) -> Refusal {
+        let why = why.to_string();
+        Refusal { code, why }
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(e: Error) -> Refusal {
+        let code = match e {
+            Error::ContextFull { .. } => "context_length_exceeded",
+            _ => "invalid_request",
+        };
+        Refusal::new(code, e)
+    }
+}
+
+/// Forms of answers. Lines of one file often ask for the same one, and compiling it takes longer than a token.
+#[derive(Default)]
+struct Forms {
+    compiler: Option<Compiler>,
+    /// The last ones, the longest unused first.
+    compiled: Vec<(Form, String, bool, Constraint)>,
+}
+
+impl Forms {
+    fn get(
+        &mut self,
+        loaded: &Loaded,
+        form: Form,
+        text: String,
+        continuing: bool,
+    ) -> Result<Constraint> {
+        const KEPT: usize = 8;
+        let same = |(f, t, c, _): &(Form, String, bool, Constraint)| {
+            (*f, t.as_str(), *c) == (form, text.as_str(), continuing)
+        };
+        let known = match self.compiled.iter().position(same) {
+            Some(at) => self.compiled.remove(at),
+            None => {
+                let compiler = match self.compiler.take() {
+                    Some(compiler) => compiler,
+                    None => {
+                        let stop = loaded.template.stop_ids(&loaded.tokenizer);
+                        Compiler::new(&loaded.tokenizer, &stop)?
+                    }
+                };
+                let compiler = self.compiler.insert(compiler);
+                let constraint = compiler.compile(form, "the request", &text, continuing)?;
+                (form, text, continuing, constraint)
+            }
+        };
+        if self.compiled.len() == KEPT {
+            self.compiled.remove(0);
+        }
+        let constraint = known.3.clone();
+        self.compiled.push(known);
+        Ok(constraint)
+    }
+}
+
+/// All that is under way.
+struct Work<'a> {
+    loaded: &'a Loaded,
+    forms: Forms,
+    defaults: Defaults,
+    answerer: Answerer<'a>,
+    settings: u64,
+    /// What seeds of lines are made from.
+    seed: u64,
+    batch: Batch<'a>,
+    /// By the number of the line.
+    flights: HashMap<u64, Flight<'a>>,
+    journal: Journal,
+    /// Lines that have results, and how many of these are errors; those of earlier runs count.
+    done: u64,
+    failed: u64,
+    verbose: bool,
+}
+
+impl Work<'_> {
+    /// Begins with a line, or writes why not. `bytes`: of the whole line, which may be more than was read.
+    fn take(&mut self, number: u64, line: &[u8], bytes: u64) -> Result<()> {
+        let id = Id {
+            settings: self.settings,
+            line: number,
+            text: line_hash(line, bytes),
+        };
+        if let Some(failed) = self.journal.expect(id)? {
+            self.done += 1;
+            self.failed += u64::from(failed);
+            return Ok(());
+        }
+        let mut custom_id = None;
+        match self.begin(id, line, bytes, &mut custom_id) {
+            Ok(()) => Ok(()),
+            Err(refusal) => self.refuse(id, custom_id, &refusal),
+        }
+    }
+
+    fn begin(
+        &mut self,
+        id: Id,
+        line: &[u8],
+        bytes: u64,
+        custom_id: &mut Option<String>,
+    ) -> Result<(), Refusal> {
+        if bytes > MAX_LINE as u64 {
+            let why = format!("it is too long (expected at most {MAX_LINE} bytes, found {bytes})");
+            return Err(Refusal::new("line_too_long", why));
+        }
+        let text = str::from_utf8(line).map_err(|e| {
+            let at = e.valid_up_to();
+            let why = format!(
+                "it is no text (expected valid UTF-8, found byte {:#04x} at offset {at})",
+                line[at]
+            );
+            Refusal::new("invalid_utf8", why)
+        })?;
+        // Some editors begin a file with a mark of its encoding.
+        let text = text.trim_start_matches('\u{feff}');
+        let value: Value = serde_json::from_str(text).map_err(|e| {
+            // Every line is line 1 of its own.
+            let why = e.to_string().replace(" at line 1 column ", " at column ");
+            Refusal::new("invalid_json", format!("it is no JSON ({why})"))
+        })?;
+        let line = Line::new(&value);
+        *custom_id = line.custom_id.map(str::to_string);
+        let (tokenizer, n_vocab) = (&self.loaded.tokenizer, self.loaded.model.config.n_vocab);
+        let template = &self.loaded.template;
+        let request = Request::new(&line.body?, &self.defaults, tokenizer, template, n_vocab)?;
+        let mut sampling = request.sampling;
+        let own = || hash(&format!("seed {} line {}", self.seed, id.line));
+        let seed = *sampling.seed.get_or_insert_with(own);
+        let mut sampler = Sampler::for_text(sampling, tokenizer);
+        if let Some((form, text)) = request.form {
+            let continuing = request.object == Object::Text;
+            sampler.constrain(Some(self.forms.get(self.loaded, form, text, continuing)?));
+        }
+        self.batch
+            .add(id.line, request.prompt, sampler, request.limits)?;
+        // A message begins anew; what follows a text goes on where it ends.
+        let stream = match request.object {
+            Object::Chat => tokenizer.stream(),
+            Object::Text => tokenizer.stream_continuing(),
+        };
+        self.flights.insert(
+            id.line,
+            Flight {
+                id,
+                custom_id: custom_id.take(),
+                object: request.object,
+                logprobs: request.logprobs,
+                seed,
+                text: AnswerText::new(stream, request.stops),
+                said: String::new(),
+            },
+        );
+        Ok(())
+    }
+
+    /// A step of all that runs; writes the results of what ended.
+    fn step(&mut self) -> Result<()> {
+        let flights = &mut self.flights;
+        let done = self.batch.step(|line, token| {
+            let Some(flight) = flights.get_mut(&line) else {
+                return ControlFlow::Break(());
+            };
+            flight.said += &flight.text.push(token);
+            match flight.text.stopped() {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        })?;
+        for done in done {
+            self.answer(done)?;
+        }
+        self.journal.sync()
+    }
+
+    fn answer(&mut self, done: Done) -> Result<()> {
+        let Some(mut flight) = self.flights.remove(&done.id) else {
+            return Ok(());
+        };
+        let mut answer = match done.answer {
+            Ok(answer) => answer,
+            Err(e) => return self.refuse(flight.id, flight.custom_id, &e.into()),
+        };
+        flight.said += &flight.text.flush();
+        if flight.text.stopped() {
+            answer.finish = Finish::Stop;
+        }
+        let body = self.answerer.body(&Told {
+            id: flight.id.to_string(),
+            object: flight.object,
+            logprobs: flight.logprobs,
+            prompt_tokens: done.prompt_tokens,
+            seed: flight.seed,
+            text: &flight.said,
+            answer: &answer,
+        });
+        self.write(flight.id, flight.custom_id, 200, body, Value::Null)
+    }
+
+    fn refuse(&mut self, id: Id, custom_id: Option<String>, refusal: &Refusal) -> Result<()> {
+        let message = format!("line {}: {}", id.line, refusal.why);
+        if self.verbose {
+            note(&message);
+        }
+        let body = json!({"error": {
+            "message": message,
+            "type": "invalid_request_error",
+            "param": null,
+            "code": refusal.code,
+        }});
+        let error = json!({"code": refusal.code, "message": message, "line": id.line});
+        self.failed += 1;
+        self.write(id, custom_id, 400, body, error)
+    }
+
+    /// A result's line without its id.
+    fn write(
+        &mut self,
+        id: Id,
+        custom_id: Option<String>,
+        status: u16,
+        body: Value,
+        error: Value,
+    ) -> Result<()> {
+        let failed = !error.is_null();
+        let rest = json!({
+            "custom_id": custom_id,
+            "response": {"status_code": status, "request_id": format!("req_{id}"), "body": body},
+            "error": error,
+        });
+        self.done += 1;
+        // The id comes first and the error last: they tell a result without reading all of it.
+        let rest = rest.to_string().replacen('{', ",", 1);
+        self.journal.put(id, &rest, failed)
+    }
+}
