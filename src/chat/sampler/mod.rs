@@ -13,6 +13,7 @@ mod settings;
 
 pub use candidates::{Candidate, Candidates, logprob, logprobs};
 pub use dry::Breakers;
+use settings::setting;
 pub use settings::{Order, Setting, unescape};
 
 use super::constraint::Constraint;
@@ -113,48 +114,46 @@ impl Context<'_> {
 
 /// Settings that belong to no single sampler.
 static GENERAL: &[Setting] = &[
-    Setting {
-        name: "samplers",
-        aliases: &[],
-        value: "NAMES",
-        help: "The samplers to use, in order, separated by ;",
-        field: |o| &mut o.samplers,
-    },
-    Setting {
-        name: "seed",
-        aliases: &[],
-        value: "N",
-        help: "Seed of the random numbers; the same seed gives the same text; -1 takes one from the clock",
-        field: |o| &mut o.seed,
-    },
-    Setting {
-        name: "logit-bias",
-        aliases: &[],
-        value: "ID±B",
-        help: "Change a token's logit: ID+BIAS or ID-BIAS; may be repeated",
-        field: |o| &mut o.logit_bias,
-    },
-    Setting {
-        name: "mirostat",
-        aliases: &[],
-        value: "V",
-        help: "Aim at a constant surprise instead of --samplers (of which only the temperature stays): 0 off, 2 on",
-        field: |o| &mut o.mirostat,
-    },
-    Setting {
-        name: "mirostat-lr",
-        aliases: &["mirostat-eta"],
-        value: "X",
-        help: "How quickly mirostat corrects itself",
-        field: |o| &mut o.mirostat_lr,
-    },
-    Setting {
-        name: "mirostat-ent",
-        aliases: &["mirostat-tau"],
-        value: "BITS",
-        help: "The surprise that mirostat aims at",
-        field: |o| &mut o.mirostat_ent,
-    },
+    setting(
+        "samplers",
+        "NAMES",
+        "The samplers to use, in order, separated by ;",
+        |o| &mut o.samplers,
+    ),
+    setting(
+        "seed",
+        "N",
+        "Seed of the random numbers; the same seed gives the same text; -1 \
+         takes one from the clock",
+        |o| &mut o.seed,
+    ),
+    setting(
+        "logit-bias",
+        "ID±B",
+        "Change a token's logit: ID+BIAS or ID-BIAS; may be repeated",
+        |o| &mut o.logit_bias,
+    ),
+    setting(
+        "mirostat",
+        "V",
+        "Aim at a constant surprise instead of --samplers (of which only \
+         the temperature stays): 0 off, 2 on",
+        |o| &mut o.mirostat,
+    ),
+    setting(
+        "mirostat-lr",
+        "X",
+        "How quickly mirostat corrects itself",
+        |o| &mut o.mirostat_lr,
+    )
+    .or(&["mirostat-eta"]),
+    setting(
+        "mirostat-ent",
+        "BITS",
+        "The surprise that mirostat aims at",
+        |o| &mut o.mirostat_ent,
+    )
+    .or(&["mirostat-tau"]),
 ];
 
 /// The samplers, in llama.cpp's order.
@@ -163,34 +162,30 @@ pub static STEPS: &[Step] = &[
         name: "penalties",
         aliases: &[],
         settings: &[
-            Setting {
-                name: "repeat-penalty",
-                aliases: &[],
-                value: "X",
-                help: "Divide the logits of recent tokens by this",
-                field: |o| &mut o.repeat_penalty,
-            },
-            Setting {
-                name: "repeat-last-n",
-                aliases: &[],
-                value: "N",
-                help: "Recent tokens that the penalties look at; -1: all",
-                field: |o| &mut o.repeat_last_n,
-            },
-            Setting {
-                name: "presence-penalty",
-                aliases: &[],
-                value: "X",
-                help: "Subtract this from the logit of every recent token",
-                field: |o| &mut o.presence_penalty,
-            },
-            Setting {
-                name: "frequency-penalty",
-                aliases: &[],
-                value: "X",
-                help: "Subtract this from a recent token's logit once per occurrence",
-                field: |o| &mut o.frequency_penalty,
-            },
+            setting(
+                "repeat-penalty",
+                "X",
+                "Divide the logits of recent tokens by this",
+                |o| &mut o.repeat_penalty,
+            ),
+            setting(
+                "repeat-last-n",
+                "N",
+                "Recent tokens that the penalties look at; -1: all",
+                |o| &mut o.repeat_last_n,
+            ),
+            setting(
+                "presence-penalty",
+                "X",
+                "Subtract this from the logit of every recent token",
+                |o| &mut o.presence_penalty,
+            ),
+            setting(
+                "frequency-penalty",
+                "X",
+                "Subtract this from a recent token's logit once per occurrence",
+                |o| &mut o.frequency_penalty,
+            ),
         ],
         apply: |list, c| {
             let o = c.options;
@@ -206,41 +201,35 @@ pub static STEPS: &[Step] = &[
         name: "dry",
         aliases: &[],
         settings: &[
-            Setting {
-                name: "dry-multiplier",
-                aliases: &[],
-                value: "X",
-                help: "Subtract X·BASE^(n-LENGTH) from the logit of a token that would go on repeating n tokens (DRY); 0 is off",
-                field: |o| &mut o.dry_multiplier,
-            },
-            Setting {
-                name: "dry-base",
-                aliases: &[],
-                value: "BASE",
-                help: "How steeply DRY's penalty grows",
-                field: |o| &mut o.dry_base,
-            },
-            Setting {
-                name: "dry-allowed-length",
-                aliases: &[],
-                value: "LENGTH",
-                help: "Shorter repetitions are free",
-                field: |o| &mut o.dry_allowed_length,
-            },
-            Setting {
-                name: "dry-penalty-last-n",
-                aliases: &[],
-                value: "N",
-                help: "Recent tokens that DRY looks at; -1: all",
-                field: |o| &mut o.dry_penalty_last_n,
-            },
-            Setting {
-                name: "dry-sequence-breaker",
-                aliases: &[],
-                value: "TEXT",
-                help: "A text that ends a repetition; may be repeated, replaces \"\\n\" \":\" \"\\\"\" \"*\"; none: nothing does",
-                field: |o| &mut o.dry_sequence_breaker,
-            },
+            setting(
+                "dry-multiplier",
+                "X",
+                "Subtract X·BASE^(n-LENGTH) from the logit of a token that would \
+                 go on repeating n tokens (DRY); 0 is off",
+                |o| &mut o.dry_multiplier,
+            ),
+            setting("dry-base", "BASE", "How steeply DRY's penalty grows", |o| {
+                &mut o.dry_base
+            }),
+            setting(
+                "dry-allowed-length",
+                "LENGTH",
+                "Shorter repetitions are free",
+                |o| &mut o.dry_allowed_length,
+            ),
+            setting(
+                "dry-penalty-last-n",
+                "N",
+                "Recent tokens that DRY looks at; -1: all",
+                |o| &mut o.dry_penalty_last_n,
+            ),
+            setting(
+                "dry-sequence-breaker",
+                "TEXT",
+                "A text that ends a repetition; may be repeated, replaces \"\\n\" \
+                 \":\" \"\\\"\" \"*\"; none: nothing does",
+                |o| &mut o.dry_sequence_breaker,
+            ),
         ],
         apply: |list, c| {
             let o = c.options;
@@ -254,81 +243,79 @@ pub static STEPS: &[Step] = &[
     Step {
         name: "top_n_sigma",
         aliases: &["top_nsigma"],
-        settings: &[Setting {
-            name: "top-n-sigma",
-            aliases: &["top-nsigma"],
-            value: "N",
-            help: "Keep tokens whose logit is within N standard deviations of the best; -1 is off",
-            field: |o| &mut o.top_n_sigma,
-        }],
+        settings: &[setting(
+            "top-n-sigma",
+            "N",
+            "Keep tokens whose logit is within N standard deviations of the \
+             best; -1 is off",
+            |o| &mut o.top_n_sigma,
+        )
+        .or(&["top-nsigma"])],
         apply: |list, c| list.top_n_sigma(c.options.top_n_sigma),
     },
     Step {
         name: "top_k",
         aliases: &[],
-        settings: &[Setting {
-            name: "top-k",
-            aliases: &[],
-            value: "N",
-            help: "Keep this many of the likeliest tokens; 0 keeps all",
-            field: |o| &mut o.top_k,
-        }],
+        settings: &[setting(
+            "top-k",
+            "N",
+            "Keep this many of the likeliest tokens; 0 keeps all",
+            |o| &mut o.top_k,
+        )],
         apply: |list, c| list.top_k(c.options.top_k),
     },
     Step {
         name: "typ_p",
         aliases: &["typical", "typical_p", "typ"],
-        settings: &[Setting {
-            name: "typical",
-            aliases: &["typical-p"],
-            value: "P",
-            help: "Keep the tokens that surprise about as much as expected until their probabilities sum to this; 1 is off",
-            field: |o| &mut o.typical,
-        }],
+        settings: &[setting(
+            "typical",
+            "P",
+            "Keep the tokens that surprise about as much as expected until \
+             their probabilities sum to this; 1 is off",
+            |o| &mut o.typical,
+        )
+        .or(&["typical-p"])],
         apply: |list, c| list.typical(c.options.typical),
     },
     Step {
         name: "top_p",
         aliases: &["nucleus"],
-        settings: &[Setting {
-            name: "top-p",
-            aliases: &[],
-            value: "P",
-            help: "Keep the likeliest tokens until their probabilities sum to this; 1 is off",
-            field: |o| &mut o.top_p,
-        }],
+        settings: &[setting(
+            "top-p",
+            "P",
+            "Keep the likeliest tokens until their probabilities sum to this; 1 is off",
+            |o| &mut o.top_p,
+        )],
         apply: |list, c| list.top_p(c.options.top_p),
     },
     Step {
         name: "min_p",
         aliases: &[],
-        settings: &[Setting {
-            name: "min-p",
-            aliases: &[],
-            value: "P",
-            help: "Keep tokens at least this likely relative to the likeliest; 0 is off",
-            field: |o| &mut o.min_p,
-        }],
+        settings: &[setting(
+            "min-p",
+            "P",
+            "Keep tokens at least this likely relative to the likeliest; 0 is off",
+            |o| &mut o.min_p,
+        )],
         apply: |list, c| list.min_p(c.options.min_p),
     },
     Step {
         name: "xtc",
         aliases: &[],
         settings: &[
-            Setting {
-                name: "xtc-probability",
-                aliases: &[],
-                value: "P",
-                help: "How often to exclude the top choices: all tokens above the threshold but the last (XTC); 0 is off",
-                field: |o| &mut o.xtc_probability,
-            },
-            Setting {
-                name: "xtc-threshold",
-                aliases: &[],
-                value: "P",
-                help: "The probability that makes a top choice; above 0.5 XTC is off",
-                field: |o| &mut o.xtc_threshold,
-            },
+            setting(
+                "xtc-probability",
+                "P",
+                "How often to exclude the top choices: all tokens above the \
+                 threshold but the last (XTC); 0 is off",
+                |o| &mut o.xtc_probability,
+            ),
+            setting(
+                "xtc-threshold",
+                "P",
+                "The probability that makes a top choice; above 0.5 XTC is off",
+                |o| &mut o.xtc_threshold,
+            ),
         ],
         apply: |list, c| {
             let o = c.options;
@@ -342,27 +329,26 @@ pub static STEPS: &[Step] = &[
         name: "temperature",
         aliases: &["temp"],
         settings: &[
-            Setting {
-                name: "temp",
-                aliases: &["temperature"],
-                value: "T",
-                help: "Temperature; 0 always takes the likeliest token",
-                field: |o| &mut o.temp,
-            },
-            Setting {
-                name: "dynatemp-range",
-                aliases: &[],
-                value: "R",
-                help: "Vary the temperature between T-R and T+R: the surer the model, the lower; 0 is off",
-                field: |o| &mut o.dynatemp_range,
-            },
-            Setting {
-                name: "dynatemp-exp",
-                aliases: &[],
-                value: "X",
-                help: "How the temperature follows the uncertainty: its power",
-                field: |o| &mut o.dynatemp_exp,
-            },
+            setting(
+                "temp",
+                "T",
+                "Temperature; 0 always takes the likeliest token",
+                |o| &mut o.temp,
+            )
+            .or(&["temperature"]),
+            setting(
+                "dynatemp-range",
+                "R",
+                "Vary the temperature between T-R and T+R: the surer the model, \
+                 the lower; 0 is off",
+                |o| &mut o.dynatemp_range,
+            ),
+            setting(
+                "dynatemp-exp",
+                "X",
+                "How the temperature follows the uncertainty: its power",
+                |o| &mut o.dynatemp_exp,
+            ),
         ],
         apply: |list, c| {
             let o = c.options;

@@ -18,7 +18,28 @@ pub struct Setting {
     pub(super) field: fn(&mut SamplerOptions) -> &mut dyn Value,
 }
 
+/// A row of the tables.
+pub(super) const fn setting(
+    name: &'static str,
+    value: &'static str,
+    help: &'static str,
+    field: fn(&mut SamplerOptions) -> &mut dyn Value,
+) -> Setting {
+    Setting {
+        name,
+        aliases: &[],
+        value,
+        help,
+        field,
+    }
+}
+
 impl Setting {
+    /// The same with other names besides.
+    pub(super) const fn or(self, aliases: &'static [&'static str]) -> Setting {
+        Setting { aliases, ..self }
+    }
+
     /// Its value, as it may be written.
     pub fn get(&self, options: &SamplerOptions) -> String {
         (self.field)(&mut options.clone()).write()
