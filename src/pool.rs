@@ -85,6 +85,28 @@ impl Pool {
         });
     }
 
+    /// Calls `f(i, row i)` for every row of a matrix `(n, width)`, each once.
+    ///
+    /// # Panics
+    /// If `width` is 0.
+    pub fn rows<T: Send>(
+        &self,
+        matrix: &mut [T],
+        width: usize,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        assert!(width > 0);
+        let n = matrix.len() / width;
+        let base = Shared(matrix.as_mut_ptr());
+        self.tasks(n, |i| {
+            // SAFETY: row `i` is inside the matrix and `tasks` hands out each `i` once, so this is the only
+            // reference to it; `matrix` is borrowed until `tasks` returns.
+            f(i, unsafe {
+                std::slice::from_raw_parts_mut(base.get().add(i * width), width)
+            });
+        });
+    }
+
     /// Fills column stripes of several matrices in one go.
     ///
     /// Part `p` is a matrix `(n, width)`; its columns are cut into stripes of `grain` (the last one may
@@ -186,6 +208,16 @@ impl<'a> Stripe<'a> {
         // SAFETY: row `i` exists, so its piece lies inside the matrix; stripes of one matrix do not
         // overlap, and `&mut self` allows one piece at a time.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(i * self.stride), self.width) }
+    }
+}
+
+impl<'a> Stripe<'a> {
+    /// All rows' pieces, each `(width)`.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        (0..self.rows).map(|i| {
+            // SAFETY: as in `row`; each row's piece is handed out once, and `self` is borrowed by all.
+            unsafe { std::slice::from_raw_parts_mut(self.base.add(i * self.stride), self.width) }
+        })
     }
 }
 

@@ -2,7 +2,9 @@
 
 use super::kv::{Kv, Plane};
 use super::{Config, Machine};
-use crate::simd::float::{KV_BLOCK, Running};
+use crate::pool::Part;
+use crate::simd::float::{KV_BLOCK, Query, Running};
+use std::ops::Range;
 
 /// Cosines and sines of the angles by which RoPE rotates (Su et al. 2021).
 pub struct Rope {
@@ -41,6 +43,9 @@ pub(super) struct Place<'a> {
     pub(super) pos: usize,
 }
 
+/// Tokens that go through the cache's blocks together, so that these are read once for all of them.
+const TOGETHER: usize = 16;
+
 /// `out[t] = softmax(q[t] · kᵀ / √d_head) · v` over positions `0..=pos` of each token's cache.
 ///
 /// `q`: `(n_tok, n_head, d_head)`, scaled here by `1 / √d_head`; `out`: the same shape. Keys and
@@ -53,54 +58,86 @@ pub(super) fn attend(
     q: &mut [f32],
     out: &mut [f32],
 ) {
-    let group = config.n_head / config.n_kv * config.d_head;
-    let scale = 1.0 / (config.d_head as f32).sqrt();
-    let mut tasks: Vec<_> = q
-        .chunks_exact_mut(group)
-        .zip(out.chunks_exact_mut(group))
-        .collect();
-    machine.pool.each(&mut tasks, |i, (q, out)| {
-        let (t, kv_head) = (i / config.n_kv, i % config.n_kv);
-        q.iter_mut().for_each(|q| *q *= scale);
-        group_attend(machine, config, layer, places[t], kv_head, q, out);
+    let (d, width) = (config.d_head, config.n_head * config.d_head);
+    let scale = 1.0 / (d as f32).sqrt();
+    machine
+        .pool
+        .rows(q, width, |_, q| q.iter_mut().for_each(|q| *q *= scale));
+    // Neighbours of one sequence go together; a task is some of them and one KV head.
+    let same = |a: &Place<'_>, b: &Place<'_>| std::ptr::eq(a.kv, b.kv);
+    let groups = places.chunk_by(same).flat_map(|run| run.chunks(TOGETHER));
+    let (mut parts, mut inputs) = (Vec::new(), Vec::new());
+    let (mut rest, mut first) = (out, 0);
+    for places in groups {
+        let (out, later) = rest.split_at_mut(places.len() * width);
+        let grain = config.n_head / config.n_kv * d;
+        parts.push(Part { out, width, grain });
+        inputs.push((places, &q[first..first + places.len() * width]));
+        (rest, first) = (later, first + places.len() * width);
+    }
+    machine.pool.stripes(&mut parts, |p, columns, mut stripe| {
+        let (places, q) = inputs[p];
+        let mut queries = Vec::with_capacity(places.len() * columns.len() / d);
+        for (q, out) in q.chunks_exact(width).zip(stripe.iter_mut()) {
+            out.fill(0.0);
+            for (q, acc) in q[columns.clone()]
+                .chunks_exact(d)
+                .zip(out.chunks_exact_mut(d))
+            {
+                queries.push(Query {
+                    q,
+                    n: 0,
+                    run: Running::START,
+                    acc,
+                });
+            }
+        }
+        let kv_head = columns.start / columns.len();
+        through_blocks(machine, layer, places, kv_head, &mut queries);
     });
 }
 
-/// [`attend`] for one token and the query heads of one KV head: `q`, `out`: `(n_head / n_kv, d_head)`.
-fn group_attend(
+/// The queries of some tokens of one sequence and one KV head, `(places.len(), heads)`, through its cache.
+fn through_blocks(
     machine: &Machine,
-    config: &Config,
     layer: usize,
-    place: Place<'_>,
+    places: &[Place<'_>],
     kv_head: usize,
-    q: &[f32],
-    out: &mut [f32],
+    queries: &mut [Query<'_>],
 ) {
-    let d = config.d_head;
-    let mut run = vec![Running::START; q.len() / d];
-    out.fill(0.0);
-    for (b, block) in place.kv.blocks(layer).iter().enumerate() {
+    let heads = queries.len() / places.len();
+    for (b, block) in places[0].kv.blocks(layer).iter().enumerate() {
+        // Tokens are in order of position: those that see any of this block are the last ones.
         let first = b * KV_BLOCK;
-        if first > place.pos {
-            break;
+        let unseen = places.partition_point(|place| place.pos < first);
+        let queries = &mut queries[unseen * heads..];
+        for (queries, place) in queries.chunks_exact_mut(heads).zip(&places[unseen..]) {
+            let n = (place.pos + 1 - first).min(KV_BLOCK);
+            queries.iter_mut().for_each(|query| query.n = n);
         }
-        let n = (place.pos + 1 - first).min(KV_BLOCK);
-        let part = kv_head * KV_BLOCK * d..(kv_head * KV_BLOCK + n) * d;
-        match &**block {
+        let (keys, values) = &**block;
+        match (keys, values) {
             (Plane::F16(k), Plane::F16(v)) => {
+                let part = head_part(k.len(), places[0].kv.heads(), kv_head);
                 machine
                     .kernels
-                    .attend_f16(q, &k[part.clone()], &v[part], d, &mut run, out);
+                    .attend_f16(queries, &k[part.clone()], &v[part]);
             }
             (Plane::F32(k), Plane::F32(v)) => {
+                let part = head_part(k.len(), places[0].kv.heads(), kv_head);
                 machine
                     .kernels
-                    .attend_f32(q, &k[part.clone()], &v[part], d, &mut run, out);
+                    .attend_f32(queries, &k[part.clone()], &v[part]);
             }
             _ => unreachable!("a cache has one element type"),
         }
     }
-    for (out, run) in out.chunks_exact_mut(d).zip(&run) {
-        out.iter_mut().for_each(|x| *x /= run.sum);
+    for query in queries {
+        query.acc.iter_mut().for_each(|x| *x /= query.run.sum);
     }
+}
+
+/// Where a head lies in a plane of `len` elements.
+fn head_part(len: usize, heads: usize, head: usize) -> Range<usize> {
+    head * len / heads..(head + 1) * len / heads
 }

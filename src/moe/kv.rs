@@ -30,7 +30,8 @@ impl KvType {
     }
 }
 
-/// Keys or values of one layer and block: `(n_kv, KV_BLOCK, d_head)`.
+/// Keys, `(n_kv, d_head, KV_BLOCK)`, or values, `(n_kv, KV_BLOCK, d_head)`, of one layer and block: keys lie so
+/// that neighbouring positions are neighbours, because attention works them side by side.
 #[derive(Clone)]
 pub enum Plane {
     /// f16 elements.
@@ -63,15 +64,20 @@ impl Plane {
         }
     }
 
-    fn write(&mut self, at: usize, x: &[f32]) {
+    /// Stores `x` at `at`, `at + step` …
+    fn write(&mut self, at: usize, step: usize, x: &[f32]) {
         match self {
             // The rounding of `from_f32_const` (half to even) does not depend on the CPU.
             Plane::F16(p) => {
-                for (p, x) in p[at..].iter_mut().zip(x) {
+                for (p, x) in p[at..].iter_mut().step_by(step).zip(x) {
                     *p = f16::from_f32_const(*x);
                 }
             }
-            Plane::F32(p) => p[at..][..x.len()].copy_from_slice(x),
+            Plane::F32(p) => {
+                for (p, x) in p[at..].iter_mut().step_by(step).zip(x) {
+                    *p = *x;
+                }
+            }
         }
     }
 }
@@ -207,9 +213,9 @@ impl Kv {
         let (keys, values) = Arc::make_mut(&mut self.layers[layer][pos / KV_BLOCK]);
         for head in 0..self.n_kv {
             let from = head * self.d_head..(head + 1) * self.d_head;
-            let at = (head * KV_BLOCK + pos % KV_BLOCK) * self.d_head;
-            keys.write(at, &k[from.clone()]);
-            values.write(at, &v[from]);
+            let (plane, at) = (head * KV_BLOCK * self.d_head, pos % KV_BLOCK);
+            keys.write(plane + at, KV_BLOCK, &k[from.clone()]);
+            values.write(plane + at * self.d_head, 1, &v[from]);
         }
     }
 
@@ -231,6 +237,11 @@ impl Kv {
     /// Bytes of one position's keys (or values) in one head of one layer.
     pub(super) fn row_bytes(&self) -> usize {
         self.block_bytes() / (2 * self.layers.len() * self.n_kv * KV_BLOCK)
+    }
+
+    /// Heads of keys and values.
+    pub(super) fn heads(&self) -> usize {
+        self.n_kv
     }
 
     /// A layer's blocks, in order of position.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! head (88 bytes)   magic, version, element type, shape, identity of the model, version of the program, checksum
-//! block 0           n, checksum, n ids of tokens, then per layer: keys (n_kv, n, d_head), values (the same)
+//! block 0           n, checksum, n ids of tokens, then per layer: keys (n_kv, d_head, n), values (n_kv, n, d_head)
 //! block 1           … at a fixed distance, as if every block before it were full; only the last may be shorter
 //! ```
 //!
@@ -32,8 +32,10 @@ pub struct KvFile {
     path: PathBuf,
     file: File,
     head: [u8; HEAD],
-    /// Bytes of a token's keys (or values) in one head of one layer.
+    /// Bytes of a token's keys (or values) in one head of one layer: neighbours among the values.
     row: usize,
+    /// Bytes of an element: all that is together of a token's keys.
+    element: usize,
     /// `[layers, heads of keys and values]`
     planes: [usize; 2],
     /// The tokens and checksums of the blocks in the file that are good; `None`: not even the head is.
@@ -72,12 +74,13 @@ impl KvFile {
             let expected = "a KV cache of octet's";
             return Err(Error::invalid(path, "the file", expected, "something else"));
         }
-        let [layers, heads, _] = kv.shape();
+        let [layers, heads, d_head] = kv.shape();
         Ok(KvFile {
             path: path.to_path_buf(),
             file,
             head: head(kv, identity),
             row: kv.row_bytes(),
+            element: kv.row_bytes() / d_head,
             planes: [layers, heads],
             blocks: None,
         })
@@ -138,13 +141,14 @@ impl KvFile {
             let (ids, rows) = body.split_at(4 * n);
             let (ids, _) = ids.as_chunks();
             let ids: Vec<u32> = ids.iter().map(|id| u32::from_le_bytes(*id)).collect();
-            let mut rows = rows.chunks_exact(n * self.row);
+            let mut rest = rows;
             for layer in 0..self.planes[0] {
                 let (keys, values) = kv.block_mut(layer, blocks.len());
-                for plane in [keys, values] {
-                    let heads = plane.bytes_mut().chunks_exact_mut(KV_BLOCK * self.row);
-                    for (to, from) in heads.zip(&mut rows) {
+                for (plane, unit) in [(keys, self.element), (values, self.row)] {
+                    for to in plane.bytes_mut().chunks_exact_mut(KV_BLOCK * unit) {
+                        let (from, later) = rest.split_at(n * unit);
                         to[..from.len()].copy_from_slice(from);
+                        rest = later;
                     }
                 }
             }
@@ -183,9 +187,9 @@ impl KvFile {
             bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
             for layer in 0..self.planes[0] {
                 let (keys, values) = &*kv.blocks(layer)[blocks.len()];
-                for plane in [keys, values] {
-                    for head in plane.bytes().chunks_exact(KV_BLOCK * self.row) {
-                        bytes.extend_from_slice(&head[..ids.len() * self.row]);
+                for (plane, unit) in [(keys, self.element), (values, self.row)] {
+                    for from in plane.bytes().chunks_exact(KV_BLOCK * unit) {
+                        bytes.extend_from_slice(&from[..ids.len() * unit]);
                     }
                 }
             }

@@ -10,6 +10,9 @@ pub const LANES: usize = 16;
 
 /// Sixteen floats as a tier holds them. Implementations differ in instructions, never in a bit.
 pub trait Lanes: Copy {
+    /// Whether it is one register of 32 that a tier has, so that much can be kept in registers.
+    const WIDE: bool = false;
+
     /// All lanes the same.
     fn splat(x: f32) -> Self;
     /// From 16 floats.

@@ -31,6 +31,8 @@ struct One(__m512);
 // SAFETY of the blocks below: only this tier's functions use this type, and they are installed after
 // `detect`; loads and stores stay inside their arrays of 16; f16 and bf16 are transparent u16.
 impl Lanes for One {
+    const WIDE: bool = true;
+
     #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.

@@ -4,6 +4,7 @@ use super::*;
 use crate::quant::Format;
 use crate::quant::act::{CHUNK, Slots};
 use crate::quant::float::Element;
+use float::{KV_BLOCK, Running};
 
 /// A small deterministic generator (SplitMix64, Steele et al. 2014).
 struct Random(u64);
@@ -259,54 +260,95 @@ fn quantization_rounds_half_to_even() {
     assert_eq!((got.d[0], got.sums[0]), (1.0, 129));
 }
 
+/// Attention of `q (rows, dim)` over two blocks of `k (2, dim, KV_BLOCK)` and `v (2, KV_BLOCK, dim)`; row `r` sees
+/// all of the first and `n[r]` of the second.
+fn attention(
+    kernels: &Kernels,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    n: &[usize],
+    wide: bool,
+) -> Vec<f32> {
+    let dim = q.len() / n.len();
+    let half = |x: &[f32]| {
+        x.iter()
+            .map(|x| f16::from_f32_const(*x))
+            .collect::<Vec<_>>()
+    };
+    let mut acc = vec![0.0; q.len()];
+    let mut queries: Vec<_> = (q.chunks(dim).zip(acc.chunks_mut(dim)))
+        .map(|(q, acc)| Query {
+            q,
+            n: KV_BLOCK,
+            run: Running::START,
+            acc,
+        })
+        .collect();
+    for (b, (k, v)) in k
+        .chunks(dim * KV_BLOCK)
+        .zip(v.chunks(dim * KV_BLOCK))
+        .enumerate()
+    {
+        for (query, n) in queries.iter_mut().zip(n) {
+            query.n = if b == 0 { KV_BLOCK } else { *n };
+        }
+        match wide {
+            true => kernels.attend_f32(&mut queries, k, v),
+            false => kernels.attend_f16(&mut queries, &half(k), &half(v)),
+        }
+    }
+    let runs: Vec<f32> = queries
+        .iter()
+        .flat_map(|x| [x.run.max, x.run.sum])
+        .collect();
+    acc.extend(runs);
+    acc
+}
+
 #[test]
 fn attention_is_the_same_in_every_tier() {
     let mut random = Random(4);
     let scalar = Kernels::of(Tier::Scalar);
     for dim in [8, 16, 32, 80, 128] {
-        for n in [1, 2, 17, 63, 64] {
-            let heads = 4;
-            let q: Vec<f32> = random.floats(heads * dim).iter().map(|q| q * 3.0).collect();
-            let (k, v) = (random.floats(2 * n * dim), random.floats(2 * n * dim));
-            let half = |x: &[f32]| {
-                x.iter()
-                    .map(|x| f16::from_f32_const(*x))
-                    .collect::<Vec<_>>()
-            };
-            let (k16, v16) = (half(&k), half(&v));
-            let run = |kernels: &Kernels| {
-                let mut out = Vec::new();
-                for wide in [true, false] {
-                    let (mut run, mut acc) = ([Running::START; 4], vec![0.0; heads * dim]);
-                    for b in [0, n * dim] {
-                        let part = b..b + n * dim;
-                        if wide {
-                            kernels.attend_f32(
-                                &q,
-                                &k[part.clone()],
-                                &v[part],
-                                dim,
-                                &mut run,
-                                &mut acc,
-                            );
-                        } else {
-                            kernels.attend_f16(
-                                &q,
-                                &k16[part.clone()],
-                                &v16[part],
-                                dim,
-                                &mut run,
-                                &mut acc,
-                            );
-                        }
-                    }
-                    out.extend(acc);
-                    out.extend(run.iter().flat_map(|r| [r.max, r.sum]));
+        for n in [
+            &[1, 1, 1, 1][..],
+            &[17],
+            &[63, 64, 1, 2, 17, 18, 40, 64, 33, 5, 6, 7, 8, 16],
+        ] {
+            let q: Vec<f32> = random
+                .floats(n.len() * dim)
+                .iter()
+                .map(|q| q * 3.0)
+                .collect();
+            let (k, mut v) = (
+                random.floats(2 * dim * KV_BLOCK),
+                random.floats(2 * dim * KV_BLOCK),
+            );
+            // What lies behind the last key must not be looked at.
+            v[(KV_BLOCK + n.iter().max().unwrap()) * dim..].fill(f32::NAN);
+            for wide in [true, false] {
+                let want = attention(scalar, &q, &k, &v, n, wide);
+                assert!(want.iter().all(|x| x.is_finite()));
+                for tier in others() {
+                    let got = attention(tier, &q, &k, &v, n, wide);
+                    assert_eq!(
+                        bits(&got),
+                        bits(&want),
+                        "{:?} dim {dim} n {n:?}",
+                        tier.tier()
+                    );
+                    // And a query does not know of the others.
+                    let last = &q[(n.len() - 1) * dim..];
+                    let alone = attention(tier, last, &k, &v, &n[n.len() - 1..], wide);
+                    let among = &got[(n.len() - 1) * dim..n.len() * dim];
+                    assert_eq!(
+                        bits(&alone[..dim]),
+                        bits(among),
+                        "{:?} dim {dim}",
+                        tier.tier()
+                    );
                 }
-                bits(&out)
-            };
-            for tier in others() {
-                assert_eq!(run(tier), run(scalar), "{:?} dim {dim} n {n}", tier.tier());
             }
         }
     }
@@ -316,33 +358,24 @@ fn attention_is_the_same_in_every_tier() {
 #[test]
 fn attention_is_attention() {
     let mut random = Random(5);
-    let (dim, n) = (32, 64);
-    let (q, k, v) = (
-        random.floats(dim),
-        random.floats(n * dim),
-        random.floats(n * dim),
+    let (dim, n) = (32, KV_BLOCK + 20);
+    let q = random.floats(dim);
+    let (k, v) = (
+        random.floats(2 * dim * KV_BLOCK),
+        random.floats(2 * dim * KV_BLOCK),
     );
-    let scores: Vec<f64> = k
-        .chunks(dim)
-        .map(|k| {
-            k.iter()
-                .zip(&q)
-                .map(|(a, b)| *a as f64 * *b as f64)
-                .sum::<f64>()
-                .exp()
-        })
+    let key = |i: usize, d: usize| k[(i / KV_BLOCK * dim + d) * KV_BLOCK + i % KV_BLOCK] as f64;
+    let scores: Vec<f64> = (0..n)
+        .map(|i| (0..dim).map(|d| key(i, d) * q[d] as f64).sum::<f64>().exp())
         .collect();
     let total: f64 = scores.iter().sum();
-    let (mut run, mut acc) = ([Running::START], vec![0.0; dim]);
-    Kernels::of(Tier::Scalar).attend_f32(&q, &k, &v, dim, &mut run, &mut acc);
-    for (i, a) in acc.iter().enumerate() {
-        let want: f64 = scores
-            .iter()
-            .zip(v.chunks(dim))
-            .map(|(s, v)| s * v[i] as f64)
-            .sum::<f64>()
-            / total;
-        assert!((*a as f64 / run[0].sum as f64 - want).abs() < 1e-6);
+    let got = attention(Kernels::of(Tier::Scalar), &q, &k, &v, &[20], true);
+    for d in 0..dim {
+        let want: f64 = (0..n)
+            .map(|i| scores[i] / total * v[i * dim + d] as f64)
+            .sum();
+        let got = got[d] / got[dim + 1];
+        assert!((got as f64 - want).abs() < 1e-5, "{got} for {want}");
     }
 }
 

@@ -97,54 +97,162 @@ impl Running {
     };
 }
 
-/// One block of attention for the query heads that share a KV head (FlashAttention's update,
-/// Dao et al. 2022): the block's scores, the running softmax, the weighted sum of values.
+/// One query head of one token, on its way through the blocks of a cache.
+pub struct Query<'a> {
+    /// `(dim)`, already scaled.
+    pub q: &'a [f32],
+    /// How many of the present block's keys it sees, `1..=KV_BLOCK`.
+    pub n: usize,
+    /// The softmax so far.
+    pub run: Running,
+    /// The weighted sum of values so far, `(dim)`.
+    pub acc: &'a mut [f32],
+}
+
+/// One block of attention for queries that share a KV head (FlashAttention's update, Dao et al. 2022): the
+/// block's scores, the running softmax, the weighted sum of values.
 ///
-/// Blocks start at fixed absolute positions and come in order, so the result for a query depends on
-/// its keys alone and not on how the tokens were batched.
+/// A score is one chain of `fma`s over `dim`, and so is an element of the sum over the keys; lanes are keys
+/// there and elements here, so that nothing is added across lanes. Blocks start at fixed absolute
+/// positions and come in order, so the result for a query depends on its keys alone and not on how the
+/// tokens were batched.
 ///
-/// `q`: `(heads, dim)`, already scaled; `k`, `v`: `(n, dim)`; `run`: `(heads)`; `acc`: `(heads, dim)`;
-/// `n` is at most [`KV_BLOCK`].
+/// `k`: `(dim, KV_BLOCK)`; `v`: `(KV_BLOCK, dim)`. Whatever lies behind a query's `n` keys is not looked at.
 #[inline(always)]
-pub fn attend<L: Lanes, E: Element>(
-    q: &[f32],
-    k: &[E],
-    v: &[E],
-    dim: usize,
-    run: &mut [Running],
-    acc: &mut [f32],
-) {
-    for ((q, run), acc) in q.chunks_exact(dim).zip(run).zip(acc.chunks_exact_mut(dim)) {
-        let n = k.len() / dim;
-        let mut p = [0.0f32; KV_BLOCK];
-        let p = &mut p[..n];
-        let mut max = run.max;
-        let mut keys = k.chunks_exact(dim);
-        for p in p.chunks_exact_mut(4) {
-            let rows = [(); 4].map(|()| keys.next().expect("a key for each score"));
-            p.copy_from_slice(&dots::<L, E, 4>(rows, q));
-        }
-        for (p, k) in p[n / 4 * 4..].iter_mut().zip(keys) {
-            *p = dot::<L, E>(k, q);
-        }
-        for p in p.iter() {
-            max = if *p > max { *p } else { max };
-        }
-        let keep = exp(run.max - max);
-        let mut sums = [0.0f32; LANES];
-        for (i, p) in p.iter_mut().enumerate() {
-            *p = exp(*p - max);
-            sums[i % LANES] += *p;
-        }
-        *run = Running {
-            max,
-            sum: run.sum * keep + fold(sums),
+pub fn attend<L: Lanes, E: Element>(queries: &mut [Query<'_>], k: &[E], v: &[E]) {
+    let mut rest = queries;
+    while let [first, ..] = rest {
+        let dim = first.q.len();
+        let (now, later) = match rest.len() {
+            8.. if L::WIDE => rest.split_at_mut(8),
+            4.. => rest.split_at_mut(4),
+            _ => rest.split_at_mut(1),
         };
-        for a in acc.iter_mut() {
-            *a *= keep;
+        match now.len() {
+            8 => group::<L, E, 8>(now, &k[..dim * KV_BLOCK], &v[..dim * KV_BLOCK]),
+            4 => group::<L, E, 4>(now, &k[..dim * KV_BLOCK], &v[..dim * KV_BLOCK]),
+            _ => group::<L, E, 1>(now, &k[..dim * KV_BLOCK], &v[..dim * KV_BLOCK]),
         }
-        for (p, v) in p.iter().zip(v.chunks_exact(dim)) {
-            axpy::<L, E>(*p, v, acc);
+        rest = later;
+    }
+}
+
+/// [`attend`] for R queries.
+#[inline(always)]
+fn group<L: Lanes, E: Element, const R: usize>(queries: &mut [Query<'_>], k: &[E], v: &[E]) {
+    let queries: &mut [Query<'_>; R] = queries.try_into().expect("R queries");
+    let most = queries.iter().fold(0, |n, query| n.max(query.n));
+    let mut p = [[0.0; KV_BLOCK]; R];
+    // Accumulators that a tier's registers hold, beside what they are made from.
+    match (L::WIDE, R) {
+        (true, 8) => scores::<L, E, R, 2>(queries, k, most, &mut p),
+        (true, _) => scores::<L, E, R, 4>(queries, k, most, &mut p),
+        _ => scores::<L, E, R, 1>(queries, k, most, &mut p),
+    }
+    for (query, p) in queries.iter_mut().zip(&mut p) {
+        let keep = softmax(&mut query.run, query.n, p);
+        query.acc.iter_mut().for_each(|a| *a *= keep);
+    }
+    match (L::WIDE, R) {
+        (true, 8) => values::<L, E, R, 2>(queries, v, &p),
+        (true, _) => values::<L, E, R, 4>(queries, v, &p),
+        _ => values::<L, E, R, 1>(queries, v, &p),
+    }
+}
+
+/// `p[r][i] = q[r] · k[i]` for the first `n` keys, and perhaps some more; 16 C keys at a time.
+#[inline(always)]
+fn scores<L: Lanes, E: Element, const R: usize, const C: usize>(
+    queries: &[Query<'_>; R],
+    k: &[E],
+    n: usize,
+    p: &mut [[f32; KV_BLOCK]; R],
+) {
+    for first in (0..n).step_by(LANES * C) {
+        let mut sums = [[L::splat(0.0); C]; R];
+        for (d, keys) in k.chunks_exact(KV_BLOCK).enumerate() {
+            let keys = keys[first..][..LANES * C].as_chunks().0;
+            for c in 0..C {
+                let keys = E::load::<L>(&keys[c]);
+                for r in 0..R {
+                    sums[r][c] = L::splat(queries[r].q[d]).mul_add(keys, sums[r][c]);
+                }
+            }
+        }
+        for r in 0..R {
+            let out = p[r][first..][..LANES * C].as_chunks_mut().0;
+            for c in 0..C {
+                sums[r][c].store(&mut out[c]);
+            }
+        }
+    }
+}
+
+/// Takes `n` scores into the running softmax: `p` becomes `e^(score - max)`, and 0 from `n` on. Returns what
+/// everything before has to be multiplied with.
+#[inline(always)]
+fn softmax(run: &mut Running, n: usize, p: &mut [f32; KV_BLOCK]) -> f32 {
+    p[n..].fill(f32::NEG_INFINITY);
+    let p = p.as_chunks_mut::<LANES>().0;
+    let mut lanes = [run.max; LANES];
+    for p in p.iter() {
+        for i in 0..LANES {
+            lanes[i] = if p[i] > lanes[i] { p[i] } else { lanes[i] };
+        }
+    }
+    let max = lanes
+        .iter()
+        .fold(run.max, |m, &l| if l > m { l } else { m });
+    let keep = exp(run.max - max);
+    let mut sums = [0.0f32; LANES];
+    for p in p {
+        for i in 0..LANES {
+            p[i] = exp(p[i] - max);
+            sums[i] += p[i];
+        }
+    }
+    let sum = run.sum * keep + fold(sums);
+    *run = Running { max, sum };
+    keep
+}
+
+/// `acc[r] += Σ_i p[r][i] · v[i]` over each query's keys; 16 C elements at a time.
+#[inline(always)]
+fn values<L: Lanes, E: Element, const R: usize, const C: usize>(
+    queries: &mut [Query<'_>; R],
+    v: &[E],
+    p: &[[f32; KV_BLOCK]; R],
+) {
+    let dim = queries[0].q.len();
+    let all = queries.iter().fold(KV_BLOCK, |n, query| n.min(query.n));
+    let whole = dim / (LANES * C) * (LANES * C);
+    for first in (0..whole).step_by(LANES * C) {
+        let mut acc = [[L::splat(0.0); C]; R];
+        for r in 0..R {
+            for c in 0..C {
+                acc[r][c] = L::load(&queries[r].acc[first..].as_chunks().0[c]);
+            }
+        }
+        for (i, v) in v.chunks_exact(dim).take(all).enumerate() {
+            let v = v[first..][..LANES * C].as_chunks().0;
+            for c in 0..C {
+                let v = E::load::<L>(&v[c]);
+                for r in 0..R {
+                    acc[r][c] = L::splat(p[r][i]).mul_add(v, acc[r][c]);
+                }
+            }
+        }
+        for r in 0..R {
+            for c in 0..C {
+                acc[r][c].store(&mut queries[r].acc[first..].as_chunks_mut().0[c]);
+            }
+        }
+    }
+    // The rest: keys that not all of the queries see, and elements that fill no registers.
+    for (query, p) in queries.iter_mut().zip(p) {
+        for (i, v) in v.chunks_exact(dim).enumerate().take(query.n) {
+            let first = if i < all { whole } else { 0 };
+            axpy::<L, E>(p[i], &v[first..], &mut query.acc[first..]);
         }
     }
 }
@@ -182,7 +290,7 @@ pub(super) fn matmul<L: Lanes, E: Element>(
 macro_rules! float_doors {
     ($lanes:ty $(, #[$tier:meta])?) => {
         use $crate::quant::{self, act};
-        use $crate::simd::float::{self, Running};
+        use $crate::simd::float::{self, Query};
         use $crate::simd::{self, Kernels, MatMul, Rows, Tokens};
         use $crate::pool::Stripe;
 
@@ -211,12 +319,12 @@ macro_rules! float_doors {
             float::rope(x, cos, sin)
         }
         $(#[$tier])?
-        fn attend_f32(q: &[f32], k: &[f32], v: &[f32], dim: usize, run: &mut [Running], acc: &mut [f32]) {
-            float::attend::<$lanes, f32>(q, k, v, dim, run, acc)
+        fn attend_f32(queries: &mut [Query<'_>], k: &[f32], v: &[f32]) {
+            float::attend::<$lanes, f32>(queries, k, v)
         }
         $(#[$tier])?
-        fn attend_f16(q: &[f32], k: &[half::f16], v: &[half::f16], dim: usize, run: &mut [Running], acc: &mut [f32]) {
-            float::attend::<$lanes, half::f16>(q, k, v, dim, run, acc)
+        fn attend_f16(queries: &mut [Query<'_>], k: &[half::f16], v: &[half::f16]) {
+            float::attend::<$lanes, half::f16>(queries, k, v)
         }
         $(#[$tier])?
         fn matmul_defined(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {

@@ -23,7 +23,7 @@ mod unpack;
 use crate::pool::Stripe;
 use crate::quant::Format;
 use crate::quant::act::{Act, ActKind, Acts, Chunk};
-use float::Running;
+use float::Query;
 use half::f16;
 use std::sync::OnceLock;
 
@@ -175,8 +175,7 @@ impl<'a> Tokens<'a> {
 pub type MatMul = unsafe fn(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>);
 
 type Quantize = unsafe fn(block: usize, x: &[f32], out: &mut Chunk);
-type Attend<T> =
-    unsafe fn(q: &[f32], k: &[T], v: &[T], dim: usize, run: &mut [Running], acc: &mut [f32]);
+type Attend<T> = unsafe fn(queries: &mut [Query<'_>], k: &[T], v: &[T]);
 
 /// The loop nest of what has no kernel of its own: rows outside, so that a row is read from memory
 /// once. `dot` is a row's dot product with one token.
@@ -308,31 +307,15 @@ impl Kernels {
     }
 
     /// [`float::attend`] over an f32 cache.
-    pub fn attend_f32(
-        &self,
-        q: &[f32],
-        k: &[f32],
-        v: &[f32],
-        dim: usize,
-        run: &mut [Running],
-        acc: &mut [f32],
-    ) {
+    pub fn attend_f32(&self, queries: &mut [Query<'_>], k: &[f32], v: &[f32]) {
         // SAFETY: see above.
-        unsafe { (self.attend_f32)(q, k, v, dim, run, acc) }
+        unsafe { (self.attend_f32)(queries, k, v) }
     }
 
     /// [`float::attend`] over an f16 cache.
-    pub fn attend_f16(
-        &self,
-        q: &[f32],
-        k: &[f16],
-        v: &[f16],
-        dim: usize,
-        run: &mut [Running],
-        acc: &mut [f32],
-    ) {
+    pub fn attend_f16(&self, queries: &mut [Query<'_>], k: &[f16], v: &[f16]) {
         // SAFETY: see above.
-        unsafe { (self.attend_f16)(q, k, v, dim, run, acc) }
+        unsafe { (self.attend_f16)(queries, k, v) }
     }
 
     /// `Σ_t Σ_i w[i] · x[t][i % 4]`, wrapping: the products that [`Kernels::matmul`] is made of, from the L1 cache and
