@@ -876,7 +876,7 @@ fn interrupted_while_it_waits_for_a_line_chat_ends() {
         stdin.write_all(b"Hello\n/help\n").unwrap();
         // The answer and the help are done when the help's last words have come.
         let mut text = Vec::new();
-        while !text.ends_with(b"within one.\n") {
+        while !text.ends_with(b"and options\n") {
             let mut byte = [0];
             stdout.read_exact(&mut byte).unwrap();
             text.push(byte[0]);

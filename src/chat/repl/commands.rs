@@ -514,7 +514,7 @@ fn set(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
     show(&rows)
 }
 
-/// Shares as bars, highest first in brightness: eight steps.
+/// A share as a bar, from none to the largest.
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 /// Layers on a line.
 const LAYERS: usize = 4;
