@@ -22,7 +22,8 @@ use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 8] = b"octet KV";
-const VERSION: u32 = 1;
+// Version 1 had all planes by position.
+const VERSION: u32 = 2;
 const HEAD: usize = 88;
 /// `n` and the checksum.
 const BLOCK_HEAD: usize = 4 + 8;
