@@ -392,16 +392,17 @@ impl<'m> Batch<'m> {
         for (s, _) in work {
             if !matches!(s.end, Some(Err(_) | Ok(Finish::Stop)))
                 && let Some(&token) = s.answer.tokens.last()
-                && on_token(s.id, token).is_break()
             {
-                s.end = Some(Ok(Finish::Interrupted));
+                self.totals.answer_tokens += 1;
+                if on_token(s.id, token).is_break() {
+                    s.end = Some(Ok(Finish::Interrupted));
+                }
             }
         }
     }
 
     /// Keeps the prompt of a sequence that has ended, if another may begin like it.
     fn finish(&mut self, mut s: Sequence) -> Done {
-        self.totals.answer_tokens += s.answer.tokens.len();
         self.totals.hash.0 = self.totals.hash.0.wrapping_add(s.answer.stats.hash.0);
         let prompt = &s.tokens[..s.prompt_tokens];
         let covered = |long: &[u32], short: &[u32]| common(long, short) == short.len();
