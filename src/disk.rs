@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A file that is being written as `NAME.part`. It gets its name in [`WholeFile::finish`]; until then a
 /// file of that name stays as it is. Dropped before, it leaves nothing.
@@ -135,14 +136,18 @@ pub fn private_folder(path: &Path) -> Result<()> {
     builder.create(path).map_err(Error::io(path, "create"))
 }
 
-/// Takes a file for this process alone, until it is closed. `false`: another has it.
+/// Takes a file for this process alone, until it is closed. `false`: another has it, and still has after a moment:
+/// one that is just ending, or a child of this one that has not begun its own program, soon lets go.
 pub fn lock(file: &File) -> bool {
-    match file.try_lock() {
-        Ok(()) => true,
-        Err(TryLockError::WouldBlock) => false,
-        // Some network file systems have no locks.
-        Err(TryLockError::Error(_)) => true,
+    for _ in 0..20 {
+        match file.try_lock() {
+            Ok(()) => return true,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            // Some network file systems have no locks.
+            Err(TryLockError::Error(_)) => return true,
+        }
     }
+    false
 }
 
 /// Folds bytes into a checksum: enough to tell bytes that reached the disk from those that did not.

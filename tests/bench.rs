@@ -26,8 +26,8 @@ fn every_combination_is_measured() {
             assert!(result[key].as_f64().unwrap() > 0.0, "{key}: {result}");
         }
         for key in ["prefill_of_int8", "decode_of_read"] {
-            let share = result[key].as_f64().unwrap();
-            assert!(share > 0.0 && share <= 1.0, "{key}: {result}");
+            // More than 1 where the model fits the caches.
+            assert!(result[key].as_f64().unwrap() > 0.0, "{key}: {result}");
         }
     }
     seen.sort();
