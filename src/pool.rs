@@ -61,9 +61,9 @@ impl Pool {
         let start = |r: usize| r * n / ranges;
         let next: [Line; MAX_RANGES] =
             std::array::from_fn(|r| Line(AtomicUsize::new(start(r.min(ranges)))));
-        self.rayon.broadcast(|thread| {
+        let work = |first: usize| {
             for r in 0..ranges {
-                let r = (thread.index() + r) % ranges;
+                let r = (first + r) % ranges;
                 loop {
                     let i = next[r].0.fetch_add(1, Ordering::Relaxed);
                     if i >= start(r + 1) {
@@ -72,6 +72,15 @@ impl Pool {
                     f(i);
                 }
             }
+        };
+        // Not a broadcast, which waits until every thread has come: on a busy machine that takes long. What
+        // nobody has come for, this thread does itself.
+        let work = &work;
+        self.rayon.scope(|scope| {
+            for first in 1..self.threads {
+                scope.spawn(move |_| work(first % ranges));
+            }
+            work(0);
         });
     }
 
