@@ -10,8 +10,8 @@ const SAMPLE: usize = 4096;
 
 impl Gguf {
     /// A SHA-256 that two files share only if they are the same model in the same format: over every file's length and whole header
-    /// (all metadata, all tensors' names, types, shapes and places), and over [`SAMPLE`] bytes from the middle
-    /// of up to [`TENSORS`] tensors, which tell finetunes with equal headers apart. Where the file lies and what it is
+    /// (all metadata, all tensors' names, types, shapes and places), and over `SAMPLE` bytes from the middle
+    /// of up to `TENSORS` tensors, which tell finetunes with equal headers apart. Where the file lies and what it is
     /// called does not matter. Touches at most a few hundred kilobytes of weights.
     pub fn identity(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
