@@ -12,6 +12,7 @@ pub mod safetensors;
 pub mod value;
 pub mod writer;
 
+pub use identity::hex;
 pub use imatrix::Imatrix;
 pub use reader::{Bytes, Gguf};
 pub use safetensors::Safetensors;

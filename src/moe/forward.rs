@@ -209,6 +209,7 @@ impl Model {
                 }],
             );
             self.add(&s.o, &mut s.x);
+            observer.residual(i, &s.x);
 
             // Feed-forward: x += Σ weight · expert(norm(x)) over the experts that the router chose
             self.norm(&s.x, &layer.ffn_norm, &mut s.h);
@@ -267,7 +268,7 @@ impl Model {
     }
 
     /// RMSNorm of every row: `x`, `y`: `(n_tok, d_model)`.
-    fn norm(&self, x: &[f32], w: &[f32], y: &mut [f32]) {
+    pub(super) fn norm(&self, x: &[f32], w: &[f32], y: &mut [f32]) {
         let d = self.config.d_model;
         let mut rows: Vec<_> = y.chunks_exact_mut(d).collect();
         self.machine.pool.each(&mut rows, |t, y| {

@@ -11,6 +11,7 @@ pub mod kv;
 pub mod kv_file;
 pub mod linear;
 pub mod observe;
+pub mod profile;
 pub mod router;
 pub mod routes;
 pub mod weights;
@@ -20,6 +21,7 @@ pub use forward::{Model, Run, Scratch, Want};
 pub use importance::Collector;
 pub use kv::{Kv, KvType};
 pub use observe::{Observer, Site};
+pub use profile::Profile;
 pub use routes::Routes;
 
 use crate::error::Result;
