@@ -34,6 +34,7 @@ enum Command {
     Imatrix(cli::imatrix::Args),
     Profile(cli::profile::Args),
     Bench(cli::bench::Args),
+    Plan(cli::plan::Args),
 }
 
 fn dispatch(octet: &Octet) -> Result<()> {
@@ -49,6 +50,7 @@ fn dispatch(octet: &Octet) -> Result<()> {
         Some(Command::Imatrix(args)) => cli::imatrix::run(args),
         Some(Command::Profile(args)) => cli::profile::run(args),
         Some(Command::Bench(args)) => cli::bench::run(args),
+        Some(Command::Plan(args)) => cli::plan::run(args),
     }
 }
 

@@ -182,9 +182,9 @@ fn cases(args: &Args, models: usize) -> Result<Vec<Case>> {
 
 /// What a machine can do at most.
 #[derive(Clone, Copy)]
-struct Limits {
-    read_gb_s: f64,
-    int8_gmac_s: f64,
+pub(super) struct Limits {
+    pub(super) read_gb_s: f64,
+    pub(super) int8_gmac_s: f64,
 }
 
 /// What a case or a machine did.
@@ -317,7 +317,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// What the machine can do at most: measured now, or more if more is remembered.
-fn limits(machine: &Machine) -> Limits {
+pub(super) fn limits(machine: &Machine) -> Limits {
     Limits {
         read_gb_s: bandwidth(&machine.pool, f64::INFINITY) / 1e9,
         int8_gmac_s: int8_peak(machine, f64::INFINITY) / 1e9,

@@ -12,6 +12,7 @@ pub mod journal;
 pub mod load;
 pub mod options;
 pub mod perplexity;
+pub mod plan;
 pub mod profile;
 pub mod report;
 pub mod run;

@@ -94,6 +94,19 @@ impl Model {
         })
     }
 
+    /// The first layer alone, with as many experts as a token takes, as a model of its own: what it does soon tells
+    /// what all of them will do.
+    pub fn first_layer(mut self) -> Model {
+        let n = self.config.n_used;
+        (self.config.n_layer, self.config.n_expert) = (1, n);
+        self.weights.layers.truncate(1);
+        for layer in &mut self.weights.layers {
+            layer.experts.truncate(n);
+            layer.router = layer.router.as_ref().map(|router| router.first_rows(n));
+        }
+        self
+    }
+
     /// Threads and kernels.
     pub fn machine(&self) -> &Machine {
         &self.machine

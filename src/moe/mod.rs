@@ -3,6 +3,7 @@
 //! `forward.rs` is the spine: read it first. It knows tokens and logits, no text.
 
 pub mod attention;
+pub mod budget;
 pub mod config;
 pub mod experts;
 pub mod forward;
