@@ -242,6 +242,9 @@ fn wrapped(text: &str, width: usize) -> String {
     out + "\n"
 }
 
+/// Sizes of letters; plotters makes them a fifth smaller.
+const TITLE: i32 = 18;
+const TEXT: i32 = 14;
 /// Pixels of a cell, of a bar at 100%, of a line of text.
 const PIXELS: (i32, i32, i32) = (44, 120, 18);
 
@@ -269,22 +272,23 @@ pub fn svg(profile: &Profile) -> String {
 
     let title = format!(
         "{}: share of {} tokens that take each expert, in percent",
-        profile.name, profile.tokens
+        for_terminal(&profile.name),
+        profile.tokens
     );
-    text(title, (left, line), HPos::Left, 15, BLACK);
+    text(title, (left, line), HPos::Left, TITLE, BLACK);
     text(
         "layer".into(),
         (left - 8, top - line / 2),
         HPos::Right,
-        11,
+        TEXT,
         BLACK,
     );
     for e in 0..n {
         let at = (left + e * cell + cell / 2, top - line / 2);
-        text(e.to_string(), at, HPos::Center, 11, BLACK);
+        text(e.to_string(), at, HPos::Center, TEXT, BLACK);
     }
     for (at, name) in bars.iter().zip(["reuse", "recall one layer ahead"]) {
-        text(name.into(), (*at, top - line / 2), HPos::Left, 11, BLACK);
+        text(name.into(), (*at, top - line / 2), HPos::Left, TEXT, BLACK);
     }
     for layer in 0..layers {
         let (y, l) = (top + layer * line, layer as usize);
@@ -293,7 +297,7 @@ pub fn svg(profile: &Profile) -> String {
             layer.to_string(),
             (left - 8, middle),
             HPos::Right,
-            11,
+            TEXT,
             BLACK,
         );
         for e in 0..n {
@@ -301,14 +305,20 @@ pub fn svg(profile: &Profile) -> String {
             let heat = heat(profile, share);
             block((x, y), (x + cell - 1, y + line - 1), colour(heat));
             let number = format!("{:.1}", 100.0 * share);
-            text(number, (x + cell / 2, middle), HPos::Center, 11, ink(heat));
+            text(
+                number,
+                (x + cell / 2, middle),
+                HPos::Center,
+                TEXT,
+                ink(heat),
+            );
         }
         let shares = [Some(profile.reuse[l]), profile.recall[l]];
         for (x, share) in bars.into_iter().zip(shares) {
             let Some(share) = share else { continue };
             let end = x + (share * f64::from(bar)).round() as i32;
             block((x, y + 3), (end, y + line - 4), colour(0.3));
-            text(percent(share), (end + 4, middle), HPos::Left, 11, BLACK);
+            text(percent(share), (end + 4, middle), HPos::Left, TEXT, BLACK);
         }
     }
     let (y, chance) = (top + layers * line, even(profile));
@@ -319,7 +329,7 @@ pub fn svg(profile: &Profile) -> String {
         format!("{} if all are alike", percent(chance)),
         (at, y + line / 2),
         HPos::Center,
-        11,
+        TEXT,
         BLACK,
     );
     // The colours' meaning.
@@ -331,8 +341,81 @@ pub fn svg(profile: &Profile) -> String {
     }
     let more = format!("0 to {} or more", percent(hottest(profile)));
     let at = (left + 2 * steps + 8, y + line + line / 2 - 3);
-    text(more, at, HPos::Left, 11, BLACK);
+    text(more, at, HPos::Left, TEXT, BLACK);
     area.present().expect(drawn);
     drop(area);
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn profile(n_layer: usize, n_expert: usize) -> Profile {
+        let counts: Vec<u64> = (0..n_expert).map(|e| 2 * u64::from(e == 1)).collect();
+        let recall = (0..n_layer).map(|l| (l > 0).then_some(1.0));
+        let document = json!({
+            "format": "octet-profile", "version": 1, "model": "", "name": "a\x1b[31m<b>.gguf",
+            "n_layer": n_layer, "n_expert": n_expert, "n_used": 1, "tokens": 2, "counts": vec![counts; n_layer],
+            "reuse": vec![0.5; n_layer], "recall": recall.collect::<Vec<_>>(),
+        });
+        serde_json::from_value(document).unwrap()
+    }
+
+    /// A text without the codes of its colours.
+    fn plain(text: &str) -> String {
+        let mut parts = text.split("\x1b[");
+        let first = parts.next().unwrap().to_string();
+        parts.fold(first, |out, part| out + part.split_once('m').unwrap().1)
+    }
+
+    #[test]
+    fn it_fits_every_terminal() {
+        for (n_layer, n_expert) in [(1, 2), (4, 8), (32, 8), (120, 8), (3, 64)] {
+            let profile = profile(n_layer, n_expert);
+            for width in 1..200 {
+                for colours in [Colours::None, Colours::Palette, Colours::True] {
+                    let text = terminal(&profile, width, colours);
+                    assert_eq!(text.contains('\x1b'), colours != Colours::None);
+                    let text = plain(&text);
+                    let widest = text.lines().map(|l| l.chars().count()).max();
+                    // Words of the explanation are not cut.
+                    assert!(width < 20 || widest <= Some(width), "{width}:\n{text}");
+                    let rows = |layer: usize| {
+                        let lines = text.lines().map(str::trim_start);
+                        lines.filter(move |l| l.starts_with(&format!("{layer} ")))
+                    };
+                    assert!(rows(n_layer - 1).count() > 0, "{width}:\n{text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn colours_and_characters() {
+        let profile = profile(2, 8);
+        let narrow = terminal(&profile, 20, Colours::None);
+        assert!(
+            narrow.contains("\n   01234567 use rec\n 0  @        50\n 1  @        50 100\n"),
+            "{narrow}"
+        );
+        let wide = terminal(&profile, 80, Colours::Palette);
+        // Viridis ends in (253, 231, 37) and begins with (68, 1, 84).
+        assert!(
+            wide.contains("\x1b[48;5;227;38;5;16m100.0\x1b[0m"),
+            "{wide:?}"
+        );
+        assert!(
+            wide.contains("\x1b[48;5;54;38;5;231m  0.0\x1b[0m"),
+            "{wide:?}"
+        );
+        let exact = terminal(&profile, 80, Colours::True);
+        assert!(exact.contains("\x1b[48;2;68;1;84;38;2;255;255;255m  0.0\x1b[0m"));
+        assert!(
+            exact.starts_with("a\\u{1b}[31m<b>.gguf: 2 layers"),
+            "{exact:?}"
+        );
+        assert!(svg(&profile).contains("&lt;b&gt;"));
+    }
 }

@@ -198,7 +198,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// How long the disk is measured.
-const DISK: Duration = Duration::from_millis(1500);
+const DISK: Duration = Duration::from_secs(1);
 
 fn too_small(args: &Args, budget: u64, least: u64) -> Error {
     let hint = match args.ram {
@@ -268,8 +268,12 @@ struct Better {
 fn better(case: &Case<'_>, now: &Outcome, available: Option<u64>) -> Vec<Better> {
     /// Fewer percent are not worth a change.
     const WORTH: f64 = 1.05;
-    /// A person reads about so many tokens a second.
+    /// More tokens a second than anybody reads.
     const ENOUGH: f64 = 10.0;
+    /// Tokens of a conversation that is not long.
+    const SHORT: usize = 4096;
+    /// More are too many to choose from.
+    const MOST: usize = 3;
     let mut found = Vec::new();
     let mut consider = |change: String, other: Case<'_>| {
         if let Ok(outcome) = other.outcome()
@@ -293,11 +297,14 @@ fn better(case: &Case<'_>, now: &Outcome, available: Option<u64>) -> Vec<Better>
             let budget = needed * GB;
             consider(format!("{needed} GB of memory"), Case { budget, ..*case });
         }
-        for ctx in [4096, 16384] {
-            if ctx < case.ctx {
-                consider(format!("--ctx {ctx}"), Case { ctx, ..*case });
-                break;
-            }
+        if case.ctx > SHORT {
+            consider(
+                format!("--ctx {SHORT}"),
+                Case {
+                    ctx: SHORT,
+                    ..*case
+                },
+            );
         }
     }
     if now.decode() < ENOUGH {
@@ -325,6 +332,7 @@ fn better(case: &Case<'_>, now: &Outcome, available: Option<u64>) -> Vec<Better>
         }
     }
     found.sort_by(|a, b| b.outcome.decode().total_cmp(&a.outcome.decode()));
+    found.truncate(MOST);
     found
 }
 
