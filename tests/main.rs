@@ -13,6 +13,7 @@ mod hostile_model;
 mod imatrix;
 mod layers;
 mod model;
+mod paging;
 mod profile;
 mod quantize;
 mod scripted;

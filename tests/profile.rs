@@ -239,7 +239,7 @@ fn a_plan_for_much_and_for_little_memory() {
 
     // Everything but half of the experts.
     let of = |key: &str| number(&all["memory"][key]);
-    let half = of("dense") + of("kv") + of("scratch") + 16.5 * of("slot");
+    let half = of("program") + of("dense") + of("kv") + of("scratch") + 16.5 * of("slot");
     let half = (half as u64).to_string();
     let some = plan(&["--ram", &half, "--json"]).json();
     assert_eq!(

@@ -2,18 +2,20 @@
 
 use super::bench::{Limits, limits};
 use super::inspect::bytes;
-use super::load::machine;
-use super::options::{MachineOptions, parse_kv, parse_size};
+use super::load::{FIRST_TOKENS, RESERVE, machine, ram};
+use super::options::{MachineOptions, RamLimit, parse_kv};
 use crate::chat::repl::show;
-use crate::disk::read_speed;
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, Source};
 use crate::memory;
-use crate::moe::budget::{Fit, Parts, Phase, Prediction, Speeds, scratch};
-use crate::moe::{Config, Kv, KvType, Model, Profile, Run, Scratch, Want};
+use crate::moe::budget::{Fit, Parts, Phase, Prediction, Speeds};
+use crate::moe::{Config, Kv, KvType, Model, Profile, Ram, Run, Scratch, Want};
+use crate::pool::{Background, try_each};
 use crate::quant::recipe::Recipe;
+use memmap2::MmapMut;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Predict how a model will run on this machine: what fits into memory, how fast it reads and writes, what it will
@@ -22,10 +24,7 @@ use std::time::{Duration, Instant};
 pub struct Args {
     /// A Mixtral, Mistral or Llama GGUF file
     pub file: PathBuf,
-    /// Memory to use: 12G, or auto, as much as is available
-    #[arg(long, value_name = "SIZE", value_parser = parse_ram, default_value = "auto")]
-    pub ram: Ram,
-    /// Most tokens of the conversation [default: what the model was trained for]
+    /// Tokens of the conversation that memory is kept for [default: 4096, or as many as the model was trained for]
     #[arg(short, long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub ctx: Option<u32>,
     /// Element type of the KV cache
@@ -42,24 +41,6 @@ pub struct Args {
     pub machine: MachineOptions,
 }
 
-/// A budget of memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ram {
-    /// What is available, with a reserve.
-    Auto,
-    /// So many bytes.
-    Bytes(u64),
-}
-
-fn parse_ram(text: &str) -> Result<Ram, String> {
-    match text {
-        "auto" => Ok(Ram::Auto),
-        _ => parse_size(text).map(Ram::Bytes),
-    }
-}
-
-/// What is left to others of the available memory: one part of so many.
-const RESERVE: u64 = 10;
 /// As options mean it.
 const GB: u64 = 1_000_000_000;
 /// Tokens of the prompt that is predicted.
@@ -75,9 +56,10 @@ struct Case<'a> {
     parts: Parts,
     speeds: Speeds,
     profile: Option<&'a Profile>,
-    budget: u64,
+    /// Nothing: all of the model is mapped.
+    budget: Option<u64>,
     ctx: usize,
-    ubatch: usize,
+    scratch: u64,
 }
 
 /// What becomes of it.
@@ -90,8 +72,8 @@ struct Outcome {
 impl Case<'_> {
     fn outcome(&self) -> Result<Outcome, u64> {
         let parts = &self.parts;
-        let scratch = scratch(self.config, self.ubatch.min(self.ctx));
-        let fit = parts.fit(self.budget, self.ctx, scratch)?;
+        let budget = self.budget.unwrap_or(u64::MAX);
+        let fit = parts.fit(budget, self.ctx, self.scratch)?;
         let slots = fit.slots as f64 / parts.n_layer as f64;
         let hits = match self.profile {
             Some(profile) => profile.held(slots),
@@ -131,24 +113,26 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let model = Model::open(&file, machine(&args.machine)?)?;
     let config = model.config.clone();
-    let ctx = args.ctx.map_or(config.n_ctx, |n| n as usize);
+    let ctx = args
+        .ctx
+        .map_or(FIRST_TOKENS.min(config.n_ctx), |n| n as usize);
     if ctx > config.n_ctx {
         let limit = config.n_ctx;
         return Err(Error::ContextFull { limit, want: ctx });
     }
-    let parts = Parts::of(&file, &config, &model.weights, args.kv);
-    let available = memory::available();
-    let budget = match (args.ram, available) {
-        (Ram::Bytes(n), _) => n,
-        (Ram::Auto, Some(available)) => available - available / RESERVE,
-        (Ram::Auto, None) => {
-            let what = "--ram auto: this system does not say how much memory is available (expected a size)";
-            return Err(Error::Usage(what.to_string()));
-        }
+    // `all` leaves it to the system, which does well where auto finds no reason not to.
+    let limit = match args.machine.ram {
+        RamLimit::All => RamLimit::Auto,
+        limit => limit,
     };
+    let budget = match ram(&file, limit, args.kv, Some(ctx as u32))? {
+        Ram::Mapped => None,
+        Ram::Within { bytes, .. } => Some(bytes),
+    };
+    let program = memory::resident().unwrap_or(0);
     let mut case = Case {
         config: &config,
-        parts,
+        parts: Parts::of(&config, &model.weights, args.kv, program),
         speeds: Speeds {
             disk: f64::INFINITY,
             weights: f64::INFINITY,
@@ -157,11 +141,11 @@ pub fn run(args: &Args) -> Result<()> {
         profile: profile.as_ref(),
         budget,
         ctx,
-        ubatch: args.machine.ubatch as usize,
+        scratch: model.scratch_bytes(PROMPT.min(args.machine.ubatch as usize)),
     };
     // Whether it fits is known before anything is measured.
     if let Err(least) = case.outcome() {
-        return Err(too_small(args, budget, least));
+        return Err(too_small(args, budget.unwrap_or(0), least));
     }
 
     let limits = limits(model.machine());
@@ -169,10 +153,9 @@ pub fn run(args: &Args) -> Result<()> {
         model.machine().kernels.tier().name(),
         model.machine().pool.threads(),
     );
-    let length = |path: &&Path| std::fs::metadata(path).map_or(0, |about| about.len());
-    let largest = file.shards().max_by_key(length);
-    let disk = read_speed(largest.expect("a model has a file"), DISK)?;
-    let (weights, macs) = trial(model, args.kv)?;
+    let largest = file.sources().max_by_key(|source| source.map().len());
+    let disk = read_speed(largest.expect("a model has a file"))?;
+    let (weights, macs) = trial(model, &file, args.kv)?;
     case.speeds = Speeds {
         disk,
         weights,
@@ -181,6 +164,7 @@ pub fn run(args: &Args) -> Result<()> {
     let Ok(outcome) = case.outcome() else {
         unreachable!("speeds do not change what fits")
     };
+    let available = memory::available();
     let better = better(&case, &outcome, available);
     let plan = Plan {
         file: &file,
@@ -197,13 +181,10 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// How long the disk is measured.
-const DISK: Duration = Duration::from_secs(1);
-
 fn too_small(args: &Args, budget: u64, least: u64) -> Error {
-    let hint = match args.ram {
-        Ram::Auto => "a smaller --ctx, a smaller type or more memory helps",
-        Ram::Bytes(_) => "a larger --ram or a smaller --ctx helps",
+    let hint = match args.machine.ram {
+        RamLimit::Bytes(_) => "a larger --ram or a smaller --ctx helps",
+        _ => "a smaller --ctx, a smaller type or more memory helps",
     };
     Error::invalid(
         &args.file,
@@ -213,8 +194,39 @@ fn too_small(args: &Args, budget: u64, least: u64) -> Error {
     )
 }
 
+/// Bytes a second that the disk gives of a file for a second, as the store reads: pieces of 1 MiB, eight at once, in
+/// runs of 32 MiB all over it.
+fn read_speed(source: &Source) -> Result<f64> {
+    const TIME: Duration = Duration::from_secs(1);
+    const READERS: usize = 8;
+    const PIECE: usize = 1 << 20;
+    const RUN: usize = 32;
+    let len = source.map().len();
+    let (pieces, next) = (len.div_ceil(PIECE), AtomicUsize::new(0));
+    let read = AtomicUsize::new(0);
+    let started = Instant::now();
+    let reader = |_| {
+        let failed = |e| Error::io(source.path(), "read")(e);
+        let mut buffer = MmapMut::map_anon(PIECE).map_err(failed)?;
+        while started.elapsed() < TIME {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            // Fibonacci hashing sends consecutive runs far apart (Knuth, TAOCP 3, 6.4).
+            let run = (i / RUN).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+            let at = (run * RUN + i % RUN) % pieces * PIECE;
+            let want = PIECE.min(len - at);
+            let done = source.read(at as u64, &mut buffer, want);
+            done.map_err(failed)?;
+            read.fetch_add(want, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    let readers = Background::new(READERS, "read")?;
+    readers.run(|| try_each((0..READERS).collect(), reader))?;
+    Ok(read.into_inner() as f64 / started.elapsed().as_secs_f64())
+}
+
 /// Bytes of weights a second in decode and products a second in prefill, as the model's first layer does them.
-fn trial(model: Model, kv: KvType) -> Result<(f64, f64)> {
+fn trial(model: Model, file: &Gguf, kv: KvType) -> Result<(f64, f64)> {
     /// Rounds, of which the median counts.
     const ROUNDS: usize = 5;
     /// Tokens of decode in a round.
@@ -222,7 +234,7 @@ fn trial(model: Model, kv: KvType) -> Result<(f64, f64)> {
     let c = &model.config;
     // So many tokens that each expert gets as many as of a whole prompt.
     let n_tok = (PROMPT * c.n_used / c.n_expert).max(1);
-    let layer = model.first_layer();
+    let layer = model.first_layer(file);
     let c = &layer.config;
     let tokens: Vec<u32> = (0..n_tok as u32).map(|t| t % c.n_vocab as u32).collect();
     let mut kv = Kv::new(c, kv, n_tok + STEPS);
@@ -285,17 +297,20 @@ fn better(case: &Case<'_>, now: &Outcome, available: Option<u64>) -> Vec<Better>
     let parts = &case.parts;
     let all = parts.n_slots();
     if now.fit.slots < all {
-        // What is there and not used, else as much as everything takes.
-        let fixed = parts.dense + now.fit.kv + now.fit.scratch;
-        let free = available.map_or(0, |n| n - n / RESERVE) / GB;
-        if free * GB > case.budget {
-            let budget = free * GB;
-            consider(format!("--ram {free}G"), Case { budget, ..*case });
+        // What is there and not used; as much as everything takes.
+        let fixed = parts.dense + parts.program + now.fit.kv + now.fit.scratch;
+        let free = available.map_or(0, |n| n.saturating_sub(RESERVE) / GB);
+        let needed = (fixed + parts.slot * all as u64).div_ceil(GB);
+        let with = |gb: u64| Case {
+            budget: Some(gb * GB),
+            ..*case
+        };
+        if Some(free * GB) > case.budget {
+            let gb = free.min(needed);
+            consider(format!("--ram {gb}G"), with(gb));
         }
-        let needed = (fixed + parts.experts).div_ceil(GB);
         if free < needed {
-            let budget = needed * GB;
-            consider(format!("{needed} GB of memory"), Case { budget, ..*case });
+            consider(format!("{needed} GB of memory"), with(needed));
         }
         if case.ctx > SHORT {
             consider(
@@ -381,7 +396,11 @@ impl Plan<'_> {
         let what = format!("{int8:.0} GMAC/s of int8 ({tier}, {threads} threads)");
         out += &line("arithmetic", what);
 
-        out += &format!("\nMemory, of {}\n", bytes(case.budget));
+        out += &match case.budget {
+            Some(budget) => format!("\nMemory, of {}\n", bytes(budget)),
+            None => "\nMemory\n".to_string(),
+        };
+        out += &size("the program", parts.program);
         out += &size("everything but experts", parts.dense);
         out += &size(&format!("KV cache, {} tokens", case.ctx), fit.kv);
         out += &size("scratch", fit.scratch);
@@ -464,7 +483,7 @@ impl Plan<'_> {
                 "isa": self.at_work.0, "threads": self.at_work.1,
             },
             "memory": {
-                "budget": case.budget, "dense": parts.dense, "kv": fit.kv, "ctx": case.ctx,
+                "budget": case.budget, "program": parts.program, "dense": parts.dense, "kv": fit.kv, "ctx": case.ctx,
                 "scratch": fit.scratch, "slot": parts.slot, "slots": fit.slots, "experts": parts.n_slots(),
             },
             "prediction": figures(&self.outcome),

@@ -9,6 +9,7 @@ mod identity;
 pub mod imatrix;
 pub mod reader;
 pub mod safetensors;
+pub mod source;
 pub mod value;
 pub mod writer;
 
@@ -16,6 +17,7 @@ pub use identity::hex;
 pub use imatrix::Imatrix;
 pub use reader::{Bytes, Gguf};
 pub use safetensors::Safetensors;
+pub use source::Source;
 pub use value::{Array, Kind, Value};
 pub use writer::Writer;
 

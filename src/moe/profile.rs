@@ -298,6 +298,7 @@ impl Observer for Recorder<'_> {
         self.all.extend(0..n_tok as u32);
         let expected = &mut self.layers[layer + 1].expected;
         expected.resize(n_tok * c.n_used, Choice::default());
+        self.logits.resize(n_tok * c.n_expert, 0.0);
         let (input, logits) = (&self.input, &mut self.logits);
         choose(machine, router, input, &self.all, logits, expected);
     }
