@@ -237,23 +237,25 @@ fn a_plan_for_much_and_for_little_memory() {
         assert!(number(&all["machine"][key]) > 0.0, "{key}");
     }
 
-    // Everything but half of the experts.
-    let of = |key: &str| number(&all["memory"][key]);
-    let half = of("program") + of("dense") + of("kv") + of("scratch") + 16.5 * of("slot");
+    // Everything but about half of the experts.
+    let half = ["program", "dense", "kv", "scratch"].map(|key| number(&all["memory"][key]));
+    let half = half.iter().sum::<f64>() + 16.0 * number(&all["memory"]["slot"]);
     let half = (half as u64).to_string();
+    // What a document says against what follows from its sizes; the program's own differ from run to run.
+    let slots = |plan: &Value| {
+        let of = |key: &str| number(&plan["memory"][key]);
+        let rest = of("budget") - of("program") - of("dense") - of("kv") - of("scratch");
+        assert_eq!(of("slots"), (rest / of("slot")).floor(), "{plan}");
+        assert!(of("slots") > 4.0 && of("slots") < 28.0, "{plan}");
+        of("slots")
+    };
     let some = plan(&["--ram", &half, "--json"]).json();
-    assert_eq!(
-        (
-            &some["memory"]["slots"],
-            number(&some["prediction"]["hit_rate"])
-        ),
-        (&16.into(), 0.5)
-    );
+    assert_eq!(number(&some["prediction"]["hit_rate"]), slots(&some) / 32.0);
     assert!(number(&some["prediction"]["disk_bytes_token"]) > 0.0);
     let first = number(&some["prediction"]["first_token_s"]);
     assert!(number(&some["prediction"]["first_token_cold_s"]) >= first);
 
-    // The demo model's routing is uneven: its favourites are found more often than half of the time.
+    // The demo model's routing is uneven: its favourites are found oftener than all are.
     let profile = record(&home, "p.json", &[]);
     let path = home.path("p.json");
     let known = [
@@ -264,14 +266,15 @@ fn a_plan_for_much_and_for_little_memory() {
         path.to_str().unwrap(),
     ];
     let known = plan(&known).json();
-    assert_eq!(number(&known["prediction"]["hit_rate"]), profile.held(4.0));
-    assert!(profile.held(4.0) > 0.5);
+    let (hits, slots) = (number(&known["prediction"]["hit_rate"]), slots(&known));
+    assert_eq!(hits, profile.held(slots / 4.0));
+    assert!(hits > slots / 32.0);
 
     let text = plan(&["--ram", &half]);
     let text = text.text();
     for part in [
-        "16 of 32 experts",
-        "50% of a token's experts",
+        " of 32 experts",
+        "of a token's experts",
         "decode ",
         "first token after 512",
     ] {
