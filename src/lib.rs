@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | [`error`] | one error type: what, where, expected, found | |
 //! | [`disk`] | files that survive a crash, whole or not at all | `error` |
+//! | [`memory`] | how much memory there is, and how much is taken | |
 //! | [`pool`] | how threads are made and woken | `error` |
 //! | [`quant`] | what the bytes of a weight mean: layout, decode, encode, exact dot products | |
 //! | [`simd`] | faster ways to say what `quant` says, one file per CPU tier | `quant`, `pool` |
@@ -37,6 +38,7 @@ pub mod cli;
 pub mod disk;
 pub mod error;
 pub mod gguf;
+pub mod memory;
 pub mod moe;
 pub mod pool;
 pub mod quant;

@@ -6,16 +6,20 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("disk", &["error"]),
+    ("memory", &[]),
     ("pool", &["error"]),
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
     ("gguf", &["quant", "error"]),
-    ("moe", &["error", "disk", "pool", "quant", "simd", "gguf"]),
+    (
+        "moe",
+        &["error", "disk", "memory", "pool", "quant", "simd", "gguf"],
+    ),
     ("chat", &["error", "disk", "gguf", "moe"]),
     (
         "cli",
         &[
-            "error", "disk", "pool", "quant", "simd", "gguf", "moe", "chat",
+            "error", "disk", "memory", "pool", "quant", "simd", "gguf", "moe", "chat",
         ],
     ),
 ];

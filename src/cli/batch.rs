@@ -16,6 +16,7 @@ use crate::chat::session::Finish;
 use crate::chat::stops::AnswerText;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::memory;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -363,7 +364,7 @@ impl Input {
 /// How much may run at once.
 fn room(args: &Args, ctx: usize, model_bytes: u64) -> Room {
     let bytes = args.kv_ram.unwrap_or_else(|| {
-        let free = free_memory().unwrap_or(0).saturating_sub(model_bytes) / 2;
+        let free = memory::available().unwrap_or(0).saturating_sub(model_bytes) / 2;
         free.clamp(*KV_RAM.start(), *KV_RAM.end())
     });
     Room {
@@ -373,14 +374,6 @@ fn room(args: &Args, ctx: usize, model_bytes: u64) -> Room {
         sequences: usize::from(args.parallel),
         kv_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
     }
-}
-
-/// Bytes of memory that programs can have, as Linux tells; what it caches of files counts as free.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
 }
 
 /// A request that is being answered.
