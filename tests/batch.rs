@@ -4,7 +4,7 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use octet::chat::batch::{Batch, Done, Room, Totals};
@@ -14,7 +14,7 @@ use octet::gguf::Gguf;
 use octet::moe::{Kv, KvType, Machine, Model};
 use serde_json::{Value, json};
 
-use crate::cli::{Home, Output, PATIENCE, reference, wait};
+use crate::cli::{Home, Output, PATIENCE, finish, reference, wait};
 use crate::hostile_model::Small;
 
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
@@ -198,7 +198,7 @@ fn results(home: &Home, args: &[&str]) -> Vec<u8> {
 }
 
 /// `octet batch in.jsonl -o out.jsonl` in the home's folder, with more arguments.
-fn batch(home: &Home, args: &[&str]) -> Output {
+fn command(home: &Home, args: &[&str]) -> Command {
     let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
     let files = [
         "batch",
@@ -206,7 +206,11 @@ fn batch(home: &Home, args: &[&str]) -> Output {
         "-o",
         output.to_str().unwrap(),
     ];
-    home.octet(&[&files[..], args].concat())
+    home.command(&[&files[..], args].concat())
+}
+
+fn batch(home: &Home, args: &[&str]) -> Output {
+    finish(command(home, args), "")
 }
 
 fn json_lines(bytes: &[u8]) -> Vec<Value> {
@@ -536,15 +540,8 @@ fn killed_at_any_moment_nothing_is_lost_or_doubled() {
         let _ = fs::remove_file(home.path("out.jsonl"));
         let mut runs = 0;
         loop {
-            let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-            let files = [
-                "batch",
-                input.to_str().unwrap(),
-                "-o",
-                output.to_str().unwrap(),
-            ];
-            let mut child = home
-                .command(&[&files[..], &options, &["--resume"]].concat())
+            let output = home.path("out.jsonl");
+            let mut child = command(&home, &[&options[..], &["--resume"]].concat())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
                 .spawn()
@@ -597,16 +594,11 @@ fn results_ahead_of_their_turn_are_saved() {
     lines.extend(vec![quick; 12]);
     let text: String = lines.iter().map(|l| format!("{l}\n")).collect();
     home.write("in.jsonl", text);
-    let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-    let files = [
-        "batch",
-        input.to_str().unwrap(),
-        "-o",
-        output.to_str().unwrap(),
-        "--parallel",
-        "4",
-    ];
-    let mut child = home.command(&files).stderr(Stdio::null()).spawn().unwrap();
+    let output = home.path("out.jsonl");
+    let mut child = command(&home, &["--parallel", "4"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let ahead = home.path("out.jsonl.ahead");
     let held = || {
         fs::read(&ahead)
@@ -773,16 +765,11 @@ fn interrupted_it_says_how_to_go_on() {
     let slow = json!({"prompt": "Once", "raw": true, "predict": 500, "ignore_eos": true});
     let text = format!("{quick}\n{slow}\n{slow}\n{slow}\n");
     home.write("in.jsonl", text);
-    let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-    let files = [
-        "batch",
-        input.to_str().unwrap(),
-        "-o",
-        output.to_str().unwrap(),
-        "--parallel",
-        "2",
-    ];
-    let mut child = home.command(&files).stderr(Stdio::piped()).spawn().unwrap();
+    let output = home.path("out.jsonl");
+    let mut child = command(&home, &["--parallel", "2"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let deadline = std::time::Instant::now() + PATIENCE;
     while fs::read(&output).unwrap_or_default().is_empty() {
         assert!(std::time::Instant::now() < deadline);
@@ -828,23 +815,11 @@ fn a_hundred_thousand_lines_in_bounded_memory() {
             "in.jsonl",
             "{\"prompt\":\"a\",\"raw\":true}\n".repeat(lines),
         );
-        let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-        let args = [
-            "batch",
-            input.to_str().unwrap(),
-            "-o",
-            output.to_str().unwrap(),
-            "--force",
-            "-m",
-            &model,
-            "-n",
-            "1",
-            "-t",
-            "2",
-            "--parallel",
-            "64",
-        ];
-        let mut child = home.command(&args).stderr(Stdio::null()).spawn().unwrap();
+        let args = ["--force", "-m", &model, "-n", "1", "-t", "2"];
+        let mut child = command(&home, &[&args[..], &["--parallel", "64"]].concat())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let status = format!("/proc/{}/status", child.id());
         let mut peak = 0;
         let deadline = std::time::Instant::now() + PATIENCE;
@@ -857,7 +832,7 @@ fn a_hundred_thousand_lines_in_bounded_memory() {
             std::thread::sleep(Duration::from_millis(2));
         }
         assert_eq!(child.wait().unwrap().code(), Some(0));
-        let text = fs::read_to_string(output).unwrap();
+        let text = fs::read_to_string(home.path("out.jsonl")).unwrap();
         assert_eq!(text.lines().count(), lines);
         for (i, line) in text.lines().enumerate().step_by(997) {
             let id = format!("_{}_", i + 1);

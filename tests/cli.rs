@@ -92,7 +92,7 @@ impl Home {
     }
 }
 
-fn finish(command: Command, input: impl AsRef<[u8]>) -> Output {
+pub(crate) fn finish(command: Command, input: impl AsRef<[u8]>) -> Output {
     let mut command = assert_cmd::Command::from_std(command);
     command.timeout(PATIENCE).write_stdin(input.as_ref());
     let out = command.output().unwrap();
@@ -550,47 +550,17 @@ fn a_bias_and_the_penalties_reach_the_sampler() {
 fn the_environment_names_a_model_and_a_tier() {
     let tiers: Vec<_> = octet::simd::TIERS.iter().map(|row| row.name).collect();
     let home = Home::new();
-    let mut command = home.command(&[
-        "run",
-        "--json",
-        "--raw",
-        "-p",
-        "Once upon a time",
-        "-n",
-        "1",
-        "--temp",
-        "0",
-    ]);
+    let once = "run --json --raw -p Once -n 1 --temp 0";
+    let once: Vec<&str> = once.split(' ').collect();
+    let mut command = home.command(&once);
     command
         .env("OCTET_MODEL", bf16())
         .env("OCTET_ISA", "scalar");
     let out = finish(command, "");
     assert_eq!(closing(&out.stderr).tier, "scalar");
-    let named = home.octet(&[
-        "run",
-        "--json",
-        "--raw",
-        "-p",
-        "Once upon a time",
-        "-n",
-        "1",
-        "--temp",
-        "0",
-        "-m",
-        &bf16(),
-    ]);
+    let named = home.octet(&[&once[..], &["-m", &bf16()]].concat());
     assert_eq!(out.json()["logits_hash"], named.json()["logits_hash"]);
-    let demo = home.octet(&[
-        "run",
-        "--json",
-        "--raw",
-        "-p",
-        "Once upon a time",
-        "-n",
-        "1",
-        "--temp",
-        "0",
-    ]);
+    let demo = home.octet(&once);
     assert_ne!(out.json()["logits_hash"], demo.json()["logits_hash"]);
 
     // Empty is not set; an option goes before; a command that needs neither does not look.

@@ -4,9 +4,7 @@ use super::chat::hear_interrupts;
 use super::input::{BoundedLines, note};
 use super::journal::{Finished, Id, Journal, LineSum, Mode};
 use super::load::{Loaded, load};
-use super::options::{
-    FormOptions, MachineOptions, ModelOptions, RequestOptions, SamplingOptions, parse_size,
-};
+use super::options::{AnswerOptions, PromptOptions, parse_size};
 use super::report::{Progress, batch_closing_line};
 use crate::chat::batch::{Batch, Done, Room};
 use crate::chat::constraint::{Compiler, Constraint, Form};
@@ -54,19 +52,10 @@ pub struct Args {
     pub kv_ram: Option<u64>,
     /// What requests get that do not say.
     #[command(flatten)]
-    pub request: RequestOptions,
-    /// The form of the answers.
+    pub answer: AnswerOptions,
+    /// And this.
     #[command(flatten)]
-    pub form: FormOptions,
-    /// Which model.
-    #[command(flatten)]
-    pub model: ModelOptions,
-    /// What it runs on.
-    #[command(flatten)]
-    pub machine: MachineOptions,
-    /// How tokens are chosen.
-    #[command(flatten)]
-    pub sampling: SamplingOptions,
+    pub request: PromptOptions,
 }
 
 /// The longest line that is read. OpenAI's own limit for a whole file is 200 MB.
@@ -85,16 +74,16 @@ const KV_RAM: std::ops::RangeInclusive<u64> = 512 << 20..=64 << 30;
 /// result, [`Error::Interrupted`] after Ctrl-C.
 pub fn run(args: &Args) -> Result<()> {
     let lines = Lines::check(args)?;
-    let loaded = load(&args.model, &args.machine)?;
-    let options = args.sampling.sampler(loaded.model.config.n_vocab)?;
+    let loaded = load(&args.answer.model, &args.answer.machine)?;
+    let options = args.answer.sampling.sampler(loaded.model.config.n_vocab)?;
     let file = Gguf::open(&loaded.path)?;
     let mut defaults = Defaults {
-        system: args.request.system.clone(),
+        system: args.answer.system.clone(),
         raw: args.request.raw,
-        max_tokens: args.request.predict.map(|n| n as usize),
+        max_tokens: args.answer.predict.map(|n| n as usize),
         stops: args.request.stop.clone(),
         ignore_ends: args.request.ignore_eos,
-        form: args.form.read()?.map(|(form, _, text)| (form, text)),
+        form: args.answer.form.read()?.map(|(form, _, text)| (form, text)),
         sampling: options,
     };
     let settings = hash(&format!(
@@ -102,7 +91,7 @@ pub fn run(args: &Args) -> Result<()> {
         env!("CARGO_PKG_VERSION"),
         file.identity(),
         loaded.ctx,
-        args.model.kv,
+        args.answer.model.kv,
         args.unordered,
     ));
     // A line without a seed gets one of its own, the same in every run.
@@ -134,7 +123,7 @@ pub fn run(args: &Args) -> Result<()> {
         settings,
         seed,
         journal,
-        verbose: args.machine.verbose,
+        verbose: args.answer.machine.verbose,
     };
     let mut input = Input::open(&lines)?;
     let mut progress = Progress::of("answering", "prompts");
@@ -368,9 +357,9 @@ fn room(args: &Args, ctx: usize, model_bytes: u64) -> Room {
         free.clamp(*KV_RAM.start(), *KV_RAM.end())
     });
     Room {
-        kv: args.model.kv,
+        kv: args.answer.model.kv,
         ctx,
-        ubatch: args.machine.ubatch as usize,
+        ubatch: args.answer.machine.ubatch as usize,
         sequences: usize::from(args.parallel),
         kv_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
     }

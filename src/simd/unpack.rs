@@ -6,6 +6,7 @@
 //! they come from.
 
 use super::tile::Tile;
+use crate::quant::IntBlock;
 use crate::quant::act::CHUNK;
 use crate::quant::iq4_nl::{self, Iq4Nl};
 use crate::quant::iq4_xs::Iq4Xs;
@@ -19,7 +20,6 @@ use crate::quant::q5_1::Q5_1;
 use crate::quant::q5_k::Q5_K;
 use crate::quant::q6_k::Q6_K;
 use crate::quant::q8_0::Q8_0;
-use crate::quant::IntBlock;
 use std::marker::PhantomData;
 use std::mem::offset_of;
 
