@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{Home, Output, PATIENCE, finish, reference, wait};
 use crate::hostile_model::Small;
+use crate::scripted;
 
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
 
@@ -418,17 +419,17 @@ fn a_bad_line_is_an_error_result_and_the_rest_goes_on() {
             "/v1/embeddings",
         ),
         (
-            br#"{"custom_id":"u","url":"/v1/completions","body":{"prompt":"a","n":2}}"#.into(),
+            br#"{"custom_id":"v","url":"/v1/completions","body":{"prompt":"a","n":2}}"#.into(),
             "invalid_request",
             "n (expected 1, found 2)",
         ),
         (
-            br#"{"custom_id":"u","url":"/v1/completions","body":{"prompt":"a","raw":true}}"#.into(),
+            br#"{"custom_id":"w","url":"/v1/completions","body":{"prompt":"a","raw":true}}"#.into(),
             "invalid_request",
             "\"raw\"",
         ),
         (
-            br#"{"custom_id":"u","url":"/v1/completions","body":{"messages":[]}}"#.into(),
+            br#"{"custom_id":"x","url":"/v1/completions","body":{"messages":[]}}"#.into(),
             "invalid_request",
             "expected prompt",
         ),
@@ -916,5 +917,123 @@ fn answers_have_the_form_that_their_lines_ask_for() {
     ] {
         let message = results[i]["error"]["message"].as_str().unwrap();
         assert!(message.contains(words), "{message}");
+    }
+}
+
+/// Tools reach the prompt, and calls come back as OpenAI's clients read them.
+#[test]
+fn lines_may_let_the_model_call_tools() {
+    let home = Home::new();
+    let model = home.write("model.gguf", scripted::model(scripted::ADDS));
+    let tools: Value = serde_json::from_str(&scripted::tools()).unwrap();
+    let ask = json!({"role": "user", "content": "2 + 3?"});
+    let call = json!({
+        "role": "assistant",
+        "content": null,
+        "tool_calls": [{"id": "call00000", "type": "function", "function": {
+            "name": "add", "arguments": "{\"a\": 2, \"b\": 3}",
+        }}],
+        "refusal": null,
+    });
+    let five = json!({"role": "tool", "tool_call_id": "call00000", "content": "5"});
+    let openai = |body: Value| json!({"url": "/v1/chat/completions", "body": body});
+    let lines = [
+        openai(json!({"messages": [ask], "tools": tools, "tool_choice": "auto"})),
+        json!({"prompt": "2 + 3?", "tools": tools}),
+        openai(json!({"messages": [ask, call, five], "tools": tools})),
+        openai(json!({"messages": [ask, call, five, ask], "tools": tools})),
+        openai(json!({"messages": [ask], "tools": tools, "max_tokens": 2})),
+        openai(json!({"messages": [ask], "tools": tools, "tool_choice": "none"})),
+        openai(json!({"messages": [ask], "tools": tools, "tool_choice": "required"})),
+        openai(json!({"messages": [ask], "tools": {"a": 1}})),
+        openai(json!({"messages": [ask], "tools": [{"function": {"name": "a b"}}]})),
+        json!({"prompt": "2 + 3?", "raw": true, "tools": tools}),
+        json!({"prompt": "2 + 3?", "regex": "a", "tools": tools}),
+    ];
+    home.write("in.jsonl", lines.map(|l| l.to_string()).join("\n"));
+    let out = batch(&home, &["-m", &model, "--temp", "0"]);
+    assert_eq!(out.code, Some(1), "{}", out.stderr);
+    let results = json_lines(&fs::read(home.path("out.jsonl")).unwrap());
+    let choice = |i: usize| &results[i]["response"]["body"]["choices"][0];
+    for i in [0, 1] {
+        assert_eq!(choice(i)["message"], call);
+        assert_eq!(choice(i)["finish_reason"], "tool_calls");
+    }
+    assert_eq!(choice(2)["message"]["content"], "It is five.");
+    assert_eq!(choice(2)["finish_reason"], "stop");
+    // A later call has an id of its own.
+    let id = &choice(3)["message"]["tool_calls"][0]["id"];
+    assert_eq!(id, "call00001");
+    // Half a call, and one that nobody asked for, are text.
+    for (i, text, finish) in [
+        (4, "[{\"name\": \"add\",", "length"),
+        (
+            5,
+            "[{\"name\": \"add\", \"arguments\": {\"a\": 2, \"b\": 3}}]",
+            "stop",
+        ),
+    ] {
+        let said = choice(i)["message"]["content"].as_str().unwrap();
+        assert_eq!(
+            (said.trim(), &choice(i)["finish_reason"]),
+            (text, &json!(finish))
+        );
+        assert!(choice(i)["message"].get("tool_calls").is_none());
+    }
+    let message = |i: usize| results[i]["error"]["message"].as_str().unwrap();
+    for (i, words) in [
+        (6, "tool_choice (expected auto or none, found \"required\")"),
+        (7, "tools (expected a list of tools"),
+        (8, "a function's name"),
+        (9, "tools (expected none for a text"),
+        (10, "tools (expected none beside"),
+    ] {
+        assert!(message(i).contains(words), "{}", message(i));
+    }
+    // The demo model's format has no tools.
+    let out = batch(&home, &["--force", "-n", "1"]);
+    assert_eq!(out.code, Some(1));
+    let results = json_lines(&fs::read(home.path("out.jsonl")).unwrap());
+    let message = results[0]["error"]["message"].as_str().unwrap();
+    assert!(message.contains("found Mistral V1"), "{message}");
+}
+
+/// Whoever joins results to requests by their names must not get two for one, also after an interruption.
+#[test]
+fn a_name_is_given_once() {
+    let home = Home::new();
+    let line = |name: &str| format!("{{\"custom_id\":{name},\"prompt\":\"Once\",\"predict\":1}}\n");
+    let names = [
+        "\"a\"", "\"b\"", "\"a\"", "null", "null", "\"b\"", "\"c\"", "\"a\"",
+    ];
+    let text: String = names.iter().map(|name| line(name)).collect();
+    home.write("in.jsonl", &text);
+    let out = batch(&home, &["--parallel", "3"]);
+    assert_eq!(out.code, Some(1), "{}", out.stderr);
+    let whole = fs::read(home.path("out.jsonl")).unwrap();
+    let results = json_lines(&whole);
+    let failed = |r: &Value| r["error"]["message"].as_str().map(String::from);
+    let same =
+        |n: usize, first: usize| Some(format!("line {n}: line {first} has the same custom_id"));
+    assert_eq!(
+        results.iter().map(failed).collect::<Vec<_>>(),
+        [
+            None,
+            None,
+            same(3, 1),
+            None,
+            None,
+            same(6, 2),
+            None,
+            same(8, 1)
+        ]
+    );
+    assert_eq!(results[2]["custom_id"], "a");
+    assert_eq!(results[2]["error"]["code"], "duplicate_custom_id");
+    for done in [1, 2, 6] {
+        let kept: Vec<_> = whole.split_inclusive(|b| *b == b'\n').take(done).collect();
+        home.write("out.jsonl", kept.concat());
+        assert_eq!(batch(&home, &["--resume"]).code, Some(1));
+        assert!(fs::read(home.path("out.jsonl")).unwrap() == whole);
     }
 }

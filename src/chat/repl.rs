@@ -390,19 +390,17 @@ impl Talk<'_> {
         }
         let messages = &mut self.conversation.messages;
         let taken = messages.iter().map(|m| m.tool_calls.len()).sum();
-        let calls = match template.calls(tokenizer, &tokens, taken) {
-            Ok(calls) if finish == Finish::Stop => calls,
-            Ok(_) => Vec::new(),
+        // A broken call is kept, and shown, as the text that it is.
+        let text = || Message::new(Role::Assistant, &said);
+        let message = match template.message(tokenizer, &tokens, &said, taken) {
+            Ok(message) if finish == Finish::Stop => message,
+            Ok(_) => text(),
             Err(e) => {
                 note(format!("octet: {e}"));
-                Vec::new()
+                text()
             }
         };
-        // A broken call is kept, and shown, as the text that it is.
-        let broken = is_call && calls.is_empty();
-        let text = if is_call && !broken { "" } else { &said };
-        let mut message = Message::new(Role::Assistant, text);
-        message.tool_calls = calls;
+        let broken = is_call && message.tool_calls.is_empty();
         messages.push(message);
         if broken {
             self.screen.end(&said)?;
