@@ -709,11 +709,11 @@ fn chat_ends_cleanly() {
             .contains("octet: /nope: no such command; /help lists them\n")
     );
     assert!(out.stderr.contains("/helpme: no such command"));
+    let failed = "octet: <stdin>: 2 of 4 lines failed; it is said above why\n";
+    assert!(out.code == Some(1) && out.stderr.ends_with(failed));
+    let said = String::from_utf8(out.stdout).unwrap();
     for command in ["/help", "/clear", "/system", "/exit"] {
-        assert!(
-            out.text().lines().any(|l| l.starts_with(command)),
-            "{command}"
-        );
+        assert!(said.lines().any(|l| l.starts_with(command)), "{command}");
     }
     // What is no command is said to the model.
     let out = home.octet_with(&["chat", "-n", "2", "--temp", "0"], "//comment\n /help\n");
@@ -727,10 +727,14 @@ fn a_line_that_cannot_be_answered_does_not_end_a_chat() {
     let input = format!("{long}\nHello\n{long}\n");
     let out = home.octet_with(&["chat", "--temp", "0", "-n", "4", "-c", "64"], input);
     let hello = home.octet(&["run", "-p", "Hello", "--temp", "0", "-n", "4"]);
-    assert_eq!(out.text(), format!("{}\n", hello.text()));
+    let said = String::from_utf8(out.stdout).unwrap();
+    assert_eq!(said, format!("{}\n", hello.text()));
     let full = "octet: the context is full (expected at most 64 tokens, found ";
     assert_eq!(out.stderr.matches(full).count(), 2, "{}", out.stderr);
-    assert_eq!(closing(&out.stderr).answer_tokens, 4);
+    // Whoever does not read that looks at the exit code.
+    let failed = "octet: <stdin>: 2 of 3 lines failed; it is said above why\n";
+    let before = out.stderr.strip_suffix(failed).unwrap();
+    assert_eq!((out.code, closing(before).answer_tokens), (Some(1), 4));
 }
 
 #[test]

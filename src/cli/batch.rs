@@ -186,6 +186,7 @@ pub fn run(args: &Args) -> Result<()> {
             file: args.input.clone(),
             failed,
             of: done,
+            reasons: "their results say why",
         }),
     }
 }

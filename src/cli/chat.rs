@@ -4,7 +4,7 @@ use super::input::note;
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, DraftOptions, count};
 use super::report::{Progress, closing_line, draft_line, state_folder};
-use crate::chat::repl::{Exec, Repl, show};
+use crate::chat::repl::{Exec, Repl, Talked, show};
 use crate::chat::saved::{ModelId, Shelf};
 use crate::chat::tools::read_tools;
 use crate::error::{Error, Result};
@@ -129,14 +129,27 @@ pub fn run(args: &Args) -> Result<()> {
             hash: loaded.file.identity(),
         }),
     };
-    let stats = repl.run()?;
+    let Talked {
+        stats,
+        lines,
+        failed,
+    } = repl.run()?;
     if stats.prompt_tokens > 0 {
         if args.answer.machine.verbose {
             draft_line(&stats);
         }
         closing_line(&stats, loaded.model.machine());
     }
-    Ok(())
+    // A person has seen it; a script looks at the exit code.
+    match failed {
+        1.. if !terminal => Err(Error::Lines {
+            file: "<stdin>".into(),
+            failed,
+            of: lines,
+            reasons: "it is said above why",
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Says who is there and what to do.

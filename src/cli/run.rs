@@ -5,6 +5,7 @@ use super::input::{note, read_text};
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, DraftOptions, PromptOptions};
 use super::report::{Progress, closing_line, draft_line};
+use crate::chat::constraint::INCOMPLETE;
 use crate::chat::repl::show;
 use crate::chat::sampler::Sampler;
 use crate::chat::session::{Answer, Event, Finish, Limits};
@@ -165,7 +166,7 @@ pub fn run(args: &Args) -> Result<()> {
             note(format!("the form of the answer took {each:.0} µs a token"));
         }
         if !constraint.is_complete() {
-            note("the answer was cut before it had the form that it must have");
+            note(INCOMPLETE);
         }
     }
     if args.answer.machine.verbose {
