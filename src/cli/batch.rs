@@ -128,7 +128,7 @@ pub fn run(args: &Args) -> Result<()> {
         verbose: args.answer.machine.verbose,
     };
     let mut input = Input::open(&lines)?;
-    let mut progress = Progress::of("answering", "prompts");
+    let mut progress = Progress::of("", "prompts");
     let mut line = Vec::new();
     let mut number = 0;
     let mut more = true;
