@@ -5,6 +5,8 @@
 //! piece of work out exactly once, in small dynamic shares, and returns when all are done.
 
 use crate::error::{Error, Result};
+use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+use std::fmt::Display;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,15 +28,7 @@ impl Pool {
         } else {
             threads
         };
-        let rayon = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("octet-{i}"))
-            .build()
-            .map_err(|e| {
-                Error::Usage(format!(
-                    "cannot start {threads} threads: {e}; a smaller --threads helps"
-                ))
-            })?;
+        let rayon = start(threads, "octet")?;
         Ok(Pool { threads, rayon })
     }
 
@@ -156,6 +150,59 @@ impl Pool {
                 i -= n;
             }
         });
+    }
+}
+
+/// Threads that wait for a disk beside those of a [`Pool`], which compute. They do one thing after the other, all of them
+/// together.
+pub struct Background(rayon::ThreadPool);
+
+impl Background {
+    /// Starts `threads` threads; `name` is what a process viewer shows.
+    ///
+    /// # Errors
+    /// If the operating system refuses to start them.
+    pub fn new(threads: usize, name: &'static str) -> Result<Background> {
+        start(threads, name).map(Background)
+    }
+
+    /// Runs `f` on one of the threads, where [`try_each`] uses them all, and waits for it.
+    pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.0.install(f)
+    }
+
+    /// Starts one more thread, which has these do things until it ends.
+    ///
+    /// # Errors
+    /// If the operating system refuses to start it.
+    pub fn lead(self, f: impl FnOnce(Background) + Send + 'static) -> Result<()> {
+        let name = "octet-lead".to_string();
+        let thread = std::thread::Builder::new().name(name);
+        thread.spawn(move || f(self)).map_err(no_threads(1))?;
+        Ok(())
+    }
+}
+
+/// Calls `f` for every item on the threads that this is called on, in their order as far as there is one, until one fails.
+///
+/// # Errors
+/// The first that `f` gives.
+pub fn try_each<T: Send>(items: Vec<T>, f: impl Fn(T) -> Result<()> + Sync + Send) -> Result<()> {
+    items.into_par_iter().with_max_len(1).try_for_each(f)
+}
+
+fn start(threads: usize, name: &'static str) -> Result<rayon::ThreadPool> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(move |i| format!("{name}-{i}"))
+        .build()
+        .map_err(no_threads(threads))
+}
+
+fn no_threads<E: Display>(threads: usize) -> impl FnOnce(E) -> Error {
+    move |e| {
+        let why = format!("cannot start {threads} threads: {e}; a smaller --threads helps");
+        Error::Usage(why)
     }
 }
 

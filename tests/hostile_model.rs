@@ -4,10 +4,10 @@
 //! The models are made here: random weights, a vocabulary of 300 pieces. What is right is said by
 //! [`Small::logits`], the definition of the model in f64, one token at a time.
 
-use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use octet::chat::sampler::{Sampler, SamplerOptions};
 use octet::chat::session::{Answer, Event, Finish, Limits, Session};
@@ -1515,7 +1515,7 @@ fn a_session_goes_on_after_anything() {
     };
     let mut session = Session::new(&model, KvType::F16, 64, 4);
     let mut sampler = Sampler::new(greedy.clone());
-    let mut answer = |prompt: &[u32], stop: &dyn Fn(Event) -> bool| {
+    let mut answer = |prompt: &[u32], stop: &(dyn Fn(Event) -> bool + Sync)| {
         session.answer(prompt, &mut sampler, &limits, |e| match stop(e) {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
@@ -1540,14 +1540,15 @@ fn a_session_goes_on_after_anything() {
     same(answer(&other, &never).unwrap(), &other, 2);
     same(answer(&TOKENS[..3], &never).unwrap(), &TOKENS[..3], 1);
     // Stopped after four tokens of the prompt, and after two of the answer.
-    let stopped = answer(&TOKENS, &|e| matches!(e, Event::Prompt { .. })).unwrap();
+    let stopped = answer(&TOKENS, &|e| matches!(e, Event::Prompt { done: 4.., .. })).unwrap();
     assert_eq!(
         (stopped.finish, stopped.tokens.len()),
         (Finish::Interrupted, 0)
     );
     same(answer(&TOKENS, &never).unwrap(), &TOKENS, 2);
-    let count = Cell::new(0);
-    let second = |e: Event| matches!(e, Event::Token(_)) && count.replace(count.get() + 1) == 1;
+    let count = AtomicUsize::new(0);
+    let second =
+        |e: Event| matches!(e, Event::Token(_)) && count.fetch_add(1, Ordering::Relaxed) == 1;
     let stopped = answer(&TOKENS, &second).unwrap();
     assert_eq!(
         (stopped.finish, stopped.tokens.len()),

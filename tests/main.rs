@@ -13,6 +13,7 @@ mod hostile_model;
 mod imatrix;
 mod layers;
 mod model;
+mod paging;
 mod quantize;
 mod scripted;
 mod sessions;

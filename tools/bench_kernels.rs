@@ -84,6 +84,7 @@ fn weights(dir: &Path, format: Format, k: usize, mib: usize) -> Result<Weight> {
     stream.finish()?;
     let file = Gguf::open(&path)?;
     Ok(Weight {
+        name: "random".into(),
         format,
         n_in: k,
         n_out: times * ROWS,

@@ -11,7 +11,7 @@ use super::sampler::Sampler;
 use super::session::{Answer, Finish, Limits, LogitsHash, check_prompt, rate};
 use crate::error::Result;
 use crate::moe::kv::KV_BLOCK;
-use crate::moe::{Kv, KvType, Model, Run, Scratch, Want};
+use crate::moe::{Kv, KvType, Model, Reads, Run, Scratch, Want};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -96,6 +96,8 @@ pub struct Totals {
     pub time: Duration,
     /// Bytes of weights that were read.
     pub weight_bytes: u64,
+    /// What was read from the disk, if the model is larger than memory.
+    pub reads: Reads,
     /// Of all sequences that have ended, whatever their order.
     pub hash: LogitsHash,
 }
@@ -218,6 +220,7 @@ impl<'m> Batch<'m> {
         let done = ended.into_iter().map(|s| self.finish(s)).collect();
         self.totals.time += started.elapsed();
         self.totals.weight_bytes = self.scratch.weight_bytes;
+        self.totals.reads = self.model.store().reads();
         Ok(done)
     }
 

@@ -50,7 +50,7 @@ pub struct Repl<'a> {
     /// Lines that come from elsewhere than the terminal.
     pub lines: Option<Box<dyn Iterator<Item = Result<String>> + 'a>>,
     /// Told how many tokens of a prompt are done, and how many there are.
-    pub progress: Box<dyn FnMut(usize, usize) + 'a>,
+    pub progress: Box<dyn FnMut(usize, usize) + Send + 'a>,
     /// Set by Ctrl-C while an answer is written.
     pub interrupted: &'a AtomicBool,
     /// Tools that the model may call, in OpenAI's shape.

@@ -4,7 +4,7 @@ use super::draft::{Draft, Drafter};
 use super::sampler::{Sampler, SamplerOptions, logprob, logprobs};
 use crate::error::{Error, Result};
 use crate::moe::router::Choice;
-use crate::moe::{Kv, KvType, Model, Observer, Routes, Run, Scratch, Want};
+use crate::moe::{Kv, KvType, Model, Observer, Reads, Routes, Run, Scratch, Want};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -152,17 +152,19 @@ impl Observer for Pass {
 }
 
 impl Pass {
-    /// Counts the first `kept` of `n` tokens, and begins anew.
-    fn count(&mut self, kept: usize, n: usize, routes: &mut Routes) {
-        for (layer, choices) in self.0.iter_mut().enumerate() {
+    /// Counts the first `kept` of `n` tokens.
+    fn count(&self, kept: usize, n: usize, routes: &mut Routes) {
+        for (layer, choices) in self.0.iter().enumerate() {
             routes.routed(layer, &[], &choices[..choices.len() / n * kept]);
-            choices.clear();
         }
     }
 }
 
 /// Tells about the last token; whether that ends the answer.
-fn told(sequence: &[u32], on_event: &mut impl FnMut(Event) -> ControlFlow<()>) -> Option<Finish> {
+fn told(
+    sequence: &[u32],
+    on_event: &mut (impl FnMut(Event) -> ControlFlow<()> + Send),
+) -> Option<Finish> {
     let token = *sequence.last()?;
     let ended = on_event(Event::Token(token)).is_break();
     ended.then_some(Finish::Interrupted)
@@ -207,6 +209,8 @@ pub struct Stats {
     pub weight_bytes: u64,
     /// Of those, bytes that the steps have read.
     pub step_bytes: u64,
+    /// What was read from the disk, if the model is larger than memory.
+    pub reads: Reads,
     /// Tokens whose probability was looked at instead.
     pub scored_tokens: usize,
     /// Over every row of logits that was sampled from or scored.
@@ -244,6 +248,7 @@ impl Stats {
         self.step_time += other.step_time;
         self.weight_bytes += other.weight_bytes;
         self.step_bytes += other.step_bytes;
+        self.reads += other.reads;
         self.scored_tokens += other.scored_tokens;
         self.hash.0 = (self.hash.0 ^ other.hash.0).wrapping_mul(LogitsHash::PRIME);
     }
@@ -293,7 +298,7 @@ impl<'m> Session<'m> {
             kv: Kv::new(&model.config, kind, ctx),
             tokens: Vec::new(),
             scratch: Scratch::default(),
-            ubatch: ubatch.max(1),
+            ubatch: model.pass_tokens(ubatch).max(1),
             drafter: Drafter::new(model),
             pass: Pass(vec![Vec::new(); model.config.n_layer]),
             routes: Routes::new(&model.config),
@@ -360,14 +365,16 @@ impl<'m> Session<'m> {
         prompt: &[u32],
         sampler: &mut Sampler,
         limits: &Limits,
-        mut on_event: impl FnMut(Event) -> ControlFlow<()>,
+        mut on_event: impl FnMut(Event) -> ControlFlow<()> + Send,
     ) -> Result<Answer> {
         let mut answer = Answer::new();
         sampler.begin();
         let before = self.scratch.weight_bytes;
+        let reads = self.model.store().reads();
         if !self.prefill(prompt, &mut answer.stats, &mut on_event)? {
             answer.finish = Finish::Interrupted;
             answer.stats.weight_bytes = self.scratch.weight_bytes - before;
+            answer.stats.reads = self.model.store().reads().since(&reads);
             return Ok(answer);
         }
         let before_steps = self.scratch.weight_bytes;
@@ -391,6 +398,7 @@ impl<'m> Session<'m> {
         };
         answer.stats.step_bytes = self.scratch.weight_bytes - before_steps;
         answer.stats.weight_bytes = self.scratch.weight_bytes - before;
+        answer.stats.reads = self.model.store().reads().since(&reads);
         Ok(answer)
     }
 
@@ -401,7 +409,7 @@ impl<'m> Session<'m> {
         answer: &mut Answer,
         sampler: &mut Sampler,
         limits: &Limits,
-        on_event: &mut impl FnMut(Event) -> ControlFlow<()>,
+        on_event: &mut (impl FnMut(Event) -> ControlFlow<()> + Send),
     ) -> Result<Option<Finish>> {
         let started = Instant::now();
         let before = sequence.len();
@@ -417,7 +425,6 @@ impl<'m> Session<'m> {
                 true => Want::Last,
                 false => Want::All,
             },
-            true,
         )?;
         let mut finish = None;
         let rows = self
@@ -454,7 +461,7 @@ impl<'m> Session<'m> {
         &mut self,
         prompt: &[u32],
         stats: &mut Stats,
-        on_event: &mut impl FnMut(Event) -> ControlFlow<()>,
+        on_event: &mut (impl FnMut(Event) -> ControlFlow<()> + Send),
     ) -> Result<bool> {
         check_prompt(prompt, self.limit())?;
         // What the cache holds already is not computed again, but the last token is: it gives the logits.
@@ -472,15 +479,27 @@ impl<'m> Session<'m> {
         while self.tokens.len() < prompt.len() {
             let rest = &prompt[self.tokens.len()..];
             let part = &rest[..rest.len().min(self.ubatch)];
-            self.forward(
-                part,
-                if part.len() == rest.len() {
-                    Want::Last
-                } else {
-                    Want::Nothing
-                },
-                false,
-            )?;
+            let want = match part.len() == rest.len() {
+                true => Want::Last,
+                false => Want::Nothing,
+            };
+            let mut watch = Watch {
+                done: self.tokens.len() - keep,
+                part: part.len(),
+                total,
+                n_layer: self.model.config.n_layer,
+                on_event,
+            };
+            let mut runs = [Run {
+                kv: &mut self.kv,
+                tokens: part,
+                want,
+            }];
+            match self.model.observe(&mut runs, &mut self.scratch, &mut watch) {
+                Err(Error::Interrupted) => return Ok(false),
+                other => other?,
+            };
+            self.tokens.extend_from_slice(part);
             stats.prompt_tokens += part.len();
             stats.prompt_time = started.elapsed();
             let done = self.tokens.len() - keep;
@@ -491,20 +510,39 @@ impl<'m> Session<'m> {
         Ok(true)
     }
 
-    /// Runs the next tokens; `observed`: they are an answer's.
-    fn forward(&mut self, tokens: &[u32], want: Want, observed: bool) -> Result<()> {
-        let mut nobody = ();
-        let observer: &mut dyn Observer = match observed {
-            true => &mut self.pass,
-            false => &mut nobody,
-        };
+    /// Runs the next tokens of an answer.
+    fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
+        self.pass.0.iter_mut().for_each(Vec::clear);
         let mut runs = [Run {
             kv: &mut self.kv,
             tokens,
             want,
         }];
-        self.model.observe(&mut runs, &mut self.scratch, observer)?;
+        self.model
+            .observe(&mut runs, &mut self.scratch, &mut self.pass)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
+    }
+}
+
+/// Tells of a pass over a part of a prompt, layer by layer.
+struct Watch<'a, F> {
+    /// Tokens of the prompt that are done, that this pass works on, and all.
+    done: usize,
+    part: usize,
+    total: usize,
+    n_layer: usize,
+    on_event: &'a mut F,
+}
+
+impl<F: FnMut(Event) -> ControlFlow<()> + Send> Observer for Watch<'_, F> {
+    fn passed(&mut self, layer: usize) -> ControlFlow<()> {
+        if layer + 1 == self.n_layer {
+            return ControlFlow::Continue(());
+        }
+        (self.on_event)(Event::Prompt {
+            done: self.done + self.part * (layer + 1) / self.n_layer,
+            total: self.total,
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! `octet bench`: how fast this machine runs a model, and how fast it could.
 
-use super::load::{model_path, tier_cap};
-use super::options::{ModelOptions, parse_kv, parse_tier};
+use super::load::{model_path, ram, tier_cap};
+use super::options::{ModelOptions, RamLimit, parse_kv, parse_ram, parse_tier};
 use super::report::{Progress, bandwidth, int8_peak};
 use super::table::{Form, Table};
 use crate::chat::repl::show;
@@ -65,6 +65,9 @@ pub struct Args {
     /// Prompt tokens that go through the layers together
     #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub ubatch: Vec<u32>,
+    /// Memory to keep within, such as 12G, auto or all
+    #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
+    pub ram: RamLimit,
     /// Measure the machine alone, now: memory bandwidth and int8 peak, without a model
     #[arg(long)]
     pub bandwidth: bool,
@@ -282,7 +285,9 @@ pub fn run(args: &Args) -> Result<()> {
     for cases in cases.chunk_by(same) {
         let machine = Machine::new(cases[0].threads, Some(cases[0].tier))?;
         let limits = limits(&machine);
-        let model = Model::open(&files[cases[0].model], machine)?;
+        let file = &files[cases[0].model];
+        let ram = ram(file, args.ram, cases[0].kv, None)?;
+        let model = Model::open_in(file, machine, ram)?;
         for case in cases {
             let measured = measure(&model, case, args.repetitions, |tokens| {
                 done += tokens;
@@ -415,7 +420,8 @@ fn measure(
             .map(drop)
     };
     let prefill = |kv: &mut Kv, scratch: &mut Scratch, tokens: &[u32], last: Want| {
-        let mut batches = tokens.chunks(case.ubatch as usize).peekable();
+        let pass = model.pass_tokens(case.ubatch as usize);
+        let mut batches = tokens.chunks(pass).peekable();
         while let Some(batch) = batches.next() {
             let want = if batches.peek().is_some() {
                 Want::Nothing

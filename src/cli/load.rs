@@ -2,12 +2,13 @@
 
 use super::input::note;
 use super::inspect::bytes;
-use super::options::{MachineOptions, ModelOptions, parse_tier};
+use super::options::{MachineOptions, ModelOptions, RamLimit, parse_tier};
 use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::moe::{Machine, Model};
+use crate::memory;
+use crate::moe::{Config, Kv, KvType, Machine, Model, Ram};
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -85,10 +86,21 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     let started = Instant::now();
     let (path, demo) = model_path(model)?;
     let file = Gguf::open(&path)?;
-    let (model_opened, tokenizer) = open_parts(&file, machine)?;
+    let ram = ram(&file, machine.ram, model.kv, model.ctx)?;
+    let (model_opened, tokenizer) = open_parts(&file, machine, ram)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
         note(format!("{}: warning: {warning}", path.display()));
+    }
+    if let Some((slots, experts)) = model_opened.store().slots()
+        && slots < experts
+    {
+        note(format!(
+            "{}: {} in {:.1} GB of memory (--ram): {slots} of {experts} experts stay there, the others are read when they are wanted",
+            path.display(),
+            bytes(file.file_bytes()),
+            model_opened.store().total().unwrap_or(0) as f64 / 1e9,
+        ));
     }
     let most = model_opened.config.n_ctx;
     let ctx = model.ctx.map_or(most, |n| n as usize);
@@ -118,12 +130,45 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     })
 }
 
+/// What is left to other programs when a model takes what it can get.
+const RESERVE: u64 = 1 << 30;
+/// Tokens of a conversation that the cache is sure to have memory for.
+const FIRST_TOKENS: usize = 4096;
+
+/// The memory that the model gets.
+///
+/// # Errors
+/// See [`Config::read`].
+pub fn ram(file: &Gguf, limit: RamLimit, kv: KvType, ctx: Option<u32>) -> Result<Ram> {
+    let within = |bytes| Ram::Within {
+        bytes,
+        shares: None,
+    };
+    match limit {
+        RamLimit::All => Ok(Ram::Mapped),
+        RamLimit::Bytes(bytes) => Ok(within(bytes)),
+        RamLimit::Auto => {
+            let config = Config::read(file)?;
+            let tokens = ctx.map_or(config.n_ctx, |n| n as usize);
+            let tokens = tokens.min(FIRST_TOKENS);
+            let cache = Kv::new(&config, kv, tokens).growth(tokens) as u64;
+            let free = memory::available().map(|free| free.saturating_sub(RESERVE));
+            Ok(match free {
+                Some(free) if config.routed && file.file_bytes() + cache > free => {
+                    within(free + memory::resident().unwrap_or(0))
+                }
+                _ => Ram::Mapped,
+            })
+        }
+    }
+}
+
 /// The model and the tokenizer, made at the same time: the vocabulary of 32k tokens takes longer than
 /// everything else.
-fn open_parts(file: &Gguf, options: &MachineOptions) -> Result<(Model, Tokenizer)> {
+fn open_parts(file: &Gguf, options: &MachineOptions, ram: Ram) -> Result<(Model, Tokenizer)> {
     std::thread::scope(|scope| {
         let tokenizer = scope.spawn(|| Tokenizer::from_gguf(file));
-        let model = machine(options).and_then(|m| Model::open(file, m));
+        let model = machine(options).and_then(|m| Model::open_in(file, m, ram));
         let tokenizer = tokenizer
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -38,12 +38,27 @@ pub struct MachineOptions {
     /// Highest CPU tier to use: scalar, avx2 or avx512, on aarch64 scalar or neon [default: $OCTET_ISA, else the best there is]
     #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     pub isa: Option<Tier>,
+    /// Memory to keep within, such as 12G: of a larger model, experts are read from the disk when they are wanted; auto: what is
+    /// free, if the model needs more than that; all: leave it to the system
+    #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
+    pub ram: RamLimit,
     /// Prompt tokens that go through the layers together
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub ubatch: u32,
     /// Tell more on stderr
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+/// How much memory a model may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RamLimit {
+    /// What is free, if the model needs more than that.
+    Auto,
+    /// No limit of our own.
+    All,
+    /// So many bytes.
+    Bytes(u64),
 }
 
 /// What every command takes that writes answers.
@@ -276,8 +291,25 @@ pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
         (at, 'G' | 'g') => (&text[..at], 1_000_000_000),
         _ => (text, 1),
     };
-    let n: u64 = digits.parse().map_err(|_| bad())?;
-    n.checked_mul(unit).filter(|n| *n > 0).ok_or_else(bad)
+    let plain = |c: char| c.is_ascii_digit() || c == '.';
+    let n: f64 = digits.parse().map_err(|_| bad())?;
+    let bytes = n * unit as f64;
+    let valid = digits.chars().all(plain) && (1.0..9e18).contains(&bytes);
+    valid.then_some(bytes as u64).ok_or_else(bad)
+}
+
+/// A limit of memory.
+///
+/// # Errors
+/// If the text is none.
+pub fn parse_ram(text: &str) -> std::result::Result<RamLimit, String> {
+    match text {
+        "auto" => Ok(RamLimit::Auto),
+        "all" => Ok(RamLimit::All),
+        _ => parse_size(text)
+            .map(RamLimit::Bytes)
+            .map_err(|e| format!("{e}, auto or all")),
+    }
 }
 
 fn parse_draft(text: &str) -> std::result::Result<Draft, String> {

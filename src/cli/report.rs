@@ -3,7 +3,7 @@
 use super::input::note;
 use crate::chat::batch::Totals;
 use crate::chat::session::{LogitsHash, Stats};
-use crate::moe::Machine;
+use crate::moe::{Machine, Reads};
 use crate::pool::Pool;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 /// A progress bar for work that may take longer than a second; shown after the first second, on a
 /// terminal, on stderr.
 pub struct Progress {
-    started: Instant,
+    /// When the work began that is told of; none before that, and after its end.
+    started: Option<Instant>,
     what: &'static str,
     unit: &'static str,
     bar: Option<ProgressBar>,
@@ -29,7 +30,7 @@ impl Progress {
     /// long.
     pub fn of(what: &'static str, unit: &'static str) -> Progress {
         Progress {
-            started: Instant::now(),
+            started: None,
             what,
             unit,
             bar: None,
@@ -41,11 +42,10 @@ impl Progress {
         if done >= total {
             return self.clear();
         }
-        if self.bar.is_none()
-            && std::io::stderr().is_terminal()
-            && self.started.elapsed() > Duration::from_secs(1)
+        let elapsed = self.started.get_or_insert_with(Instant::now).elapsed();
+        if self.bar.is_none() && std::io::stderr().is_terminal() && elapsed > Duration::from_secs(1)
         {
-            self.bar = Some(self.begin(done, total));
+            self.bar = Some(self.begin(elapsed, done, total));
         }
         if let Some(bar) = &self.bar {
             bar.set_position(done as u64);
@@ -59,7 +59,7 @@ impl Progress {
         }
     }
 
-    fn begin(&self, done: usize, total: usize) -> ProgressBar {
+    fn begin(&self, elapsed: Duration, done: usize, total: usize) -> ProgressBar {
         let speed = match self.unit {
             "tokens" => "{per_sec:1}",
             _ => "{msg}",
@@ -76,13 +76,14 @@ impl Progress {
         let bar = bar
             .with_style(style)
             .with_position(done as u64)
-            .with_elapsed(self.started.elapsed());
+            .with_elapsed(elapsed);
         bar.reset_eta();
         bar
     }
 
     /// Takes the bar away.
     pub fn clear(&mut self) {
+        self.started = None;
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
@@ -122,6 +123,7 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
             stats.answer_rate()
         )),
     }
+    parts.extend(reads_line(&stats.reads));
     closing(parts, machine, stats.bandwidth(), &stats.hash);
 }
 
@@ -131,7 +133,7 @@ pub fn batch_closing_line(lines: &str, totals: &Totals, machine: &Machine) {
         0 => String::new(),
         n => format!(" and {n} shared"),
     };
-    let parts = vec![
+    let mut parts = vec![
         format!("{lines} in {:.1} s", totals.time.as_secs_f64()),
         format!("prompts {}{shared}", tokens(totals.prompt_tokens)),
         format!(
@@ -140,7 +142,29 @@ pub fn batch_closing_line(lines: &str, totals: &Totals, machine: &Machine) {
             totals.answer_rate()
         ),
     ];
+    parts.extend(reads_line(&totals.reads));
     closing(parts, machine, totals.bandwidth(), &totals.hash);
+}
+
+/// What the expert store did: how many of the experts that were wanted were in memory, what was read from the disk and
+/// how fast, how long that was waited for, and how many of single tokens' experts were foreseen. Nothing for a model in memory.
+pub fn reads_line(reads: &Reads) -> Option<String> {
+    if reads.wanted == 0 {
+        return None;
+    }
+    let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
+    let mut line = format!(
+        "{:.0}% of experts in memory, {:.1} GB read at {:.2} GB/s, {:.1} s waited",
+        percent(reads.hits, reads.wanted),
+        reads.bytes as f64 / 1e9,
+        reads.bytes as f64 / 1e9 / reads.busy.as_secs_f64().max(1e-9),
+        reads.stalled.as_secs_f64(),
+    );
+    if reads.foreseeable > 0 {
+        let percent = percent(reads.foreseen, reads.foreseeable);
+        line += &format!(", {percent:.0}% foreseen");
+    }
+    Some(line)
 }
 
 /// What all closing lines end with: the machine's bandwidth and `used` of it, tier, threads, logits.

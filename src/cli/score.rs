@@ -170,6 +170,7 @@ impl<'a> Scorer<'a> {
             prompt_tokens: self.done * self.chunks.size,
             prompt_time: self.time,
             weight_bytes: self.scratch.weight_bytes,
+            reads: self.model.store().reads(),
             scored_tokens: self.count,
             hash: self.hash,
             ..Stats::default()

@@ -9,12 +9,14 @@ mod identity;
 pub mod imatrix;
 pub mod reader;
 pub mod safetensors;
+pub mod source;
 pub mod value;
 pub mod writer;
 
 pub use imatrix::Imatrix;
 pub use reader::{Bytes, Gguf};
 pub use safetensors::Safetensors;
+pub use source::Source;
 pub use value::{Array, Kind, Value};
 pub use writer::Writer;
 

@@ -5,14 +5,13 @@
 //! most a small multiple of the header's size in memory and never touches a weight.
 
 use std::fmt::{self, Display};
-use std::fs::{self, File};
-use std::io;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::{Mmap, MmapOptions};
+use memmap2::MmapMut;
 
+use super::source::Source;
 use super::value::{Array, Fault, Kind, MAX_DEPTH, Scan, Value};
 use super::{
     ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, MAX_NAME, Tensor, align_up, shown,
@@ -31,8 +30,7 @@ pub struct Gguf {
 
 /// One mapped file and where its metadata is.
 struct Shard {
-    path: PathBuf,
-    map: Arc<Mmap>,
+    source: Arc<Source>,
     version: u32,
     entries: Vec<Entry>,
     /// Places in `entries`, by key.
@@ -50,15 +48,41 @@ struct Entry {
     kind: Kind,
 }
 
-/// A tensor's bytes (or a part of them), in the mapped file. Cloning is cheap, and the file stays
-/// mapped for as long as any of these live.
+/// A tensor's bytes (or a part of them): in the mapped file, or in memory that was filled from it. Cloning is
+/// cheap, and what holds the bytes lives for as long as any of these do.
 #[derive(Clone)]
 pub struct Bytes {
-    map: Arc<Mmap>,
+    holder: Holder,
     range: Range<usize>,
 }
 
+#[derive(Clone)]
+enum Holder {
+    File(Arc<Source>),
+    Memory(Arc<MmapMut>),
+}
+
 impl Bytes {
+    /// A part of what was read into memory.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn in_memory(memory: &Arc<MmapMut>, range: Range<usize>) -> Bytes {
+        assert!(range.start <= range.end && range.end <= memory.len());
+        Bytes {
+            holder: Holder::Memory(Arc::clone(memory)),
+            range,
+        }
+    }
+
+    /// The file they lie in and their place in it; nothing for those in memory.
+    pub fn place(&self) -> Option<(&Arc<Source>, Range<usize>)> {
+        match &self.holder {
+            Holder::File(source) => Some((source, self.range.clone())),
+            Holder::Memory(_) => None,
+        }
+    }
+
     /// A part of these bytes.
     ///
     /// # Panics
@@ -66,7 +90,7 @@ impl Bytes {
     pub fn slice(&self, range: Range<usize>) -> Bytes {
         assert!(range.start <= range.end && range.end <= self.range.len());
         Bytes {
-            map: Arc::clone(&self.map),
+            holder: self.holder.clone(),
             range: self.range.start + range.start..self.range.start + range.end,
         }
     }
@@ -76,7 +100,11 @@ impl Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.map[self.range.clone()]
+        let all: &[u8] = match &self.holder {
+            Holder::File(source) => source.map(),
+            Holder::Memory(memory) => memory,
+        };
+        &all[self.range.clone()]
     }
 }
 
@@ -117,7 +145,7 @@ impl Gguf {
         tensors.shrink_to_fit();
         let by_name = sorted(tensors.len(), |i| tensors[i].name.as_bytes()).map_err(|i| {
             Error::invalid(
-                &shards[tensors[i].shard].path,
+                shards[tensors[i].shard].path(),
                 format!("tensor {}", shown(&tensors[i].name)),
                 "each name once",
                 "a second tensor of that name",
@@ -221,19 +249,23 @@ impl Gguf {
     /// # Panics
     /// If the tensor is not one of this model's.
     pub fn bytes(&self, t: &Tensor) -> Bytes {
-        let map = &self.shards[t.shard].map;
+        let source = &self.shards[t.shard].source;
         // An open file's tensors lie inside its map, whose length is a usize.
         let (start, end) = (t.offset as usize, (t.offset + t.bytes) as usize);
-        assert!(end <= map.len(), "tensor {} is of another file", t.name);
+        assert!(
+            end <= source.map().len(),
+            "tensor {} is of another file",
+            t.name
+        );
         Bytes {
-            map: Arc::clone(map),
+            holder: Holder::File(Arc::clone(source)),
             range: start..end,
         }
     }
 
     /// Bytes of all files together.
     pub fn file_bytes(&self) -> u64 {
-        self.shards.iter().map(|s| s.map.len() as u64).sum()
+        self.sources().map(|s| s.map().len() as u64).sum()
     }
 
     /// Everything before the first tensor of each file.
@@ -245,14 +277,20 @@ impl Gguf {
                 .filter(|t| t.shard == i)
                 .map(|t| t.offset);
             // An open file's tensors lie inside its map.
-            let end = starts.min().map_or(shard.map.len(), |at| at as usize);
-            &shard.map[..end]
+            let map = shard.source.map();
+            let end = starts.min().map_or(map.len(), |at| at as usize);
+            &map[..end]
         })
     }
 
     /// The paths of all files, in order; [`Tensor::shard`] counts these.
     pub fn shards(&self) -> impl ExactSizeIterator<Item = &Path> {
-        self.shards.iter().map(|s| s.path.as_path())
+        self.shards.iter().map(|s| s.source.path())
+    }
+
+    /// All files, in order.
+    pub fn sources(&self) -> impl ExactSizeIterator<Item = &Arc<Source>> {
+        self.shards.iter().map(|s| &s.source)
     }
 }
 
@@ -290,17 +328,17 @@ fn open_all(
 ) -> Result<(Vec<Shard>, Vec<Tensor>)> {
     let Split { no, count } = split;
     let suffix = |no: usize| format!("-{:05}-of-{count:05}.gguf", no + 1);
-    let name = given.path.file_name().and_then(|n| n.to_str());
+    let name = given.path().file_name().and_then(|n| n.to_str());
     let Some(stem) = name.and_then(|n| n.strip_suffix(&suffix(no))) else {
         return Err(Error::invalid(
-            &given.path,
+            given.path(),
             format!("the name of file {} of {count} of a split model", no + 1),
             format!("a name that ends in {}", suffix(no)),
             name.map_or_else(|| "a name that is not UTF-8".to_string(), shown),
         ));
     };
     let stem = stem.to_string();
-    let path = given.path.clone();
+    let path = given.path().to_path_buf();
     let mut given = Some((given, given_tensors));
     let mut shards = Vec::new();
     let mut tensors = Vec::new();
@@ -323,7 +361,7 @@ fn open_all(
         let found = found.map_or((0, 1), |s| (s.no, s.count));
         if found != (i, count) {
             return Err(Error::invalid(
-                &shard.path,
+                shard.path(),
                 "its place in the split model",
                 format!("file {} of {count}", i + 1),
                 format!("file {} of {}", found.0 + 1, found.1),
@@ -336,7 +374,7 @@ fn open_all(
         let said = shard.get_u64(SPLIT_TENSORS)?;
         if let Some(said) = said.filter(|&n| n != tensors.len() as u64) {
             return Err(Error::invalid(
-                &shard.path,
+                shard.path(),
                 format!("metadata `{SPLIT_TENSORS}`"),
                 format!("{} tensors, as all files together have", tensors.len()),
                 said,
@@ -347,33 +385,22 @@ fn open_all(
 }
 
 impl Shard {
+    fn path(&self) -> &Path {
+        self.source.path()
+    }
+
     /// Opens, maps and checks one file.
     fn open(path: &Path) -> Result<(Shard, Vec<Tensor>)> {
-        let wrong = |found: &str| Error::invalid(path, "the model file", "a GGUF file", found);
-        // Asked before opening, as opening a pipe waits for a writer.
-        let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
-        if meta.is_dir() {
-            return Err(wrong("a folder"));
-        }
-        if !meta.is_file() {
-            return Err(wrong("a pipe or a device"));
-        }
-        let file = File::open(path).map_err(Error::io(path, "open"))?;
-        let len = file.metadata().map_err(Error::io(path, "open"))?.len();
-        if len == 0 {
-            return Err(wrong("an empty file"));
-        }
-        let map = map(&file, len).map_err(Error::io(path, "map"))?;
+        let source = Source::open(path)?;
         Header {
             path,
-            scan: Scan::new(&map, true),
-            data: &map,
+            scan: Scan::new(source.map(), true),
+            data: source.map(),
         }
         .read()
         .map(|(version, entries, by_key, tensors)| {
             let shard = Shard {
-                path: path.to_path_buf(),
-                map: Arc::new(map),
+                source: Arc::new(source),
                 version,
                 entries,
                 by_key,
@@ -383,11 +410,11 @@ impl Shard {
     }
 
     fn key(&self, e: &Entry) -> &[u8] {
-        e.key(&self.map)
+        e.key(self.source.map())
     }
 
     fn value(&self, e: &Entry) -> Option<Value<'_>> {
-        e.value(&self.map, self.version >= 2)
+        e.value(self.source.map(), self.version >= 2)
     }
 
     fn get(&self, key: &str) -> Option<Value<'_>> {
@@ -408,7 +435,7 @@ impl Shard {
         match convert(value) {
             Some(v) => Ok(Some(v)),
             None => Err(Error::invalid(
-                &self.path,
+                self.path(),
                 format!("metadata {}", shown(key)),
                 expected,
                 format!("{} {value}", value.kind().name()),
@@ -433,24 +460,12 @@ impl Shard {
         let expected = format!("an integer of 0 to {}", count - 1);
         let no = self
             .get_as(SPLIT_NO, &expected, below)?
-            .ok_or_else(|| Error::missing(&self.path, format!("metadata `{SPLIT_NO}`"), ""))?;
+            .ok_or_else(|| Error::missing(self.path(), format!("metadata `{SPLIT_NO}`"), ""))?;
         Ok(Some(Split {
             no: no.into(),
             count: count.into(),
         }))
     }
-}
-
-/// Maps a file of `len` bytes.
-fn map(file: &File, len: u64) -> io::Result<Mmap> {
-    let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
-    // SAFETY: mapped bytes can change when another program writes to the file, and the language
-    // has no word for that; every program that maps its weights lives with it. What holds here:
-    // the map is read-only and octet itself never writes into a file that it maps; `len` is the
-    // size that the file had when it was opened; nothing that is read is trusted later on, since
-    // each access checks its bounds (and strings their UTF-8) anew, and any bits are a weight.
-    // If someone cuts the file short, reading past its end stops the program with SIGBUS.
-    unsafe { MmapOptions::new().len(len).map(file) }
 }
 
 impl Entry {

@@ -3,13 +3,31 @@
 
 use super::linear::{Input, Job, matmul};
 use super::router::{Choice, route};
-use super::weights::Layer;
+use super::store::{Chosen, Store};
+use super::weights::{Expert, Layer};
 use super::{Config, Machine};
+use crate::error::Result;
 use std::ops::Range;
+use std::sync::Arc;
 
-/// Rows (token × rank) that are worked at once, which bounds the scratch memory; at least one whole
-/// expert is always worked.
-const WAVE: usize = 256;
+/// Rows (token × rank) that are worked at once, which bounds the scratch memory.
+const WAVE: usize = 512;
+
+/// The tokens of one expert.
+struct Bucket {
+    expert: usize,
+    /// In [`ExpertScratch::bucket`].
+    range: Range<usize>,
+}
+
+impl Chosen for Bucket {
+    fn expert(&self) -> usize {
+        self.expert
+    }
+}
+
+/// What is worked at once: experts with the rows of theirs, as many as fit a wave.
+type Wave = Vec<(usize, Arc<Expert>, Range<usize>)>;
 
 /// Buffers of [`experts`], reused from layer to layer.
 #[derive(Default)]
@@ -36,70 +54,118 @@ pub(super) struct ExpertScratch {
 /// `x[t] += Σ_rank weight[t][rank] · expert[t][rank](h[t])`, ranks in order.
 ///
 /// `h`: `(n_tok, d_model)` normalised, already prepared as `input`; `x`: `(n_tok, d_model)`.
-/// `see` is shown each expert's input of `down`, `(n, d_ff)`. Returns the bytes of expert weights that were read.
+/// `choices` are made already. `see` is shown each expert's input of `down`, `(n, d_ff)`. Returns the bytes of expert
+/// weights that were read.
+///
+/// # Errors
+/// If the store cannot read an expert.
 pub(super) fn experts(
     machine: &Machine,
     config: &Config,
-    layer: &Layer,
+    store: &Store,
+    layer: usize,
     input: &Input,
-    all: &[u32],
     x: &mut [f32],
     s: &mut ExpertScratch,
     mut see: impl FnMut(usize, &[f32]),
-) -> u64 {
-    let (n_tok, n_used, d) = (all.len(), config.n_used, config.d_model);
-    choose(machine, config, layer, input, all, s);
-
-    // Bucket the tokens by expert, once for the layer.
-    s.bucket.clear();
-    s.home.clear();
-    let mut ranges: Vec<(usize, Range<usize>)> = Vec::new();
-    for e in 0..config.n_expert {
-        let start = s.bucket.len();
-        for (i, c) in s.choices.iter().enumerate() {
-            if c.expert == e as u32 {
-                s.bucket.push((i / n_used) as u32);
-                s.home.push(i as u32);
-            }
-        }
-        if s.bucket.len() > start {
-            ranges.push((e, start..s.bucket.len()));
-        }
-    }
-
-    s.result.resize(n_tok * n_used * d, 0.0);
+) -> Result<u64> {
+    let (n_used, d) = (config.n_used, config.d_model);
+    s.result.resize(s.choices.len() * d, 0.0);
     let mut bytes = 0;
-    let mut rest = ranges.as_slice();
+    let mut rest = s.buckets(config);
     while !rest.is_empty() {
-        let first = rest[0].1.start;
-        let fits = rest
-            .iter()
-            .take_while(|(_, r)| r.end - first <= WAVE)
-            .count()
-            .max(1);
-        let (wave, later) = rest.split_at(fits);
-        run_wave(machine, config, layer, input, wave, s, &mut see);
-        bytes += wave
-            .iter()
-            .map(|(e, _)| layer.experts[*e].bytes())
-            .sum::<u64>();
-        rest = later;
+        for wave in waves(store.ready(layer, &mut rest)?) {
+            run_wave(machine, config, input, &wave, s, &mut see);
+            bytes += wave.iter().map(|(_, e, _)| e.bytes()).sum::<u64>();
+        }
     }
 
     let (choices, result) = (&s.choices, &s.result);
-    let mut rows: Vec<_> = x.chunks_exact_mut(d).collect();
-    machine.pool.each(&mut rows, |t, x| {
+    machine.pool.rows(x, d, |t, x| {
         for slot in t * n_used..(t + 1) * n_used {
             machine
                 .kernels
                 .add_scaled(choices[slot].weight, &result[slot * d..][..d], x);
         }
     });
-    bytes
+    Ok(bytes)
+}
+
+impl ExpertScratch {
+    /// Buckets the tokens by expert, once for the layer.
+    fn buckets(&mut self, config: &Config) -> Vec<Bucket> {
+        self.bucket.clear();
+        self.home.clear();
+        let mut buckets = Vec::new();
+        for expert in 0..config.n_expert {
+            let start = self.bucket.len();
+            for (i, c) in self.choices.iter().enumerate() {
+                if c.expert == expert as u32 {
+                    self.bucket.push((i / config.n_used) as u32);
+                    self.home.push(i as u32);
+                }
+            }
+            let range = start..self.bucket.len();
+            if !range.is_empty() {
+                buckets.push(Bucket { expert, range });
+            }
+        }
+        buckets
+    }
+
+    /// How many tokens chose each expert, `(n_expert)`.
+    pub(super) fn counts(&self, config: &Config) -> Vec<usize> {
+        let mut counts = vec![0; config.n_expert];
+        for c in &self.choices {
+            counts[c.expert as usize] += 1;
+        }
+        counts
+    }
+
+    /// Bytes that one token takes of the buffers that grow with a pass.
+    pub(super) fn token_bytes(config: &Config) -> usize {
+        let ranks = config.n_used * (size_of::<Choice>() + 8 + 4 * config.d_model);
+        ranks + 4 * config.n_expert
+    }
+
+    /// Bytes that the buffers of a wave take.
+    pub(super) fn wave_bytes(config: &Config, n_tok: usize) -> usize {
+        let rows = WAVE.min(n_tok * config.n_used);
+        // gate, up, down, and gate once more, quantized.
+        4 * rows * (3 * config.d_ff + config.d_model)
+    }
+
+    /// Bytes that the buffers hold.
+    pub(super) fn bytes(&self) -> usize {
+        let floats = [&self.logits, &self.gate, &self.up, &self.down, &self.result];
+        let floats: usize = floats.iter().map(|v| 4 * v.capacity()).sum();
+        floats + self.inner.bytes()
+    }
+}
+
+/// Puts experts together into waves: whole buckets while they fit, and a large bucket in parts.
+fn waves(ready: Vec<(Bucket, Arc<Expert>)>) -> Vec<Wave> {
+    let mut waves: Vec<Wave> = Vec::new();
+    let mut rows = WAVE;
+    for (bucket, expert) in ready {
+        for start in bucket.range.clone().step_by(WAVE) {
+            let range = start..bucket.range.end.min(start + WAVE);
+            if rows + range.len() > WAVE {
+                waves.push(Vec::new());
+                rows = 0;
+            }
+            rows += range.len();
+            let wave = waves.last_mut().expect("one was just made");
+            wave.push((bucket.expert, Arc::clone(&expert), range));
+        }
+    }
+    waves
 }
 
 /// Fills `choices`; in a dense model every token takes the one expert there is.
-fn choose(
+///
+/// `h`: `(n_tok, d_model)` normalised, already prepared as `input`; `all`: `0..n_tok`.
+pub(super) fn choose(
     machine: &Machine,
     config: &Config,
     layer: &Layer,
@@ -139,15 +205,13 @@ fn choose(
 fn run_wave(
     machine: &Machine,
     config: &Config,
-    layer: &Layer,
     input: &Input,
-    wave: &[(usize, Range<usize>)],
+    wave: &[(usize, Arc<Expert>, Range<usize>)],
     s: &mut ExpertScratch,
     see: &mut impl FnMut(usize, &[f32]),
 ) {
     let (d, d_ff) = (config.d_model, config.d_ff);
-    let first = wave[0].1.start;
-    let rows = wave[wave.len() - 1].1.end - first;
+    let rows = wave.iter().map(|(_, _, range)| range.len()).sum::<usize>();
     s.gate.resize(rows * d_ff, 0.0);
     s.up.resize(rows * d_ff, 0.0);
     s.down.resize(rows * d, 0.0);
@@ -156,8 +220,7 @@ fn run_wave(
 
     let (mut gates, mut ups) = (s.gate.as_mut_slice(), s.up.as_mut_slice());
     let mut jobs = Vec::with_capacity(2 * wave.len());
-    for (e, range) in wave {
-        let expert = &layer.experts[*e];
+    for (_, expert, range) in wave {
         let pick = &s.bucket[range.clone()];
         jobs.push(Job {
             w: &expert.gate,
@@ -182,34 +245,36 @@ fn run_wave(
     machine.pool.each(&mut pairs, |_, (gate, up)| {
         machine.kernels.silu_mul(gate, up)
     });
-    for (e, range) in wave {
-        see(
-            *e,
-            &s.gate[(range.start - first) * d_ff..(range.end - first) * d_ff],
-        );
+    let mut inner = s.gate.as_slice();
+    for (e, _, range) in wave {
+        let (rows, rest) = inner.split_at(range.len() * d_ff);
+        see(*e, rows);
+        inner = rest;
     }
     s.inner.prepare(
         machine,
         &s.gate,
         d_ff,
-        wave.iter().map(|(e, _)| &layer.experts[*e].down),
+        wave.iter().map(|(_, expert, _)| &expert.down),
     );
 
     let mut downs = s.down.as_mut_slice();
+    let mut all = s.all.as_slice();
     let mut jobs = Vec::with_capacity(wave.len());
-    for (e, range) in wave {
-        let pick = &s.all[range.start - first..range.end - first];
-        let y = split(&mut downs, range.len() * d);
+    for (_, expert, range) in wave {
+        let (pick, rest) = all.split_at(range.len());
+        all = rest;
         jobs.push(Job {
-            w: &layer.experts[*e].down,
+            w: &expert.down,
             x: &s.inner,
             pick,
-            y,
+            y: split(&mut downs, range.len() * d),
         });
     }
     matmul(machine, &mut jobs);
 
-    for (row, home) in s.down.chunks_exact(d).zip(&s.home[first..]) {
+    let homes = wave.iter().flat_map(|(_, _, range)| &s.home[range.clone()]);
+    for (row, home) in s.down.chunks_exact(d).zip(homes) {
         s.result[*home as usize * d..][..d].copy_from_slice(row);
     }
 }

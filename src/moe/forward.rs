@@ -1,14 +1,18 @@
 //! The spine: a batch of tokens through all layers.
 
 use super::attention::{Place, Rope, attend};
-use super::experts::{ExpertScratch, experts};
+use super::experts::{ExpertScratch, choose, experts};
 use super::kv::Kv;
 use super::linear::{Input, Job, matmul};
 use super::observe::{Observer, Site};
-use super::weights::Weights;
+use super::router::{Choice, route};
+use super::store::Store;
+use super::weights::{Layer, Weights};
 use super::{Config, Machine};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::quant::act::{CHUNK, Chunk};
+use std::ops::Range;
 
 /// A model that is ready to run.
 pub struct Model {
@@ -16,8 +20,24 @@ pub struct Model {
     pub config: Config,
     /// Its weights.
     pub weights: Weights,
+    store: Store,
     rope: Rope,
     machine: Machine,
+}
+
+/// How much memory a model may take.
+#[derive(Clone, Debug, Default)]
+pub enum Ram {
+    /// The system decides: weights stay where they are mapped.
+    #[default]
+    Mapped,
+    /// At most so many bytes for the whole process: see [`super::store`].
+    Within {
+        /// The budget.
+        bytes: u64,
+        /// How often a token takes each expert, `(n_layer, n_expert)`, if that is known.
+        shares: Option<Vec<f32>>,
+    },
 }
 
 /// Which logits a run wants.
@@ -41,6 +61,11 @@ pub struct Run<'a> {
     pub want: Want,
 }
 
+/// Tokens that attention works on at once, which bounds its buffers; a pass may have more.
+const PART: usize = 512;
+/// Most tokens of a pass whose experts are read from the disk.
+const LONGEST_PASS: usize = 8192;
+
 /// Buffers of [`Model::forward`], reused from call to call.
 #[derive(Default)]
 pub struct Scratch {
@@ -48,14 +73,14 @@ pub struct Scratch {
     x: Vec<f32>,
     /// Normalised input of a block, `(n_tok, d_model)`.
     h: Vec<f32>,
-    /// `(n_tok, n_head · d_head)`
+    /// `(n_part, n_head · d_head)`, where a part has at most [`PART`] tokens.
     q: Vec<f32>,
-    /// `(n_tok, n_kv · d_head)`
+    /// `(n_part, n_kv · d_head)`
     k: Vec<f32>,
     v: Vec<f32>,
-    /// `(n_tok, n_head · d_head)`
+    /// `(n_part, n_head · d_head)`
     heads: Vec<f32>,
-    /// `(n_tok, d_model)`
+    /// `(n_part, d_model)`
     o: Vec<f32>,
     /// `(n_tok, n_rot / 2)`
     cos: Vec<f32>,
@@ -66,6 +91,9 @@ pub struct Scratch {
     all: Vec<u32>,
     input: Input,
     experts: ExpertScratch,
+    /// A look ahead: normalised input and logits of the next layer's router, `(n_tok, d_model)` and `(n_tok, n_expert)`.
+    ahead: Vec<f32>,
+    ahead_input: Input,
     /// Bytes of weights that the calls so far have read.
     pub weight_bytes: u64,
 }
@@ -75,23 +103,83 @@ impl Scratch {
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
+
+    /// Bytes that it has to grow by for a pass of `n_tok` tokens with `rows` rows of logits.
+    fn growth(&self, c: &Config, n_tok: usize, rows: usize) -> u64 {
+        let (part, d_q, d_kv) = (n_tok.min(PART), c.n_head * c.d_head, c.n_kv * c.d_head);
+        let token = 2 * c.d_model + c.n_rot + 1;
+        let quantized = c.d_model.max(d_q).div_ceil(CHUNK) * size_of::<Chunk>();
+        let need = n_tok * (4 * token + quantized + ExpertScratch::token_bytes(c))
+            + 4 * part * (2 * d_q + 2 * d_kv + c.d_model)
+            + ExpertScratch::wave_bytes(c, n_tok)
+            + 4 * rows * c.n_vocab;
+        let floats = [
+            &self.x,
+            &self.h,
+            &self.q,
+            &self.k,
+            &self.v,
+            &self.heads,
+            &self.o,
+            &self.cos,
+            &self.sin,
+            &self.logits,
+        ];
+        let floats: usize = floats.iter().map(|v| 4 * v.capacity()).sum();
+        need.saturating_sub(floats + self.input.bytes() + self.experts.bytes()) as u64
+    }
 }
 
 impl Model {
-    /// Opens a model file's weights.
+    /// Opens a model file's weights, which stay in the file.
     ///
     /// # Errors
     /// See [`Config::read`] and [`Weights::load`].
     pub fn open(file: &Gguf, machine: Machine) -> Result<Model> {
+        Model::open_in(file, machine, Ram::Mapped)
+    }
+
+    /// Opens a model file's weights in so much memory.
+    ///
+    /// # Errors
+    /// See [`Config::read`], [`Weights::load`] and [`Store::within`].
+    pub fn open_in(file: &Gguf, machine: Machine, ram: Ram) -> Result<Model> {
         let config = Config::read(file)?;
-        let weights = Weights::load(file, &config)?;
+        let mut weights = Weights::load(file, &config)?;
+        let sources = file.sources().cloned().collect();
+        let store = match ram {
+            Ram::Mapped => Store::mapped(sources, &weights),
+            Ram::Within { bytes, shares } => {
+                Store::within(bytes, sources, &mut weights, &config, shares)?
+            }
+        };
         let rope = Rope::new(&config, weights.rope_factors.as_deref());
         Ok(Model {
             config,
             weights,
+            store,
             rope,
             machine,
         })
+    }
+
+    /// Where its experts are.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// How many tokens of a prompt should go through the layers together, where `ubatch` would do for a model in memory: as
+    /// many as may be if experts are read from the disk, so that each is read once for all of them.
+    pub fn pass_tokens(&self, ubatch: usize) -> usize {
+        let Some(ram) = self.store.total() else {
+            return ubatch;
+        };
+        let (one, two) = (1 << 12, 1 << 13);
+        let growth = |n| Scratch::default().growth(&self.config, n, 0);
+        let token = (growth(two) - growth(one)) / (two - one) as u64;
+        // A sixteenth of the memory; the rest of it is better used for experts.
+        let most = (ram / 16 / token.max(1)) as usize;
+        ubatch.max(most.min(LONGEST_PASS))
     }
 
     /// Threads and kernels.
@@ -122,7 +210,7 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::ContextFull`] if a cache cannot take its tokens, [`Error::Prompt`] for a token outside
-    /// the vocabulary; no cache has changed then.
+    /// the vocabulary; if the file has changed or cannot be read any more. No cache has changed then.
     pub fn forward<'s>(&self, runs: &mut [Run<'_>], scratch: &'s mut Scratch) -> Result<&'s [f32]> {
         self.observe(runs, scratch, &mut ())
     }
@@ -130,7 +218,7 @@ impl Model {
     /// [`Model::forward`] while `observer` looks on.
     ///
     /// # Errors
-    /// As for [`Model::forward`].
+    /// As for [`Model::forward`], and [`Error::Interrupted`] if the observer ends the pass.
     pub fn observe<'s>(
         &self,
         runs: &mut [Run<'_>],
@@ -140,92 +228,160 @@ impl Model {
         for run in runs.iter() {
             self.check_tokens(run.tokens)?;
         }
+        let n_tok = runs.iter().map(|r| r.tokens.len()).sum();
+        let rows = wanted(runs).len();
+        let caches: usize = runs.iter().map(|r| r.kv.growth(r.tokens.len())).sum();
+        let growth = caches as u64 + scratch.growth(&self.config, n_tok, rows);
+        self.store.begin(n_tok, growth)?;
         for run in runs.iter_mut() {
             run.kv.reserve(run.tokens.len())?;
         }
         self.machine
             .pool
-            .enter(|| self.layers(runs, scratch, observer));
+            .enter(|| self.layers(runs, n_tok, scratch, observer))?;
         Ok(&scratch.logits)
     }
 
-    fn layers(&self, runs: &mut [Run<'_>], s: &mut Scratch, observer: &mut dyn Observer) {
-        let (c, w, m) = (&self.config, &self.weights, &self.machine);
-        let n_tok: usize = runs.iter().map(|r| r.tokens.len()).sum();
-        let (d, d_q, d_kv) = (c.d_model, c.n_head * c.d_head, c.n_kv * c.d_head);
+    fn layers(
+        &self,
+        runs: &mut [Run<'_>],
+        n_tok: usize,
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let d = self.config.d_model;
         s.x.resize(n_tok * d, 0.0);
         s.h.resize(n_tok * d, 0.0);
-        s.q.resize(n_tok * d_q, 0.0);
-        s.k.resize(n_tok * d_kv, 0.0);
-        s.v.resize(n_tok * d_kv, 0.0);
-        s.heads.resize(n_tok * d_q, 0.0);
-        s.o.resize(n_tok * d, 0.0);
         s.all.clear();
         s.all.extend(0..n_tok as u32);
         self.embed(runs, s);
-        s.weight_bytes += w.dense_bytes();
-
-        for (i, layer) in w.layers.iter().enumerate() {
-            // Attention: x += o · attend(q · norm(x), …)
-            self.norm(&s.x, &layer.attn_norm, &mut s.h);
-            observer.input(Site::Attention { layer: i }, &s.h);
-            s.input.prepare(m, &s.h, d, [&layer.q, &layer.k, &layer.v]);
-            matmul(
-                m,
-                &mut [
-                    Job {
-                        w: &layer.q,
-                        x: &s.input,
-                        pick: &s.all,
-                        y: &mut s.q,
-                    },
-                    Job {
-                        w: &layer.k,
-                        x: &s.input,
-                        pick: &s.all,
-                        y: &mut s.k,
-                    },
-                    Job {
-                        w: &layer.v,
-                        x: &s.input,
-                        pick: &s.all,
-                        y: &mut s.v,
-                    },
-                ],
-            );
-            self.rotate(s);
-            store(runs, i, d_kv, &s.k, &s.v);
-            let places: Vec<Place<'_>> = places(runs);
-            attend(m, c, i, &places, &mut s.q, &mut s.heads);
-            observer.input(Site::AttentionOutput { layer: i }, &s.heads);
-            s.input.prepare(m, &s.heads, d_q, [&layer.o]);
-            matmul(
-                m,
-                &mut [Job {
-                    w: &layer.o,
-                    x: &s.input,
-                    pick: &s.all,
-                    y: &mut s.o,
-                }],
-            );
-            self.add(&s.o, &mut s.x);
-
-            // Feed-forward: x += Σ weight · expert(norm(x)) over the experts that the router chose
-            self.norm(&s.x, &layer.ffn_norm, &mut s.h);
-            let used = layer
-                .experts
-                .iter()
-                .flat_map(|e| [&e.gate, &e.up])
-                .chain(&layer.router);
-            s.input.prepare(m, &s.h, d, used);
-            let see = |expert, rows: &[f32]| observer.input(Site::Down { layer: i, expert }, rows);
-            s.weight_bytes += experts(m, c, layer, &s.input, &s.all, &mut s.x, &mut s.experts, see);
-            observer.routed(i, &s.h, &s.experts.choices);
+        s.weight_bytes += self.weights.dense_bytes();
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            for start in (0..n_tok).step_by(PART) {
+                let part = start..n_tok.min(start + PART);
+                self.attention(i, layer, runs, part, s, observer);
+            }
+            self.feed_forward(i, layer, s, observer)?;
+            if observer.passed(i).is_break() {
+                return Err(Error::Interrupted);
+            }
         }
         for run in runs.iter_mut() {
             run.kv.advance(run.tokens.len());
         }
         self.head(runs, s, observer);
+        Ok(())
+    }
+
+    /// `x += o · attend(q · norm(x), …)` for some tokens of the pass. Those before them have been through here.
+    fn attention(
+        &self,
+        i: usize,
+        layer: &Layer,
+        runs: &mut [Run<'_>],
+        part: Range<usize>,
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) {
+        let (c, m) = (&self.config, &self.machine);
+        let (d, d_q, d_kv) = (c.d_model, c.n_head * c.d_head, c.n_kv * c.d_head);
+        let n = part.len();
+        s.q.resize(n * d_q, 0.0);
+        s.k.resize(n * d_kv, 0.0);
+        s.v.resize(n * d_kv, 0.0);
+        s.heads.resize(n * d_q, 0.0);
+        s.o.resize(n * d, 0.0);
+        let x = &mut s.x[part.start * d..part.end * d];
+        let h = &mut s.h[..n * d];
+        let all = &s.all[..n];
+        self.norm(x, &layer.attn_norm, h);
+        observer.input(Site::Attention { layer: i }, h);
+        s.input.prepare(m, h, d, [&layer.q, &layer.k, &layer.v]);
+        let job = |w, y| Job {
+            w,
+            x: &s.input,
+            pick: all,
+            y,
+        };
+        matmul(
+            m,
+            &mut [
+                job(&layer.q, &mut s.q),
+                job(&layer.k, &mut s.k),
+                job(&layer.v, &mut s.v),
+            ],
+        );
+        let half = c.n_rot / 2;
+        let angles = part.start * half..part.end * half;
+        self.rotate(&s.cos[angles.clone()], &s.sin[angles], &mut s.q, &mut s.k);
+        write(runs, i, part.clone(), &s.k, &s.v);
+        attend(m, c, i, &places(runs, part), &mut s.q, &mut s.heads);
+        observer.input(Site::AttentionOutput { layer: i }, &s.heads);
+        s.input.prepare(m, &s.heads, d_q, [&layer.o]);
+        let (w, x_o) = (&layer.o, &s.input);
+        let (pick, y) = (all, s.o.as_mut_slice());
+        matmul(m, &mut [Job { w, x: x_o, pick, y }]);
+        self.add(&s.o, x);
+    }
+
+    /// `x += Σ weight · expert(norm(x))` over the experts that the router chose.
+    fn feed_forward(
+        &self,
+        i: usize,
+        layer: &Layer,
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let (c, m, d) = (&self.config, &self.machine, self.config.d_model);
+        self.norm(&s.x, &layer.ffn_norm, &mut s.h);
+        let used = layer.experts.iter().flat_map(|e| [&e.gate, &e.up]);
+        let used = used.chain(&layer.router);
+        s.input.prepare(m, &s.h, d, used);
+        choose(m, c, layer, &s.input, &s.all, &mut s.experts);
+        if self.store.is_paged() {
+            let counts = s.experts.counts(c);
+            self.store.want(i, &counts, s.all.len());
+            self.look_ahead(i + 1, s);
+        }
+        let see = |expert, rows: &[f32]| observer.input(Site::Down { layer: i, expert }, rows);
+        let (input, x) = (&s.input, &mut s.x);
+        s.weight_bytes += experts(m, c, &self.store, i, input, x, &mut s.experts, see)?;
+        observer.routed(i, &s.h, &s.experts.choices);
+        Ok(())
+    }
+
+    /// Says which experts layer `next` will probably want: all, if there are many tokens; else those that its router would
+    /// choose if the layer before it added nothing more, which is right nine times of ten.
+    fn look_ahead(&self, next: usize, s: &mut Scratch) {
+        let (c, m) = (&self.config, &self.machine);
+        let Some(layer) = self.weights.layers.get(next) else {
+            return;
+        };
+        let Some(router) = layer.router.as_ref().filter(|_| s.all.len() < c.n_expert) else {
+            return self.store.foresee(next, 0..c.n_expert, false);
+        };
+        let n_tok = s.all.len();
+        s.ahead.resize(n_tok * (c.d_model + c.n_expert), 0.0);
+        let (h, logits) = s.ahead.split_at_mut(n_tok * c.d_model);
+        self.norm(&s.x, &layer.ffn_norm, h);
+        s.ahead_input.prepare(m, h, c.d_model, [router]);
+        let (x, pick) = (&s.ahead_input, s.all.as_slice());
+        matmul(
+            m,
+            &mut [Job {
+                w: router,
+                x,
+                pick,
+                y: logits,
+            }],
+        );
+        let mut choices = vec![Choice::default(); n_tok * c.n_used];
+        let rows = logits.chunks_exact(c.n_expert);
+        for (logits, out) in rows.zip(choices.chunks_exact_mut(c.n_used)) {
+            route(logits, out);
+        }
+        let experts = choices.iter().map(|c| c.expert as usize);
+        self.store.foresee(next, experts, true);
     }
 
     /// Embedding rows and RoPE angles of every token.
@@ -247,16 +403,14 @@ impl Model {
         }
     }
 
-    /// RoPE on every head of `q` and `k`.
-    fn rotate(&self, s: &mut Scratch) {
-        let (c, k) = (&self.config, self.machine.kernels);
+    /// RoPE on every head of `q (n, n_head · d_head)` and `k (n, n_kv · d_head)`; `cos`, `sin`: `(n, n_rot / 2)`.
+    fn rotate(&self, cos: &[f32], sin: &[f32], q: &mut [f32], k: &mut [f32]) {
+        let (c, kernels) = (&self.config, self.machine.kernels);
         let half = c.n_rot / 2;
-        let (cos, sin) = (&s.cos, &s.sin);
-        for (x, heads) in [(&mut s.q, c.n_head), (&mut s.k, c.n_kv)] {
-            let mut rows: Vec<_> = x.chunks_exact_mut(heads * c.d_head).collect();
-            self.machine.pool.each(&mut rows, |t, row| {
+        for (x, heads) in [(q, c.n_head), (k, c.n_kv)] {
+            self.machine.pool.rows(x, heads * c.d_head, |t, row| {
                 for head in row.chunks_exact_mut(c.d_head) {
-                    k.rope(
+                    kernels.rope(
                         &mut head[..c.n_rot],
                         &cos[t * half..][..half],
                         &sin[t * half..][..half],
@@ -269,8 +423,7 @@ impl Model {
     /// RMSNorm of every row: `x`, `y`: `(n_tok, d_model)`.
     fn norm(&self, x: &[f32], w: &[f32], y: &mut [f32]) {
         let d = self.config.d_model;
-        let mut rows: Vec<_> = y.chunks_exact_mut(d).collect();
-        self.machine.pool.each(&mut rows, |t, y| {
+        self.machine.pool.rows(y, d, |t, y| {
             self.machine
                 .kernels
                 .rms_norm(&x[t * d..][..d], w, self.config.rms_eps, y);
@@ -280,26 +433,15 @@ impl Model {
     /// `y += x`: `(n_tok, d_model)`.
     fn add(&self, x: &[f32], y: &mut [f32]) {
         let d = self.config.d_model;
-        let mut rows: Vec<_> = y.chunks_exact_mut(d).collect();
-        self.machine.pool.each(&mut rows, |t, y| {
-            self.machine.kernels.add(&x[t * d..][..d], y)
-        });
+        self.machine
+            .pool
+            .rows(y, d, |t, y| self.machine.kernels.add(&x[t * d..][..d], y));
     }
 
     /// Final norm and output head of the rows that are wanted.
     fn head(&self, runs: &[Run<'_>], s: &mut Scratch, observer: &mut dyn Observer) {
         let (c, w, m) = (&self.config, &self.weights, &self.machine);
-        let mut wanted = Vec::new();
-        let mut t = 0;
-        for run in runs {
-            let end = t + run.tokens.len();
-            match run.want {
-                Want::All => wanted.extend(t as u32..end as u32),
-                Want::Last if end > t => wanted.push(end as u32 - 1),
-                Want::Last | Want::Nothing => {}
-            }
-            t = end;
-        }
+        let wanted = wanted(runs);
         s.logits.resize(wanted.len() * c.n_vocab, 0.0);
         if wanted.is_empty() {
             return;
@@ -321,26 +463,44 @@ impl Model {
     }
 }
 
-/// Puts the batch's keys and values, each `(n_tok, d_kv)`, into the caches.
-fn store(runs: &mut [Run<'_>], layer: usize, d_kv: usize, k: &[f32], v: &[f32]) {
-    let mut rows = k.chunks_exact(d_kv).zip(v.chunks_exact(d_kv));
+/// The tokens of a pass whose logits are wanted.
+fn wanted(runs: &[Run<'_>]) -> Vec<u32> {
+    let mut wanted = Vec::new();
+    let mut t = 0;
     for run in runs {
-        let first = run.kv.len();
-        for i in 0..run.tokens.len() {
-            let (k, v) = rows.next().expect("one row per token");
-            run.kv.write(layer, first + i, k, v);
+        let end = t + run.tokens.len();
+        match run.want {
+            Want::All => wanted.extend(t as u32..end as u32),
+            Want::Last if end > t => wanted.push(end as u32 - 1),
+            Want::Last | Want::Nothing => {}
         }
+        t = end;
+    }
+    wanted
+}
+
+/// Puts the keys and values of some tokens of the pass, each `(n_part, d_kv)`, into the caches.
+fn write(runs: &mut [Run<'_>], layer: usize, part: Range<usize>, k: &[f32], v: &[f32]) {
+    let d_kv = k.len() / part.len();
+    let mut first = 0;
+    for run in runs {
+        let end = first + run.tokens.len();
+        for t in part.start.max(first)..part.end.min(end) {
+            let row = (t - part.start) * d_kv..(t - part.start + 1) * d_kv;
+            let pos = run.kv.len() + t - first;
+            run.kv.write(layer, pos, &k[row.clone()], &v[row]);
+        }
+        first = end;
     }
 }
 
-/// Every token's cache and position.
-fn places<'a>(runs: &'a [Run<'_>]) -> Vec<Place<'a>> {
-    runs.iter()
-        .flat_map(|run| {
-            (0..run.tokens.len()).map(|i| Place {
-                kv: run.kv,
-                pos: run.kv.len() + i,
-            })
+/// Cache and position of some tokens of the pass.
+fn places<'a>(runs: &'a [Run<'_>], part: Range<usize>) -> Vec<Place<'a>> {
+    let all = runs.iter().flat_map(|run| {
+        (0..run.tokens.len()).map(|i| Place {
+            kv: run.kv,
+            pos: run.kv.len() + i,
         })
-        .collect()
+    });
+    all.skip(part.start).take(part.len()).collect()
 }

@@ -7,10 +7,13 @@ use crate::quant::Format;
 use crate::quant::act::{ActKind, Acts, CHUNK, Chunk, Slots};
 use crate::simd::{Rows, Tokens};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A weight matrix `(n_out, n_in)` in the mapped file.
 #[derive(Clone)]
 pub struct Weight {
+    /// The tensor that it is, or is a part of.
+    pub name: Arc<str>,
     /// Its format.
     pub format: Format,
     /// Length of a row.
@@ -71,6 +74,14 @@ impl Input {
                 Slots::Int(chunks) => quantize(machine, kind, x, k, chunks),
             }
         }
+    }
+
+    /// Bytes that the buffers hold.
+    pub(super) fn bytes(&self) -> usize {
+        [&self.f32, &self.q8, &self.q8k]
+            .iter()
+            .map(|a| a.bytes())
+            .sum()
     }
 
     /// The activations for weights of `format`, which were among those prepared for.

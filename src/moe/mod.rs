@@ -13,14 +13,16 @@ pub mod linear;
 pub mod observe;
 pub mod router;
 pub mod routes;
+pub mod store;
 pub mod weights;
 
 pub use config::Config;
-pub use forward::{Model, Run, Scratch, Want};
+pub use forward::{Model, Ram, Run, Scratch, Want};
 pub use importance::Collector;
 pub use kv::{Kv, KvType};
 pub use observe::{Observer, Site};
 pub use routes::Routes;
+pub use store::{Reads, Store};
 
 use crate::error::Result;
 use crate::pool::Pool;

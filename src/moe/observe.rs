@@ -2,6 +2,7 @@
 //! experts the router chose.
 
 use super::router::Choice;
+use std::ops::ControlFlow;
 
 /// Matrices that share an input. A layer's router, gate and up have their own call,
 /// [`Observer::routed`].
@@ -37,6 +38,11 @@ pub trait Observer: Send {
     /// Rows `(n_tok, d_model)` go through the router of `layer`, and row `t` through gate and up of the
     /// experts `choices[t]`; `choices`: `(n_tok, n_used)`, by rank. In a dense model they are all of expert 0.
     fn routed(&mut self, _layer: usize, _rows: &[f32], _choices: &[Choice]) {}
+
+    /// All tokens of the pass have gone through `layer`. `Break` ends the pass: the caches stay as they were.
+    fn passed(&mut self, _layer: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
 }
 
 /// Nobody looks on.

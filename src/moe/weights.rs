@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::gguf::{Gguf, Tensor};
 use crate::quant::Format;
 use std::collections::HashSet;
+use std::sync::Arc;
 
 /// All weights of a model. The large ones stay in the mapped file; norms are copied (a few KiB).
 pub struct Weights {
@@ -38,7 +39,7 @@ pub struct Layer {
     /// `(n_expert, d_model)`; none in a dense model.
     pub router: Option<Weight>,
     /// `(n_expert)`; one in a dense model.
-    pub experts: Vec<Expert>,
+    pub experts: Vec<Arc<Expert>>,
 }
 
 /// One expert's feed-forward network: `down · (silu(gate · x) · up · x)`.
@@ -52,12 +53,14 @@ pub struct Expert {
 }
 
 impl Expert {
+    /// Its matrices.
+    pub fn weights(&self) -> [&Weight; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
     /// Bytes of its three matrices.
     pub fn bytes(&self) -> u64 {
-        [&self.gate, &self.up, &self.down]
-            .iter()
-            .map(|w| w.bytes.len() as u64)
-            .sum()
+        self.weights().iter().map(|w| w.bytes.len() as u64).sum()
     }
 }
 
@@ -126,22 +129,28 @@ impl Weights {
 
     /// Bytes that every token reads: all but the experts, and one row of the embedding for the table.
     pub fn dense_bytes(&self) -> u64 {
-        let layers: u64 = self
-            .layers
-            .iter()
-            .flat_map(|l| {
-                [
-                    Some(&l.q),
-                    Some(&l.k),
-                    Some(&l.v),
-                    Some(&l.o),
-                    l.router.as_ref(),
-                ]
-            })
-            .flatten()
-            .map(|w| w.bytes.len() as u64)
-            .sum();
-        layers + self.head.bytes.len() as u64
+        let dense = self.dense().into_iter().skip(1);
+        dense.map(|w| w.bytes.len() as u64).sum()
+    }
+
+    /// All matrices but the experts': the embedding first, the head (which may be the same) last.
+    pub fn dense(&self) -> Vec<&Weight> {
+        let layers = self.layers.iter().flat_map(|l| {
+            let attention = [&l.q, &l.k, &l.v, &l.o];
+            attention.into_iter().chain(&l.router)
+        });
+        let first = [&self.embed].into_iter();
+        first.chain(layers).chain([&self.head]).collect()
+    }
+
+    /// The same, to be put elsewhere.
+    pub(super) fn dense_mut(&mut self) -> Vec<&mut Weight> {
+        let layers = self.layers.iter_mut().flat_map(|l| {
+            let attention = [&mut l.q, &mut l.k, &mut l.v, &mut l.o];
+            attention.into_iter().chain(&mut l.router)
+        });
+        let first = [&mut self.embed].into_iter();
+        first.chain(layers).chain([&mut self.head]).collect()
     }
 }
 
@@ -191,6 +200,7 @@ impl Finder<'_> {
         let file = self.file;
         let (tensor, format) = self.tensor(name, &[n_in, n_out])?;
         Ok(Weight {
+            name: name.into(),
             format,
             n_in,
             n_out,
@@ -208,7 +218,7 @@ impl Finder<'_> {
 
     /// The experts of layer `i`: fused (`ffn_gate_exps`: all in one tensor, the layout since early
     /// 2024), one tensor each (`ffn_gate.0` …, before that), or the one of a dense model (`ffn_gate`).
-    fn experts(&mut self, i: usize, c: &Config) -> Result<Vec<Expert>> {
+    fn experts(&mut self, i: usize, c: &Config) -> Result<Vec<Arc<Expert>>> {
         // Any of the three will do, so that a missing one is called by its name.
         let fused = ["gate", "up", "down"].iter().any(|part| {
             let name = format!("blk.{i}.ffn_{part}_exps.weight");
@@ -241,7 +251,7 @@ impl Finder<'_> {
             .into_iter()
             .zip(ups)
             .zip(downs)
-            .map(|((gate, up), down)| Expert { gate, up, down })
+            .map(|((gate, up), down)| Arc::new(Expert { gate, up, down }))
             .collect())
     }
 
@@ -251,8 +261,10 @@ impl Finder<'_> {
         let (tensor, format) = self.tensor(name, &[n_in, n_out, n])?;
         let bytes = file.bytes(tensor);
         let size = bytes.len() / n;
+        let name = Arc::from(name);
         Ok((0..n)
             .map(|e| Weight {
+                name: Arc::clone(&name),
                 format,
                 n_in,
                 n_out,

@@ -182,6 +182,11 @@ impl Acts {
         }
     }
 
+    /// Bytes that the buffers hold.
+    pub fn bytes(&self) -> usize {
+        4 * self.floats.capacity() + size_of::<Chunk>() * self.chunks.capacity()
+    }
+
     /// Chunk `i` of every token, `(n_tok)`.
     pub fn chunks(&self, i: usize) -> &[Chunk] {
         &self.chunks[i * self.n_tok..][..self.n_tok]
