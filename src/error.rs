@@ -84,14 +84,16 @@ pub enum Error {
         /// What it is.
         found: String,
     },
-    /// Some lines of a file of requests have errors for results.
+    /// Some lines of what was asked have no answers.
     Lines {
-        /// The file of requests.
+        /// Where the lines are.
         file: PathBuf,
         /// How many.
         failed: u64,
         /// Of how many.
         of: u64,
+        /// Where the reasons are.
+        reasons: &'static str,
     },
     /// The tokens do not fit into the context.
     ContextFull {
@@ -258,8 +260,13 @@ impl fmt::Display for Error {
             } => {
                 format!("the request: {what} (expected {expected}, found {found})")
             }
-            Error::Lines { file, failed, of } => format!(
-                "{}: {failed} of {of} lines failed; their results say why",
+            Error::Lines {
+                file,
+                failed,
+                of,
+                reasons,
+            } => format!(
+                "{}: {failed} of {of} lines failed; {reasons}",
                 file.display()
             ),
             Error::ContextFull { limit, want } => format!(

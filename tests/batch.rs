@@ -4,7 +4,7 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use octet::chat::batch::{Batch, Done, Room, Totals};
@@ -14,8 +14,9 @@ use octet::gguf::Gguf;
 use octet::moe::{Kv, KvType, Machine, Model};
 use serde_json::{Value, json};
 
-use crate::cli::{Home, Output, PATIENCE, reference, wait};
+use crate::cli::{Home, Output, PATIENCE, finish, reference, wait};
 use crate::hostile_model::Small;
+use crate::scripted;
 
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
 
@@ -198,7 +199,7 @@ fn results(home: &Home, args: &[&str]) -> Vec<u8> {
 }
 
 /// `octet batch in.jsonl -o out.jsonl` in the home's folder, with more arguments.
-fn batch(home: &Home, args: &[&str]) -> Output {
+fn command(home: &Home, args: &[&str]) -> Command {
     let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
     let files = [
         "batch",
@@ -206,7 +207,11 @@ fn batch(home: &Home, args: &[&str]) -> Output {
         "-o",
         output.to_str().unwrap(),
     ];
-    home.octet(&[&files[..], args].concat())
+    home.command(&[&files[..], args].concat())
+}
+
+fn batch(home: &Home, args: &[&str]) -> Output {
+    finish(command(home, args), "")
 }
 
 fn json_lines(bytes: &[u8]) -> Vec<Value> {
@@ -414,17 +419,17 @@ fn a_bad_line_is_an_error_result_and_the_rest_goes_on() {
             "/v1/embeddings",
         ),
         (
-            br#"{"custom_id":"u","url":"/v1/completions","body":{"prompt":"a","n":2}}"#.into(),
+            br#"{"custom_id":"v","url":"/v1/completions","body":{"prompt":"a","n":2}}"#.into(),
             "invalid_request",
             "n (expected 1, found 2)",
         ),
         (
-            br#"{"custom_id":"u","url":"/v1/completions","body":{"prompt":"a","raw":true}}"#.into(),
+            br#"{"custom_id":"w","url":"/v1/completions","body":{"prompt":"a","raw":true}}"#.into(),
             "invalid_request",
             "\"raw\"",
         ),
         (
-            br#"{"custom_id":"u","url":"/v1/completions","body":{"messages":[]}}"#.into(),
+            br#"{"custom_id":"x","url":"/v1/completions","body":{"messages":[]}}"#.into(),
             "invalid_request",
             "expected prompt",
         ),
@@ -536,15 +541,8 @@ fn killed_at_any_moment_nothing_is_lost_or_doubled() {
         let _ = fs::remove_file(home.path("out.jsonl"));
         let mut runs = 0;
         loop {
-            let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-            let files = [
-                "batch",
-                input.to_str().unwrap(),
-                "-o",
-                output.to_str().unwrap(),
-            ];
-            let mut child = home
-                .command(&[&files[..], &options, &["--resume"]].concat())
+            let output = home.path("out.jsonl");
+            let mut child = command(&home, &[&options[..], &["--resume"]].concat())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
                 .spawn()
@@ -597,16 +595,11 @@ fn results_ahead_of_their_turn_are_saved() {
     lines.extend(vec![quick; 12]);
     let text: String = lines.iter().map(|l| format!("{l}\n")).collect();
     home.write("in.jsonl", text);
-    let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-    let files = [
-        "batch",
-        input.to_str().unwrap(),
-        "-o",
-        output.to_str().unwrap(),
-        "--parallel",
-        "4",
-    ];
-    let mut child = home.command(&files).stderr(Stdio::null()).spawn().unwrap();
+    let output = home.path("out.jsonl");
+    let mut child = command(&home, &["--parallel", "4"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let ahead = home.path("out.jsonl.ahead");
     let held = || {
         fs::read(&ahead)
@@ -773,16 +766,11 @@ fn interrupted_it_says_how_to_go_on() {
     let slow = json!({"prompt": "Once", "raw": true, "predict": 500, "ignore_eos": true});
     let text = format!("{quick}\n{slow}\n{slow}\n{slow}\n");
     home.write("in.jsonl", text);
-    let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-    let files = [
-        "batch",
-        input.to_str().unwrap(),
-        "-o",
-        output.to_str().unwrap(),
-        "--parallel",
-        "2",
-    ];
-    let mut child = home.command(&files).stderr(Stdio::piped()).spawn().unwrap();
+    let output = home.path("out.jsonl");
+    let mut child = command(&home, &["--parallel", "2"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let deadline = std::time::Instant::now() + PATIENCE;
     while fs::read(&output).unwrap_or_default().is_empty() {
         assert!(std::time::Instant::now() < deadline);
@@ -828,23 +816,11 @@ fn a_hundred_thousand_lines_in_bounded_memory() {
             "in.jsonl",
             "{\"prompt\":\"a\",\"raw\":true}\n".repeat(lines),
         );
-        let (input, output) = (home.path("in.jsonl"), home.path("out.jsonl"));
-        let args = [
-            "batch",
-            input.to_str().unwrap(),
-            "-o",
-            output.to_str().unwrap(),
-            "--force",
-            "-m",
-            &model,
-            "-n",
-            "1",
-            "-t",
-            "2",
-            "--parallel",
-            "64",
-        ];
-        let mut child = home.command(&args).stderr(Stdio::null()).spawn().unwrap();
+        let args = ["--force", "-m", &model, "-n", "1", "-t", "2"];
+        let mut child = command(&home, &[&args[..], &["--parallel", "64"]].concat())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let status = format!("/proc/{}/status", child.id());
         let mut peak = 0;
         let deadline = std::time::Instant::now() + PATIENCE;
@@ -857,7 +833,7 @@ fn a_hundred_thousand_lines_in_bounded_memory() {
             std::thread::sleep(Duration::from_millis(2));
         }
         assert_eq!(child.wait().unwrap().code(), Some(0));
-        let text = fs::read_to_string(output).unwrap();
+        let text = fs::read_to_string(home.path("out.jsonl")).unwrap();
         assert_eq!(text.lines().count(), lines);
         for (i, line) in text.lines().enumerate().step_by(997) {
             let id = format!("_{}_", i + 1);
@@ -941,5 +917,123 @@ fn answers_have_the_form_that_their_lines_ask_for() {
     ] {
         let message = results[i]["error"]["message"].as_str().unwrap();
         assert!(message.contains(words), "{message}");
+    }
+}
+
+/// Tools reach the prompt, and calls come back as OpenAI's clients read them.
+#[test]
+fn lines_may_let_the_model_call_tools() {
+    let home = Home::new();
+    let model = home.write("model.gguf", scripted::model(scripted::ADDS));
+    let tools: Value = serde_json::from_str(&scripted::tools()).unwrap();
+    let ask = json!({"role": "user", "content": "2 + 3?"});
+    let call = json!({
+        "role": "assistant",
+        "content": null,
+        "tool_calls": [{"id": "call00000", "type": "function", "function": {
+            "name": "add", "arguments": "{\"a\": 2, \"b\": 3}",
+        }}],
+        "refusal": null,
+    });
+    let five = json!({"role": "tool", "tool_call_id": "call00000", "content": "5"});
+    let openai = |body: Value| json!({"url": "/v1/chat/completions", "body": body});
+    let lines = [
+        openai(json!({"messages": [ask], "tools": tools, "tool_choice": "auto"})),
+        json!({"prompt": "2 + 3?", "tools": tools}),
+        openai(json!({"messages": [ask, call, five], "tools": tools})),
+        openai(json!({"messages": [ask, call, five, ask], "tools": tools})),
+        openai(json!({"messages": [ask], "tools": tools, "max_tokens": 2})),
+        openai(json!({"messages": [ask], "tools": tools, "tool_choice": "none"})),
+        openai(json!({"messages": [ask], "tools": tools, "tool_choice": "required"})),
+        openai(json!({"messages": [ask], "tools": {"a": 1}})),
+        openai(json!({"messages": [ask], "tools": [{"function": {"name": "a b"}}]})),
+        json!({"prompt": "2 + 3?", "raw": true, "tools": tools}),
+        json!({"prompt": "2 + 3?", "regex": "a", "tools": tools}),
+    ];
+    home.write("in.jsonl", lines.map(|l| l.to_string()).join("\n"));
+    let out = batch(&home, &["-m", &model, "--temp", "0"]);
+    assert_eq!(out.code, Some(1), "{}", out.stderr);
+    let results = json_lines(&fs::read(home.path("out.jsonl")).unwrap());
+    let choice = |i: usize| &results[i]["response"]["body"]["choices"][0];
+    for i in [0, 1] {
+        assert_eq!(choice(i)["message"], call);
+        assert_eq!(choice(i)["finish_reason"], "tool_calls");
+    }
+    assert_eq!(choice(2)["message"]["content"], "It is five.");
+    assert_eq!(choice(2)["finish_reason"], "stop");
+    // A later call has an id of its own.
+    let id = &choice(3)["message"]["tool_calls"][0]["id"];
+    assert_eq!(id, "call00001");
+    // Half a call, and one that nobody asked for, are text.
+    for (i, text, finish) in [
+        (4, "[{\"name\": \"add\",", "length"),
+        (
+            5,
+            "[{\"name\": \"add\", \"arguments\": {\"a\": 2, \"b\": 3}}]",
+            "stop",
+        ),
+    ] {
+        let said = choice(i)["message"]["content"].as_str().unwrap();
+        assert_eq!(
+            (said.trim(), &choice(i)["finish_reason"]),
+            (text, &json!(finish))
+        );
+        assert!(choice(i)["message"].get("tool_calls").is_none());
+    }
+    let message = |i: usize| results[i]["error"]["message"].as_str().unwrap();
+    for (i, words) in [
+        (6, "tool_choice (expected auto or none, found \"required\")"),
+        (7, "tools (expected a list of tools"),
+        (8, "a function's name"),
+        (9, "tools (expected none for a text"),
+        (10, "tools (expected none beside"),
+    ] {
+        assert!(message(i).contains(words), "{}", message(i));
+    }
+    // The demo model's format has no tools.
+    let out = batch(&home, &["--force", "-n", "1"]);
+    assert_eq!(out.code, Some(1));
+    let results = json_lines(&fs::read(home.path("out.jsonl")).unwrap());
+    let message = results[0]["error"]["message"].as_str().unwrap();
+    assert!(message.contains("found Mistral V1"), "{message}");
+}
+
+/// Whoever joins results to requests by their names must not get two for one, also after an interruption.
+#[test]
+fn a_name_is_given_once() {
+    let home = Home::new();
+    let line = |name: &str| format!("{{\"custom_id\":{name},\"prompt\":\"Once\",\"predict\":1}}\n");
+    let names = [
+        "\"a\"", "\"b\"", "\"a\"", "null", "null", "\"b\"", "\"c\"", "\"a\"",
+    ];
+    let text: String = names.iter().map(|name| line(name)).collect();
+    home.write("in.jsonl", &text);
+    let out = batch(&home, &["--parallel", "3"]);
+    assert_eq!(out.code, Some(1), "{}", out.stderr);
+    let whole = fs::read(home.path("out.jsonl")).unwrap();
+    let results = json_lines(&whole);
+    let failed = |r: &Value| r["error"]["message"].as_str().map(String::from);
+    let same =
+        |n: usize, first: usize| Some(format!("line {n}: line {first} has the same custom_id"));
+    assert_eq!(
+        results.iter().map(failed).collect::<Vec<_>>(),
+        [
+            None,
+            None,
+            same(3, 1),
+            None,
+            None,
+            same(6, 2),
+            None,
+            same(8, 1)
+        ]
+    );
+    assert_eq!(results[2]["custom_id"], "a");
+    assert_eq!(results[2]["error"]["code"], "duplicate_custom_id");
+    for done in [1, 2, 6] {
+        let kept: Vec<_> = whole.split_inclusive(|b| *b == b'\n').take(done).collect();
+        home.write("out.jsonl", kept.concat());
+        assert_eq!(batch(&home, &["--resume"]).code, Some(1));
+        assert!(fs::read(home.path("out.jsonl")).unwrap() == whole);
     }
 }

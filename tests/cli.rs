@@ -92,7 +92,7 @@ impl Home {
     }
 }
 
-fn finish(command: Command, input: impl AsRef<[u8]>) -> Output {
+pub(crate) fn finish(command: Command, input: impl AsRef<[u8]>) -> Output {
     let mut command = assert_cmd::Command::from_std(command);
     command.timeout(PATIENCE).write_stdin(input.as_ref());
     let out = command.output().unwrap();
@@ -550,47 +550,17 @@ fn a_bias_and_the_penalties_reach_the_sampler() {
 fn the_environment_names_a_model_and_a_tier() {
     let tiers: Vec<_> = octet::simd::TIERS.iter().map(|row| row.name).collect();
     let home = Home::new();
-    let mut command = home.command(&[
-        "run",
-        "--json",
-        "--raw",
-        "-p",
-        "Once upon a time",
-        "-n",
-        "1",
-        "--temp",
-        "0",
-    ]);
+    let once = "run --json --raw -p Once -n 1 --temp 0";
+    let once: Vec<&str> = once.split(' ').collect();
+    let mut command = home.command(&once);
     command
         .env("OCTET_MODEL", bf16())
         .env("OCTET_ISA", "scalar");
     let out = finish(command, "");
     assert_eq!(closing(&out.stderr).tier, "scalar");
-    let named = home.octet(&[
-        "run",
-        "--json",
-        "--raw",
-        "-p",
-        "Once upon a time",
-        "-n",
-        "1",
-        "--temp",
-        "0",
-        "-m",
-        &bf16(),
-    ]);
+    let named = home.octet(&[&once[..], &["-m", &bf16()]].concat());
     assert_eq!(out.json()["logits_hash"], named.json()["logits_hash"]);
-    let demo = home.octet(&[
-        "run",
-        "--json",
-        "--raw",
-        "-p",
-        "Once upon a time",
-        "-n",
-        "1",
-        "--temp",
-        "0",
-    ]);
+    let demo = home.octet(&once);
     assert_ne!(out.json()["logits_hash"], demo.json()["logits_hash"]);
 
     // Empty is not set; an option goes before; a command that needs neither does not look.
@@ -739,11 +709,11 @@ fn chat_ends_cleanly() {
             .contains("octet: /nope: no such command; /help lists them\n")
     );
     assert!(out.stderr.contains("/helpme: no such command"));
+    let failed = "octet: <stdin>: 2 of 4 lines failed; it is said above why\n";
+    assert!(out.code == Some(1) && out.stderr.ends_with(failed));
+    let said = String::from_utf8(out.stdout).unwrap();
     for command in ["/help", "/clear", "/system", "/exit"] {
-        assert!(
-            out.text().lines().any(|l| l.starts_with(command)),
-            "{command}"
-        );
+        assert!(said.lines().any(|l| l.starts_with(command)), "{command}");
     }
     // What is no command is said to the model.
     let out = home.octet_with(&["chat", "-n", "2", "--temp", "0"], "//comment\n /help\n");
@@ -757,10 +727,14 @@ fn a_line_that_cannot_be_answered_does_not_end_a_chat() {
     let input = format!("{long}\nHello\n{long}\n");
     let out = home.octet_with(&["chat", "--temp", "0", "-n", "4", "-c", "64"], input);
     let hello = home.octet(&["run", "-p", "Hello", "--temp", "0", "-n", "4"]);
-    assert_eq!(out.text(), format!("{}\n", hello.text()));
+    let said = String::from_utf8(out.stdout).unwrap();
+    assert_eq!(said, format!("{}\n", hello.text()));
     let full = "octet: the context is full (expected at most 64 tokens, found ";
     assert_eq!(out.stderr.matches(full).count(), 2, "{}", out.stderr);
-    assert_eq!(closing(&out.stderr).answer_tokens, 4);
+    // Whoever does not read that looks at the exit code.
+    let failed = "octet: <stdin>: 2 of 3 lines failed; it is said above why\n";
+    let before = out.stderr.strip_suffix(failed).unwrap();
+    assert_eq!((out.code, closing(before).answer_tokens), (Some(1), 4));
 }
 
 #[test]

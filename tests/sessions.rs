@@ -628,9 +628,11 @@ fn a_full_context_goes_on_without_its_oldest_turns() {
     assert_eq!(closing(&out.stderr).answer_tokens, 120);
     // What does not fit at all changes nothing.
     let out = home.octet_with(&args, format!("Hello\n{}\n/stats\n", "fox ".repeat(100)));
+    let said = String::from_utf8(out.stdout).unwrap();
     assert!(
-        out.text().contains("1 turn;") && out.stderr.contains("the context is full"),
+        said.contains("1 turn;") && out.stderr.contains("the context is full"),
         "{}",
         out.stderr
     );
+    assert_eq!(out.code, Some(1));
 }

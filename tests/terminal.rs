@@ -236,7 +236,7 @@ fn after(home: &Home, lines: &[&str]) -> String {
 fn read(person: &mut Person) -> usize {
     let stats = person.line("/stats");
     let last = stats.split("last answer").nth(1).unwrap();
-    last.split_whitespace().nth(1).unwrap().parse().unwrap()
+    last.split_whitespace().next().unwrap().parse().unwrap()
 }
 
 #[test]

@@ -234,6 +234,9 @@ fn one_line(form: Form, text: &str) -> String {
     }
 }
 
+/// What is said of an answer that ended too early.
+pub const INCOMPLETE: &str = "the answer was cut before it had the form that it must have";
+
 /// Where an answer stands in its grammar.
 #[derive(Clone)]
 pub struct Constraint {

@@ -370,6 +370,13 @@ mod tests {
         // Without experts a pass of several tokens is cheap, so that less certain guesses pay too.
         let class = |d: &Drafter| d.length(16, |_| 1);
         assert!(class(&drafter(8.0)) == 0 && class(&drafter(1.0)) > 0);
+        // Of guesses that would pay one by one, no more are made than save what their experts cost.
+        let fair = |n_expert| {
+            let mut d = drafter(n_expert);
+            d.right[3] = 0.72;
+            d.length(16, |_| 3)
+        };
+        assert!(fair(8.0) == 1 && fair(1.0) > 3);
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod commands;
 mod editor;
 mod markdown;
 
-use super::constraint::Constraint;
+use super::constraint::{Constraint, INCOMPLETE};
 use super::conversation::Conversation;
 use super::sampler::{Sampler, SamplerOptions};
 use super::saved::{ModelId, Saved, Shelf};
@@ -73,6 +73,16 @@ pub struct Exec {
     pub asks: bool,
 }
 
+/// What became of a conversation.
+pub struct Talked {
+    /// What the machine did.
+    pub stats: Stats,
+    /// Messages and commands.
+    pub lines: u64,
+    /// How many of them could not be answered or done.
+    pub failed: u64,
+}
+
 /// The running conversation.
 struct Talk<'a> {
     repl: Repl<'a>,
@@ -87,6 +97,9 @@ struct Talk<'a> {
     attached: String,
     /// What stands in the next line already.
     draft: Option<Draft>,
+    /// Lines that were read, and those that came to nothing.
+    lines: u64,
+    failed: u64,
     /// Of all answers, and of the last one.
     stats: Stats,
     last: Stats,
@@ -102,12 +115,12 @@ struct Draft {
 }
 
 impl Repl<'_> {
-    /// Talks until the input ends or `/exit`. Returns what the machine did.
+    /// Talks until the input ends or `/exit`.
     ///
     /// # Errors
     /// If standard input or output fail. A prompt that cannot be answered is reported on stderr and
     /// the conversation goes on.
-    pub fn run(mut self) -> Result<Stats> {
+    pub fn run(mut self) -> Result<Talked> {
         let lines = self.lines.take();
         let mut talk = Talk {
             conversation: Conversation::new(self.system.take()),
@@ -117,6 +130,8 @@ impl Repl<'_> {
             terminal: None,
             attached: String::new(),
             draft: None,
+            lines: 0,
+            failed: 0,
             stats: Stats::default(),
             last: Stats::default(),
             done: false,
@@ -135,7 +150,11 @@ impl Repl<'_> {
             Some(lines) => talk.talk_over_lines(lines)?,
             None => talk.talk_at_terminal()?,
         }
-        Ok(talk.stats)
+        Ok(Talked {
+            stats: talk.stats,
+            lines: talk.lines,
+            failed: talk.failed,
+        })
     }
 }
 
@@ -197,6 +216,7 @@ impl Talk<'_> {
     /// Does what a line asks for: a command, or something to answer. What goes wrong is said, and the
     /// conversation goes on.
     fn line(&mut self, text: &str) -> Result<()> {
+        self.lines += 1;
         if !is_command(text) {
             return self.ask(text);
         }
@@ -204,12 +224,37 @@ impl Talk<'_> {
         match COMMANDS.iter().find(|c| c.name == name) {
             Some(command) => {
                 let result = (command.run)(self, argument.trim());
-                survive(result)
+                self.survive(result)
             }
             None => {
+                self.failed += 1;
                 note(format!("octet: {name}: no such command; /help lists them"));
                 Ok(())
             }
+        }
+    }
+
+    /// Says what went wrong. Only what ends the conversation stays an error: nobody who talks, or nobody who listens.
+    fn survive(&mut self, result: Result<()>) -> Result<()> {
+        match result {
+            Err(Error::Io {
+                file,
+                action,
+                source,
+            }) if file.to_string_lossy().starts_with('<') => Err(Error::Io {
+                file,
+                action,
+                source,
+            }),
+            Err(e) => {
+                self.failed += 1;
+                note(format!("octet: {e}"));
+                if matches!(e, Error::ContextFull { .. }) {
+                    note("octet: /clear starts a new conversation");
+                }
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
     }
 
@@ -222,7 +267,7 @@ impl Talk<'_> {
         if answered.is_ok() {
             self.attached.clear();
         }
-        survive(answered)
+        self.survive(answered)
     }
 
     /// Answers another message in place of the last one.
@@ -231,7 +276,8 @@ impl Talk<'_> {
         self.conversation.take_back();
         let message = Message::new(Role::User, text);
         self.conversation.messages.push(message);
-        survive(self.answer(before))
+        let answered = self.answer(before);
+        self.survive(answered)
     }
 
     /// Lets the model go on with the conversation. If it cannot, or says nothing, the conversation is `before` again: prompt formats have
@@ -250,6 +296,7 @@ impl Talk<'_> {
         if let Some(saved) = &mut self.saved
             && let Err(e) = saved.save(&self.conversation, &self.repl.session)
         {
+            self.failed += 1;
             note(format!("octet: the conversation is not saved: {e}"));
         }
     }
@@ -385,24 +432,26 @@ impl Talk<'_> {
             )),
             Finish::Interrupted => note("[stopped]"),
         }
+        let cut = matches!(finish, Finish::Length | Finish::ContextFull);
+        if cut && self.sampler.constraint().is_some_and(|c| !c.is_complete()) {
+            note(format!("octet: {INCOMPLETE}"));
+        }
         if said.is_empty() {
             return Ok(false);
         }
         let messages = &mut self.conversation.messages;
         let taken = messages.iter().map(|m| m.tool_calls.len()).sum();
-        let calls = match template.calls(tokenizer, &tokens, taken) {
-            Ok(calls) if finish == Finish::Stop => calls,
-            Ok(_) => Vec::new(),
+        // A broken call is kept, and shown, as the text that it is.
+        let text = || Message::new(Role::Assistant, &said);
+        let message = match template.message(tokenizer, &tokens, &said, taken) {
+            Ok(message) if finish == Finish::Stop => message,
+            Ok(_) => text(),
             Err(e) => {
                 note(format!("octet: {e}"));
-                Vec::new()
+                text()
             }
         };
-        // A broken call is kept, and shown, as the text that it is.
-        let broken = is_call && calls.is_empty();
-        let text = if is_call && !broken { "" } else { &said };
-        let mut message = Message::new(Role::Assistant, text);
-        message.tool_calls = calls;
+        let broken = is_call && message.tool_calls.is_empty();
         messages.push(message);
         if broken {
             self.screen.end(&said)?;
@@ -479,29 +528,6 @@ fn turns(n: usize) -> String {
 /// Whether a line is a command: a text may begin with `//`.
 fn is_command(text: &str) -> bool {
     text.starts_with('/') && !text.starts_with("//")
-}
-
-/// Says what went wrong. Only what ends the conversation stays an error: nobody who talks, or nobody who listens.
-fn survive(result: Result<()>) -> Result<()> {
-    match result {
-        Err(Error::Io {
-            file,
-            action,
-            source,
-        }) if file.to_string_lossy().starts_with('<') => Err(Error::Io {
-            file,
-            action,
-            source,
-        }),
-        Err(e) => {
-            note(format!("octet: {e}"));
-            if matches!(e, Error::ContextFull { .. }) {
-                note("octet: /clear starts a new conversation");
-            }
-            Ok(())
-        }
-        Ok(()) => Ok(()),
-    }
 }
 
 /// Where answers appear.

@@ -3,7 +3,7 @@
 use super::constraint::Form;
 use super::sampler::{SamplerOptions, settings};
 use super::session::{Answer, Finish, Limits};
-use super::template::{Message, Role, Template, brief};
+use super::template::{Message, Role, Template, brief, check_tool};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -53,6 +53,8 @@ pub struct Request {
     pub form: Option<(Form, String)>,
     /// How many of the likeliest tokens the answer tells, if it tells probabilities.
     pub logprobs: Option<usize>,
+    /// If the answer may call tools: how many calls the messages have already.
+    pub calls: Option<usize>,
 }
 
 /// Fields that OpenAI's clients send and that change nothing here.
@@ -158,6 +160,10 @@ struct Said<'v> {
     messages: Option<&'v Value>,
     logprobs: Option<usize>,
     top_logprobs: Option<usize>,
+    /// Tools that may be called, in OpenAI's shape.
+    tools: &'v [Value],
+    /// Whether none of them may be, after all.
+    no_calls: bool,
     /// The defaults, and what the fields changed.
     rest: Defaults,
 }
@@ -180,6 +186,8 @@ impl Request {
             messages: None,
             logprobs: None,
             top_logprobs: None,
+            tools: &[],
+            no_calls: false,
             rest: defaults.clone(),
         };
         for (key, value) in &body.fields {
@@ -192,7 +200,14 @@ impl Request {
             }
             (logprobs, top) => logprobs.map(|k| top.unwrap_or(k)),
         };
-        let (object, prompt) = said.prompt(body.object, tokenizer, template)?;
+        if said.no_calls {
+            said.tools = &[];
+        }
+        if !said.tools.is_empty() && said.rest.form.is_some() {
+            let expected = "none beside an answer that must have a form";
+            return Err(Error::request("tools", expected, said.tools.len()));
+        }
+        let Prompt { object, ids, calls } = said.prompt(body.object, tokenizer, template)?;
         let mut rest = said.rest;
         let mut limits = Limits {
             max_tokens: rest.max_tokens,
@@ -208,14 +223,23 @@ impl Request {
         }
         Ok(Request {
             object,
-            prompt,
+            prompt: ids,
             sampling: rest.sampling,
             limits,
             stops: rest.stops,
             form: rest.form,
             logprobs,
+            calls,
         })
     }
+}
+
+/// The tokens of a prompt, and what follows them.
+struct Prompt {
+    object: Object,
+    ids: Vec<u32>,
+    /// [`Request::calls`].
+    calls: Option<usize>,
 }
 
 /// The form that OpenAI's `response_format` asks for.
@@ -289,6 +313,20 @@ impl<'v> Said<'v> {
                     _ => self.top_logprobs = k,
                 }
             }
+            "tools" => match value.as_array() {
+                Some(tools) => {
+                    tools.iter().try_for_each(check_tool)?;
+                    self.tools = tools;
+                }
+                None => return bad("a list of tools"),
+            },
+            "tool_choice" => match value.as_str() {
+                Some("auto") => {}
+                Some("none") => self.no_calls = true,
+                _ => return bad("auto or none"),
+            },
+            "parallel_tool_calls" if value != true => return bad("true"),
+            "parallel_tool_calls" => {}
             "response_format" => self.rest.form = response_format(value)?,
             "json_schema" if openai.is_none() => {
                 let text = value
@@ -353,13 +391,24 @@ impl<'v> Said<'v> {
         Ok(())
     }
 
-    /// The prompt's tokens.
+    /// The prompt.
     fn prompt(
         &self,
         openai: Option<Object>,
         tokenizer: &Tokenizer,
         template: &Template,
-    ) -> Result<(Object, Vec<u32>)> {
+    ) -> Result<Prompt> {
+        let text = |ids| match self.tools {
+            [] => Ok(Prompt {
+                object: Object::Text,
+                ids,
+                calls: None,
+            }),
+            tools => {
+                let expected = "none for a text that is to be continued";
+                Err(Error::request("tools", expected, tools.len()))
+            }
+        };
         let messages = match (self.messages, self.prompt, openai) {
             (Some(messages), None, None | Some(Object::Chat)) => Message::list_from_json(messages)?,
             (None, Some(prompt), None | Some(Object::Text)) => {
@@ -367,20 +416,20 @@ impl<'v> Said<'v> {
                     let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
                     let ids = ids.iter().map(id).collect::<Option<_>>();
                     let bad = || Error::request("prompt", "text or token ids", brief(prompt));
-                    return Ok((Object::Text, ids.ok_or_else(bad)?));
+                    return text(ids.ok_or_else(bad)?);
                 }
-                let Some(text) = prompt.as_str() else {
+                let Some(said) = prompt.as_str() else {
                     return Err(Error::request("prompt", "text or token ids", brief(prompt)));
                 };
                 if self.rest.raw || openai.is_some() {
-                    return Ok((Object::Text, tokenizer.raw_prompt(text)));
+                    return text(tokenizer.raw_prompt(said));
                 }
                 let system = self
                     .rest
                     .system
                     .iter()
                     .map(|s| Message::new(Role::System, s));
-                system.chain([Message::new(Role::User, text)]).collect()
+                system.chain([Message::new(Role::User, said)]).collect()
             }
             (Some(_), Some(_), _) => {
                 return Err(Error::request("the prompt", "messages or prompt", "both"));
@@ -394,7 +443,16 @@ impl<'v> Said<'v> {
                 return Err(Error::request("the prompt", expected, "none"));
             }
         };
-        Ok((Object::Chat, template.encode(tokenizer, &messages, None)?))
+        let tools = Some(self.tools).filter(|tools| !tools.is_empty());
+        if tools.is_some() && !template.shows_tools() {
+            let expected = "a model whose prompt format has them";
+            return Err(Error::request("tools", expected, template.name()));
+        }
+        Ok(Prompt {
+            object: Object::Chat,
+            ids: template.encode(tokenizer, &messages, tools)?,
+            calls: tools.map(|_| messages.iter().map(|m| m.tool_calls.len()).sum()),
+        })
     }
 }
 
@@ -420,8 +478,8 @@ pub struct Told<'a> {
     pub prompt_tokens: usize,
     /// The seed that repeats it.
     pub seed: u64,
-    /// Its text.
-    pub text: &'a str,
+    /// Its text, and the calls in it.
+    pub message: &'a Message,
     /// The answer.
     pub answer: &'a Answer,
 }
@@ -439,16 +497,21 @@ impl Answerer<'_> {
             Object::Text => self.text_logprobs(answer, k),
         });
         let finish = match answer.finish {
+            Finish::Stop if !told.message.tool_calls.is_empty() => "tool_calls",
             Finish::Stop => "stop",
             Finish::Length | Finish::ContextFull | Finish::Interrupted => "length",
         };
         let mut choice = json!({"index": 0});
         match told.object {
             Object::Chat => {
-                choice["message"] =
-                    json!({"role": "assistant", "content": told.text, "refusal": null});
+                let mut message = told.message.to_json();
+                if finish == "tool_calls" && told.message.content.is_empty() {
+                    message["content"] = Value::Null;
+                }
+                message["refusal"] = Value::Null;
+                choice["message"] = message;
             }
-            Object::Text => choice["text"] = told.text.into(),
+            Object::Text => choice["text"] = told.message.content.as_str().into(),
         }
         choice["logprobs"] = logprobs.into();
         choice["finish_reason"] = finish.into();

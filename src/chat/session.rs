@@ -3,6 +3,7 @@
 use super::draft::{Draft, Drafter};
 use super::sampler::{Sampler, SamplerOptions, logprob, logprobs};
 use crate::error::{Error, Result};
+use crate::moe::router::Choice;
 use crate::moe::{Kv, KvType, Model, Observer, Reads, Routes, Run, Scratch, Want};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -16,6 +17,8 @@ pub struct Session<'m> {
     scratch: Scratch,
     ubatch: usize,
     drafter: Drafter,
+    /// What the router chose in the last pass.
+    pass: Pass,
     /// What the router did with tokens of answers, until somebody clears it.
     pub routes: Routes,
 }
@@ -136,6 +139,24 @@ impl Answer {
         self.tokens.push(token);
         self.stats.answer_tokens += 1;
         Ok(None)
+    }
+}
+
+/// What the router chose for the tokens of a pass, by layer: guesses that were wrong do not count.
+struct Pass(Vec<Vec<Choice>>);
+
+impl Observer for Pass {
+    fn routed(&mut self, layer: usize, _: &[f32], choices: &[Choice]) {
+        self.0[layer].extend_from_slice(choices);
+    }
+}
+
+impl Pass {
+    /// Counts the first `kept` of `n` tokens.
+    fn count(&self, kept: usize, n: usize, routes: &mut Routes) {
+        for (layer, choices) in self.0.iter().enumerate() {
+            routes.routed(layer, &[], &choices[..choices.len() / n * kept]);
+        }
     }
 }
 
@@ -279,6 +300,7 @@ impl<'m> Session<'m> {
             scratch: Scratch::default(),
             ubatch: model.pass_tokens(ubatch).max(1),
             drafter: Drafter::new(model),
+            pass: Pass(vec![Vec::new(); model.config.n_layer]),
             routes: Routes::new(&model.config),
         }
     }
@@ -422,8 +444,10 @@ impl<'m> Session<'m> {
         }
         // Guesses that were not drawn are forgotten. The last token was drawn and is not read yet, unless the end was drawn.
         let read = sequence.len() - usize::from(finish != Some(Finish::Stop));
+        let kept = read + batch.len() - self.tokens.len();
         self.kv.truncate(read);
         self.tokens.truncate(read);
+        self.pass.count(kept, batch.len(), &mut self.routes);
         let time = started.elapsed();
         answer.stats.passes += 1;
         answer.stats.drafted += guess.tokens.len();
@@ -488,13 +512,14 @@ impl<'m> Session<'m> {
 
     /// Runs the next tokens of an answer.
     fn forward(&mut self, tokens: &[u32], want: Want) -> Result<()> {
+        self.pass.0.iter_mut().for_each(Vec::clear);
         let mut runs = [Run {
             kv: &mut self.kv,
             tokens,
             want,
         }];
         self.model
-            .observe(&mut runs, &mut self.scratch, &mut self.routes)?;
+            .observe(&mut runs, &mut self.scratch, &mut self.pass)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }

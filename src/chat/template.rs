@@ -402,6 +402,27 @@ impl Template {
         }
     }
 
+    /// The message that a whole answer is; `said` is its text, in which calls are text, too. `taken`: as in [`Template::calls`].
+    ///
+    /// Errors: as [`Template::calls`].
+    pub fn message(
+        &self,
+        tok: &Tokenizer,
+        answer: &[u32],
+        said: &str,
+        taken: usize,
+    ) -> Result<Message> {
+        let calls = self.calls(tok, answer, taken)?;
+        let text = match self {
+            _ if calls.is_empty() => said,
+            Template::Jinja(_) => tools::before_calls(said),
+            _ => "",
+        };
+        let mut message = Message::new(Role::Assistant, text);
+        message.tool_calls = calls;
+        Ok(message)
+    }
+
     /// The ids at which an answer ends.
     pub fn stop_ids(&self, tok: &Tokenizer) -> Vec<u32> {
         tok.stop_ids()

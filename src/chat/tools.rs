@@ -72,14 +72,22 @@ pub(super) fn parse_calls(text: &str, taken: usize) -> Result<Vec<ToolCall>> {
     Ok(parsed)
 }
 
-/// The calls within `<tool_call>` marks in an answer, as many finetunes write them; none if there are no marks.
+/// What begins a call in the answers of many finetunes, and what ends it.
+const MARKS: [&str; 2] = ["<tool_call>", "</tool_call>"];
+
+/// What an answer says before its first marked call.
+pub(super) fn before_calls(text: &str) -> &str {
+    text.split(MARKS[0]).next().unwrap_or_default().trim_end()
+}
+
+/// The calls within marks in an answer; none if there are no marks.
 ///
 /// # Errors
 /// As [`parse_calls`].
 pub(super) fn marked_calls(text: &str, taken: usize) -> Result<Vec<ToolCall>> {
     let mut calls = Vec::new();
-    for part in text.split("<tool_call>").skip(1) {
-        let call = part.split("</tool_call>").next().unwrap_or_default();
+    for part in text.split(MARKS[0]).skip(1) {
+        let call = part.split(MARKS[1]).next().unwrap_or_default();
         calls.extend(parse_calls(call.trim(), taken + calls.len())?);
     }
     Ok(calls)

@@ -4,16 +4,15 @@ use super::chat::hear_interrupts;
 use super::input::{BoundedLines, note};
 use super::journal::{Finished, Id, Journal, LineSum, Mode};
 use super::load::{Loaded, load};
-use super::options::{
-    FormOptions, MachineOptions, ModelOptions, RequestOptions, SamplingOptions, parse_size,
-};
+use super::options::{AnswerOptions, PromptOptions, parse_size};
 use super::report::{Progress, batch_closing_line};
 use crate::chat::batch::{Batch, Done, Room};
 use crate::chat::constraint::{Compiler, Constraint, Form};
-use crate::chat::request::{Answerer, Defaults, Line, Object, Request, Told};
+use crate::chat::request::{Answerer, Body, Defaults, Line, Object, Request, Told};
 use crate::chat::sampler::Sampler;
 use crate::chat::session::Finish;
 use crate::chat::stops::AnswerText;
+use crate::chat::template::{Message, Role};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::memory;
@@ -54,19 +53,10 @@ pub struct Args {
     pub kv_ram: Option<u64>,
     /// What requests get that do not say.
     #[command(flatten)]
-    pub request: RequestOptions,
-    /// The form of the answers.
+    pub answer: AnswerOptions,
+    /// And this.
     #[command(flatten)]
-    pub form: FormOptions,
-    /// Which model.
-    #[command(flatten)]
-    pub model: ModelOptions,
-    /// What it runs on.
-    #[command(flatten)]
-    pub machine: MachineOptions,
-    /// How tokens are chosen.
-    #[command(flatten)]
-    pub sampling: SamplingOptions,
+    pub request: PromptOptions,
 }
 
 /// The longest line that is read. OpenAI's own limit for a whole file is 200 MB.
@@ -85,16 +75,16 @@ const KV_RAM: std::ops::RangeInclusive<u64> = 512 << 20..=64 << 30;
 /// result, [`Error::Interrupted`] after Ctrl-C.
 pub fn run(args: &Args) -> Result<()> {
     let lines = Lines::check(args)?;
-    let loaded = load(&args.model, &args.machine)?;
-    let options = args.sampling.sampler(loaded.model.config.n_vocab)?;
+    let loaded = load(&args.answer.model, &args.answer.machine)?;
+    let options = args.answer.sampling.sampler(loaded.model.config.n_vocab)?;
     let file = Gguf::open(&loaded.path)?;
     let mut defaults = Defaults {
-        system: args.request.system.clone(),
+        system: args.answer.system.clone(),
         raw: args.request.raw,
-        max_tokens: args.request.predict.map(|n| n as usize),
+        max_tokens: args.answer.predict.map(|n| n as usize),
         stops: args.request.stop.clone(),
         ignore_ends: args.request.ignore_eos,
-        form: args.form.read()?.map(|(form, _, text)| (form, text)),
+        form: args.answer.form.read()?.map(|(form, _, text)| (form, text)),
         sampling: options,
     };
     let settings = hash(&format!(
@@ -102,7 +92,7 @@ pub fn run(args: &Args) -> Result<()> {
         env!("CARGO_PKG_VERSION"),
         file.identity(),
         loaded.ctx,
-        args.model.kv,
+        args.answer.model.kv,
         args.unordered,
     ));
     // A line without a seed gets one of its own, the same in every run.
@@ -121,6 +111,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut work = Work {
         batch: Batch::new(&loaded.model, room(args, loaded.ctx, file.file_bytes())),
         flights: HashMap::new(),
+        names: HashMap::new(),
         answerer: Answerer {
             model: name.to_string_lossy().into_owned(),
             fingerprint: format!("fp_{settings:012x}"),
@@ -134,10 +125,10 @@ pub fn run(args: &Args) -> Result<()> {
         settings,
         seed,
         journal,
-        verbose: args.machine.verbose,
+        verbose: args.answer.machine.verbose,
     };
     let mut input = Input::open(&lines)?;
-    let mut progress = Progress::of("answering", "prompts");
+    let mut progress = Progress::of("", "prompts");
     let mut line = Vec::new();
     let mut number = 0;
     let mut more = true;
@@ -153,8 +144,8 @@ pub fn run(args: &Args) -> Result<()> {
             match next.map_err(Error::io(&args.input, "read"))? {
                 Next::Line(bytes) => {
                     number += 1;
-                    if !is_blank(&line) && !finished.has(number) {
-                        work.take(number, &line, bytes)?;
+                    if !is_blank(&line) {
+                        work.take(number, &line, bytes, finished.has(number))?;
                     }
                 }
                 Next::NotYet => break,
@@ -195,15 +186,21 @@ pub fn run(args: &Args) -> Result<()> {
             file: args.input.clone(),
             failed,
             of: done,
+            reasons: "their results say why",
         }),
     }
 }
 
 /// The first bits of a SHA-256, as many as an [`Id`] says.
 fn hash(bytes: &(impl AsRef<[u8]> + ?Sized)) -> u64 {
+    digest(bytes) & Id::BITS
+}
+
+/// The first 64 bits of a SHA-256.
+fn digest(bytes: &(impl AsRef<[u8]> + ?Sized)) -> u64 {
     let digest = Sha256::digest(bytes.as_ref());
     let first = digest.iter().take(8);
-    first.fold(0, |h, b| h << 8 | u64::from(*b)) & Id::BITS
+    first.fold(0, |h, b| h << 8 | u64::from(*b))
 }
 
 fn is_blank(line: &[u8]) -> bool {
@@ -368,12 +365,35 @@ fn room(args: &Args, ctx: usize, model_bytes: u64) -> Room {
         free.clamp(*KV_RAM.start(), *KV_RAM.end())
     });
     Room {
-        kv: args.model.kv,
+        kv: args.answer.model.kv,
         ctx,
-        ubatch: args.machine.ubatch as usize,
+        ubatch: args.answer.machine.ubatch as usize,
         sequences: usize::from(args.parallel),
         kv_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
     }
+}
+
+/// A line as JSON. `bytes`: of the whole line, which may be more than was read.
+fn parse(line: &[u8], bytes: u64) -> Result<Value, Refusal> {
+    if bytes > MAX_LINE as u64 {
+        let why = format!("it is too long (expected at most {MAX_LINE} bytes, found {bytes})");
+        return Err(Refusal::new("line_too_long", why));
+    }
+    let text = str::from_utf8(line).map_err(|e| {
+        let at = e.valid_up_to();
+        let why = format!(
+            "it is no text (expected valid UTF-8, found byte {:#04x} at offset {at})",
+            line[at]
+        );
+        Refusal::new("invalid_utf8", why)
+    })?;
+    // Some editors begin a file with a mark of its encoding.
+    let text = text.trim_start_matches('\u{feff}');
+    serde_json::from_str(text).map_err(|e| {
+        // Every line is line 1 of its own.
+        let why = e.to_string().replace(" at line 1 column ", " at column ");
+        Refusal::new("invalid_json", format!("it is no JSON ({why})"))
+    })
 }
 
 /// A request that is being answered.
@@ -383,6 +403,8 @@ struct Flight<'a> {
     object: Object,
     logprobs: Option<usize>,
     seed: u64,
+    /// [`Request::calls`].
+    calls: Option<usize>,
     text: AnswerText<'a>,
     said: String,
 }
@@ -466,6 +488,8 @@ struct Work<'a> {
     batch: Batch<'a>,
     /// By the number of the line.
     flights: HashMap<u64, Flight<'a>>,
+    /// Digests of the lines' names for themselves, and which line had each first.
+    names: HashMap<u64, u64>,
     journal: Journal,
     /// Lines that have results, and how many of these are errors; those of earlier runs count.
     done: u64,
@@ -474,8 +498,16 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Begins with a line, or writes why not. `bytes`: of the whole line, which may be more than was read.
-    fn take(&mut self, number: u64, line: &[u8], bytes: u64) -> Result<()> {
+    /// Begins with a line, or writes why not, if it is not `finished`. `bytes`: of the whole line, which may be more than
+    /// was read.
+    fn take(&mut self, number: u64, line: &[u8], bytes: u64, finished: bool) -> Result<()> {
+        let parsed = parse(line, bytes);
+        let asked = parsed.as_ref().map(Line::new);
+        let name = asked.as_ref().ok().and_then(|line| line.custom_id);
+        let first = name.map(|name| *self.names.entry(digest(name)).or_insert(number));
+        if finished {
+            return Ok(());
+        }
         let id = Id {
             settings: self.settings,
             line: number,
@@ -486,8 +518,16 @@ impl Work<'_> {
             self.failed += u64::from(failed);
             return Ok(());
         }
-        let mut custom_id = None;
-        match self.begin(id, line, bytes, &mut custom_id) {
+        let mut custom_id = name.map(str::to_string);
+        let begun = match (asked, first) {
+            (Err(refusal), _) => return self.refuse(id, None, refusal),
+            (Ok(_), Some(first)) if first != number => {
+                let why = format!("line {first} has the same custom_id");
+                Err(Refusal::new("duplicate_custom_id", why))
+            }
+            (Ok(asked), _) => self.begin(id, asked.body, &mut custom_id),
+        };
+        match begun {
             Ok(()) => Ok(()),
             Err(refusal) => self.refuse(id, custom_id, &refusal),
         }
@@ -496,34 +536,12 @@ impl Work<'_> {
     fn begin(
         &mut self,
         id: Id,
-        line: &[u8],
-        bytes: u64,
+        body: Result<Body<'_>>,
         custom_id: &mut Option<String>,
     ) -> Result<(), Refusal> {
-        if bytes > MAX_LINE as u64 {
-            let why = format!("it is too long (expected at most {MAX_LINE} bytes, found {bytes})");
-            return Err(Refusal::new("line_too_long", why));
-        }
-        let text = str::from_utf8(line).map_err(|e| {
-            let at = e.valid_up_to();
-            let why = format!(
-                "it is no text (expected valid UTF-8, found byte {:#04x} at offset {at})",
-                line[at]
-            );
-            Refusal::new("invalid_utf8", why)
-        })?;
-        // Some editors begin a file with a mark of its encoding.
-        let text = text.trim_start_matches('\u{feff}');
-        let value: Value = serde_json::from_str(text).map_err(|e| {
-            // Every line is line 1 of its own.
-            let why = e.to_string().replace(" at line 1 column ", " at column ");
-            Refusal::new("invalid_json", format!("it is no JSON ({why})"))
-        })?;
-        let line = Line::new(&value);
-        *custom_id = line.custom_id.map(str::to_string);
         let (tokenizer, n_vocab) = (&self.loaded.tokenizer, self.loaded.model.config.n_vocab);
         let template = &self.loaded.template;
-        let request = Request::new(&line.body?, &self.defaults, tokenizer, template, n_vocab)?;
+        let request = Request::new(&body?, &self.defaults, tokenizer, template, n_vocab)?;
         let mut sampling = request.sampling;
         let own = || hash(&format!("seed {} line {}", self.seed, id.line));
         let seed = *sampling.seed.get_or_insert_with(own);
@@ -547,6 +565,7 @@ impl Work<'_> {
                 object: request.object,
                 logprobs: request.logprobs,
                 seed,
+                calls: request.calls,
                 text: AnswerText::new(stream, request.stops),
                 said: String::new(),
             },
@@ -582,6 +601,16 @@ impl Work<'_> {
             Err(e) => return self.refuse(flight.id, flight.custom_id, &e.into()),
         };
         flight.said += &flight.text.flush();
+        let (template, tokenizer) = (&self.loaded.template, &self.loaded.tokenizer);
+        let said = flight.said.as_str();
+        // A broken call is the text that it is.
+        let taken = flight.calls.filter(|_| answer.finish == Finish::Stop);
+        let message = taken
+            .and_then(|taken| {
+                let message = template.message(tokenizer, &answer.tokens, said, taken);
+                message.ok()
+            })
+            .unwrap_or_else(|| Message::new(Role::Assistant, said));
         if flight.text.stopped() {
             answer.finish = Finish::Stop;
         }
@@ -591,7 +620,7 @@ impl Work<'_> {
             logprobs: flight.logprobs,
             prompt_tokens: done.prompt_tokens,
             seed: flight.seed,
-            text: &flight.said,
+            message: &message,
             answer: &answer,
         });
         self.write(flight.id, flight.custom_id, 200, body, Value::Null)

@@ -286,7 +286,7 @@ pub fn run(args: &Args) -> Result<()> {
         let machine = Machine::new(cases[0].threads, Some(cases[0].tier))?;
         let limits = limits(&machine);
         let file = &files[cases[0].model];
-        let ram = ram(file, args.ram, cases[0].kv, None)?;
+        let ram = ram(file, args.ram, None, cases[0].kv, None)?;
         let model = Model::open_in(file, machine, ram)?;
         for case in cases {
             let measured = measure(&model, case, args.repetitions, |tokens| {

@@ -2,11 +2,10 @@
 
 use super::input::note;
 use super::load::{Loaded, load};
-use super::options::{AnswerOptions, MachineOptions, ModelOptions, SamplingOptions, count};
+use super::options::{AnswerOptions, DraftOptions, count};
 use super::report::{Progress, closing_line, draft_line, state_folder};
-use crate::chat::repl::{Exec, Repl, show};
+use crate::chat::repl::{Exec, Repl, Talked, show};
 use crate::chat::saved::{ModelId, Shelf};
-use crate::chat::session::Session;
 use crate::chat::tools::read_tools;
 use crate::error::{Error, Result};
 use std::ffi::OsString;
@@ -16,13 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Talk with a model. Without a terminal it answers standard input line by line.
 #[derive(clap::Args, Clone, Debug)]
+#[command(mut_arg("predict", |arg| arg.value_parser(some)))]
 pub struct Args {
-    /// System text: how the model should behave
-    #[arg(short, long, value_name = "TEXT")]
-    pub system: Option<String>,
-    /// Most tokens of an answer [default: as many as the context holds]
-    #[arg(short = 'n', long, value_name = "TOKENS", value_parser = some, allow_negative_numbers = true)]
-    pub predict: Option<u32>,
+    /// The answers.
+    #[command(flatten)]
+    pub answer: AnswerOptions,
     /// Go on with the conversation in this file, and save it there after each answer
     #[arg(long, value_name = "FILE")]
     pub session: Option<PathBuf>,
@@ -38,18 +35,9 @@ pub struct Args {
     /// Do not keep the lines that are typed
     #[arg(long)]
     pub no_history: bool,
-    /// The answers.
+    /// How answers are found.
     #[command(flatten)]
-    pub answer: AnswerOptions,
-    /// Which model.
-    #[command(flatten)]
-    pub model: ModelOptions,
-    /// What it runs on.
-    #[command(flatten)]
-    pub machine: MachineOptions,
-    /// How tokens are chosen.
-    #[command(flatten)]
-    pub sampling: SamplingOptions,
+    pub draft: DraftOptions,
 }
 
 /// Most tokens of an answer of the demo model, which otherwise rambles on: its tales were short.
@@ -90,7 +78,7 @@ pub fn hear_interrupts() -> Result<&'static AtomicBool> {
 /// # Errors
 /// If the model cannot be loaded, or standard input or output fail.
 pub fn run(args: &Args) -> Result<()> {
-    let loaded = load(&args.model, &args.machine)?;
+    let loaded = load(&args.answer.model, &args.answer.machine)?;
     let tools = args.tools.as_deref().map_or(Ok(Vec::new()), read_tools)?;
     if !tools.is_empty() && !loaded.template.shows_tools() {
         note(format!(
@@ -104,24 +92,18 @@ pub fn run(args: &Args) -> Result<()> {
         greet(&loaded)?;
     }
     let mut progress = Progress::new("reading");
-    let mut session = Session::new(
-        &loaded.model,
-        args.model.kv,
-        loaded.ctx,
-        args.machine.ubatch as usize,
-    );
-    session.set_draft(args.answer.draft);
     let repl = Repl {
-        session,
+        session: args.draft.session(&loaded, &args.answer),
         tokenizer: &loaded.tokenizer,
         template: &loaded.template,
-        sampling: args.sampling.sampler(loaded.model.config.n_vocab)?,
+        sampling: args.answer.sampling.sampler(loaded.model.config.n_vocab)?,
         constraint: args
             .answer
             .form
-            .constraint(&loaded, false, args.machine.verbose)?,
-        system: args.system.clone(),
+            .constraint(&loaded, false, args.answer.machine.verbose)?,
+        system: args.answer.system.clone(),
         max_tokens: args
+            .answer
             .predict
             .map(|n| n as usize)
             .or(loaded.demo.then_some(DEMO_ANSWER)),
@@ -147,14 +129,27 @@ pub fn run(args: &Args) -> Result<()> {
             hash: loaded.file.identity(),
         }),
     };
-    let stats = repl.run()?;
+    let Talked {
+        stats,
+        lines,
+        failed,
+    } = repl.run()?;
     if stats.prompt_tokens > 0 {
-        if args.machine.verbose {
+        if args.answer.machine.verbose {
             draft_line(&stats);
         }
         closing_line(&stats, loaded.model.machine());
     }
-    Ok(())
+    // A person has seen it; a script looks at the exit code.
+    match failed {
+        1.. if !terminal => Err(Error::Lines {
+            file: "<stdin>".into(),
+            failed,
+            of: lines,
+            reasons: "it is said above why",
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Says who is there and what to do.

@@ -6,10 +6,11 @@
 //! come before their turn wait in a second file, `OUT.ahead`, and lose no work either.
 
 use super::input::{BoundedLines, LineEnd};
+use crate::disk::{self, WholeFile};
 use crate::error::{Error, Result};
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -169,6 +170,8 @@ struct Turns {
     file: File,
     /// Where the next one goes.
     end: u64,
+    /// So many bytes are few enough.
+    most: u64,
     /// By line: the id, and where the result is.
     held: HashMap<u64, Held>,
     /// The lines whose results are still to be written, in order.
@@ -212,7 +215,10 @@ impl Journal {
             return Ok((journal, Finished::default()));
         }
         let mut file = open_file(path, mode.resume || mode.force)?;
-        lock(path, &file)?;
+        if !disk::lock(&file) {
+            let why = format!("{}: another octet is writing this file", path.display());
+            return Err(Error::Usage(why));
+        }
         let (mut finished, mut last, mut keep) = (Finished::default(), 0, 0);
         if mode.resume {
             keep = read_results(path, &mut file, |held| {
@@ -234,8 +240,8 @@ impl Journal {
         file.set_len(keep)
             .and_then(|()| file.seek(SeekFrom::Start(keep)))
             .and_then(|_| file.sync_all())
-            .and_then(|()| sync_folder(path))
             .map_err(Error::io(path, "write"))?;
+        disk::sync_folder(path);
         let turns = match mode.unordered {
             true => None,
             false => Some(Turns::open(path, &mode, last)?),
@@ -319,17 +325,22 @@ impl Journal {
         let Some(turns) = &mut self.turns else {
             return Ok(());
         };
-        let failure = Error::io(&turns.path, "write");
         if turns.held.is_empty() && turns.end > 0 {
             turns.end = 0;
             turns.written = false;
-            let emptied = turns.file.set_len(0).and_then(|()| turns.file.rewind());
-            return emptied.map_err(failure);
+            let emptied = turns.file.set_len(0);
+            emptied.map_err(Error::io(&turns.path, "write"))?;
+            return turns.seek_end();
+        }
+        if turns.end > turns.most {
+            turns.written = false;
+            return turns.shrink(matches!(self.out, Out::File(_)));
         }
         match std::mem::take(&mut turns.written) && matches!(self.out, Out::File(_)) {
-            true => turns.file.sync_data().map_err(failure),
+            true => turns.file.sync_data(),
             false => Ok(()),
         }
+        .map_err(Error::io(&turns.path, "write"))
     }
 
     /// Writes the held results whose turn it is.
@@ -340,14 +351,8 @@ impl Journal {
             && let Some(held) = turns.held.remove(line)
         {
             turns.order.pop_front();
-            let failure = Error::io(&turns.path, "read");
-            result.resize(held.bytes as usize, 0);
-            turns
-                .file
-                .seek(SeekFrom::Start(held.at))
-                .and_then(|_| turns.file.read_exact(&mut result))
-                .and_then(|()| turns.file.seek(SeekFrom::Start(turns.end)))
-                .map_err(failure)?;
+            turns.read(&held, &mut result)?;
+            turns.seek_end()?;
             self.write(&result)?;
         }
         Ok(())
@@ -375,9 +380,9 @@ impl Drop for Turns {
 impl Turns {
     /// `last`: the last line whose result is in the output at `out`.
     fn open(out: &Path, mode: &Mode, last: u64) -> Result<Turns> {
-        let mut path = out.as_os_str().to_os_string();
-        path.push(".ahead");
-        let path = PathBuf::from(path);
+        let path = disk::beside(out, ".ahead");
+        // A run may have been killed while it shrank the file.
+        let _ = std::fs::remove_file(disk::part(&path));
         let mut turns = Turns::new(open_file(&path, true)?, path.clone());
         if mode.resume {
             turns.end = read_results(&path, &mut turns.file, |result| {
@@ -390,10 +395,50 @@ impl Turns {
         }
         let end = turns.end;
         let cut = turns.file.set_len(end);
-        cut.and_then(|()| turns.file.seek(SeekFrom::Start(end)))
-            .map_err(Error::io(&path, "write"))?;
+        cut.map_err(Error::io(&path, "write"))?;
+        turns.seek_end()?;
         Ok(turns)
     }
+
+    fn seek_end(&mut self) -> Result<()> {
+        let sought = self.file.seek(SeekFrom::Start(self.end));
+        sought.map(drop).map_err(Error::io(&self.path, "write"))
+    }
+
+    fn read(&mut self, held: &Held, result: &mut Vec<u8>) -> Result<()> {
+        result.resize(held.bytes as usize, 0);
+        let sought = self.file.seek(SeekFrom::Start(held.at));
+        let read = sought.and_then(|_| self.file.read_exact(result));
+        read.map_err(Error::io(&self.path, "read"))
+    }
+
+    /// Writes the file anew with only what it holds still, and all of that synced. `named`: it keeps its name.
+    fn shrink(&mut self, named: bool) -> Result<()> {
+        let mut file = WholeFile::create_private(&self.path)?;
+        let mut held: Vec<_> = std::mem::take(&mut self.held).into_iter().collect();
+        held.sort_by_key(|(_, held)| held.at);
+        let (mut result, mut end) = (Vec::new(), 0);
+        for (_, held) in &mut held {
+            self.read(held, &mut result)?;
+            let written = file.write_all(&result);
+            written.map_err(Error::io(&self.path, "write"))?;
+            held.at = end;
+            end += held.bytes;
+        }
+        file.finish()?;
+        self.held = held.into_iter().collect();
+        self.file = open_file(&self.path, true)?;
+        if !named {
+            let _ = std::fs::remove_file(&self.path);
+        }
+        self.end = end;
+        // As much again may come before it is worth the trouble.
+        self.most = (2 * end).max(Turns::ENOUGH);
+        self.seek_end()
+    }
+
+    /// A file of so many bytes is never too large.
+    const ENOUGH: u64 = 16 << 20;
 
     /// Beside a stream: a file that goes with the program, readable for its owner alone.
     fn nameless() -> Result<Turns> {
@@ -415,6 +460,7 @@ impl Turns {
             path,
             file,
             end: 0,
+            most: Turns::ENOUGH,
             held: HashMap::new(),
             order: VecDeque::new(),
             written: false,
@@ -453,26 +499,6 @@ fn open_file(path: &Path, there: bool) -> Result<File> {
     })
 }
 
-fn lock(path: &Path, file: &File) -> Result<()> {
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(Error::Usage(format!(
-            "{}: another octet is writing this file",
-            path.display()
-        ))),
-        // Some file systems have no locks.
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
-    }
-}
-
-/// Makes a new file's name outlast a power failure. Only Unix has folders that can be synced.
-fn sync_folder(path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
-    match cfg!(unix) {
-        true => File::open(folder.unwrap_or(Path::new(".")))?.sync_all(),
-        false => Ok(()),
-    }
-}
-
 /// Whether a result that is there could be of this run.
 fn check(path: &Path, held: &Held, mode: &Mode) -> Result<()> {
     if held.id.settings != mode.settings {
@@ -489,4 +515,63 @@ fn check(path: &Path, held: &Held, mode: &Mode) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// While one line after the other is late, results that were written must not pile up beside the output.
+    #[test]
+    fn the_file_of_results_ahead_does_not_grow_without_bounds() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.jsonl");
+        let ahead = folder.path().join("out.jsonl.ahead");
+        let mode = Mode {
+            resume: true,
+            force: false,
+            unordered: false,
+            settings: 7,
+            most_lines: 1000,
+        };
+        let id = |line: u64| Id {
+            settings: 7,
+            line,
+            text: line,
+        };
+        let rest = format!(",\"text\":\"{}\",\"error\":null}}", "x".repeat(1 << 20));
+        let (mut journal, _) = Journal::open(&path, mode).unwrap();
+        for line in 1..=60 {
+            assert_eq!(journal.expect(id(line)).unwrap(), None);
+        }
+        journal.put(id(2), &rest, false).unwrap();
+        for line in (1..50).step_by(2) {
+            // There is always one ahead when the late one comes.
+            journal.put(id(line + 3), &rest, false).unwrap();
+            journal.put(id(line), &rest, false).unwrap();
+            journal.sync().unwrap();
+            let bytes = fs::metadata(&ahead).unwrap().len();
+            assert!(
+                bytes < Turns::ENOUGH + (2 << 20),
+                "{bytes} after line {line}"
+            );
+        }
+        assert!(!disk::part(&ahead).exists());
+        drop(journal);
+        // What is left in it is not lost.
+        let (mut journal, finished) = Journal::open(&path, mode).unwrap();
+        assert_eq!((finished.lines, journal.waiting()), (50, 1));
+        for line in 51..=60 {
+            let there = journal.expect(id(line)).unwrap();
+            assert_eq!(there.is_some(), line == 52);
+        }
+        for line in (51..=60).filter(|line| *line != 52) {
+            journal.put(id(line), &rest, false).unwrap();
+        }
+        journal.sync().unwrap();
+        drop(journal);
+        let (_, finished) = Journal::open(&path, mode).unwrap();
+        assert_eq!(finished.lines, 60);
+    }
 }

@@ -5,6 +5,7 @@ use super::load::Loaded;
 use crate::chat::constraint::{Compiler, Constraint, Form};
 use crate::chat::draft::Draft;
 use crate::chat::sampler::{SamplerOptions, Setting, settings, unescape};
+use crate::chat::session::Session;
 use crate::error::Result;
 use crate::moe::KvType;
 use crate::simd::{TIERS, Tier};
@@ -41,6 +42,9 @@ pub struct MachineOptions {
     /// free, if the model needs more than that; all: leave it to the system
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
     pub ram: RamLimit,
+    /// What octet profile recorded with this model: the experts to keep in memory at first, where it does not hold all
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Prompt tokens that go through the layers together
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub ubatch: u32,
@@ -60,15 +64,32 @@ pub enum RamLimit {
     Bytes(u64),
 }
 
-/// What is asked of an answer.
+/// What every command takes that writes answers.
 #[derive(clap::Args, Clone, Debug)]
-pub struct RequestOptions {
+pub struct AnswerOptions {
     /// System text: how the model should behave
-    #[arg(short, long, value_name = "TEXT", conflicts_with = "raw")]
+    #[arg(short, long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Most tokens of the answer [default: as many as the context holds]
+    /// Most tokens of an answer [default: as many as the context holds]
     #[arg(short = 'n', long, value_name = "TOKENS", value_parser = count, allow_negative_numbers = true)]
     pub predict: Option<u32>,
+    /// The form of the answers.
+    #[command(flatten)]
+    pub form: FormOptions,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// What it runs on.
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingOptions,
+}
+
+/// Where an answer to one prompt ends, and what the prompt is.
+#[derive(clap::Args, Clone, Debug)]
+pub struct PromptOptions {
     /// End the answer before this text (\n is a line break); may be repeated
     #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
     pub stop: Vec<String>,
@@ -76,7 +97,7 @@ pub struct RequestOptions {
     #[arg(long, conflicts_with = "form")]
     pub ignore_eos: bool,
     /// Continue the text itself, without the model's chat format
-    #[arg(long)]
+    #[arg(long, conflicts_with = "system")]
     pub raw: bool,
 }
 
@@ -155,13 +176,10 @@ impl clap::FromArgMatches for SamplingOptions {
     }
 }
 
-/// The form that an answer must have, and how it is found.
+/// How an answer is found, one at a time.
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Answer")]
-pub struct AnswerOptions {
-    /// The form.
-    #[command(flatten)]
-    pub form: FormOptions,
+pub struct DraftOptions {
     /// Guess this many tokens ahead from repetitions in the text and check them in one pass: auto (as many as pay), a number
     /// or off; the answer is the same
     #[arg(long, value_name = "N", value_parser = parse_draft, default_value = "auto")]
@@ -181,6 +199,16 @@ pub struct FormOptions {
     /// Answer with a text that this regular expression matches as a whole
     #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]
     pub regex: Option<String>,
+}
+
+impl DraftOptions {
+    /// An empty session of a model.
+    pub fn session<'m>(&self, loaded: &'m Loaded, answer: &AnswerOptions) -> Session<'m> {
+        let ubatch = answer.machine.ubatch as usize;
+        let mut session = Session::new(&loaded.model, answer.model.kv, loaded.ctx, ubatch);
+        session.set_draft(self.draft);
+        session
+    }
 }
 
 impl FormOptions {

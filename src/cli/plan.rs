@@ -2,7 +2,7 @@
 
 use super::bench::{Limits, limits};
 use super::inspect::bytes;
-use super::load::{FIRST_TOKENS, RESERVE, machine, ram};
+use super::load::{FIRST_TOKENS, machine, memory_to_use, ram};
 use super::options::{MachineOptions, RamLimit, parse_kv};
 use crate::chat::repl::show;
 use crate::error::{Error, Result};
@@ -30,9 +30,6 @@ pub struct Args {
     /// Element type of the KV cache
     #[arg(long, value_name = "TYPE", value_parser = parse_kv, default_value = "f16")]
     pub kv: KvType,
-    /// What octet profile recorded with this model: better hit rates than those of even routing
-    #[arg(long, value_name = "FILE")]
-    pub profile: Option<PathBuf>,
     /// One JSON document on standard output
     #[arg(long)]
     pub json: bool,
@@ -107,7 +104,7 @@ impl Outcome {
 /// will do.
 pub fn run(args: &Args) -> Result<()> {
     let file = Gguf::open(&args.file)?;
-    let profile = match &args.profile {
+    let profile = match &args.machine.profile {
         Some(path) => Some(Profile::read_of(path, &file)?),
         None => None,
     };
@@ -125,7 +122,7 @@ pub fn run(args: &Args) -> Result<()> {
         RamLimit::All => RamLimit::Auto,
         limit => limit,
     };
-    let budget = match ram(&file, limit, args.kv, Some(ctx as u32))? {
+    let budget = match ram(&file, limit, None, args.kv, Some(ctx as u32))? {
         Ram::Mapped => None,
         Ram::Within { bytes, .. } => Some(bytes),
     };
@@ -165,7 +162,7 @@ pub fn run(args: &Args) -> Result<()> {
         unreachable!("speeds do not change what fits")
     };
     let available = memory::available();
-    let better = better(&case, &outcome, available);
+    let better = better(&case, &outcome);
     let plan = Plan {
         file: &file,
         case: &case,
@@ -277,7 +274,7 @@ struct Better {
 }
 
 /// Changes that would make decode or the first token faster, the best first.
-fn better(case: &Case<'_>, now: &Outcome, available: Option<u64>) -> Vec<Better> {
+fn better(case: &Case<'_>, now: &Outcome) -> Vec<Better> {
     /// Fewer percent are not worth a change.
     const WORTH: f64 = 1.05;
     /// More tokens a second than anybody reads.
@@ -299,7 +296,7 @@ fn better(case: &Case<'_>, now: &Outcome, available: Option<u64>) -> Vec<Better>
     if now.fit.slots < all {
         // What is there and not used; as much as everything takes.
         let fixed = parts.dense + parts.program + now.fit.kv + now.fit.scratch;
-        let free = available.map_or(0, |n| n.saturating_sub(RESERVE) / GB);
+        let free = memory_to_use().unwrap_or(0) / GB;
         let needed = (fixed + parts.slot * all as u64).div_ceil(GB);
         let with = |gb: u64| Case {
             budget: Some(gb * GB),

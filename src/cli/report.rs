@@ -26,7 +26,8 @@ impl Progress {
         Progress::of(what, "tokens")
     }
 
-    /// A bar that counts something else; its speed is what [`Progress::tell`] says.
+    /// A bar that counts something else; its speed is what [`Progress::tell`] says. `what` may be empty, where the line is
+    /// long.
     pub fn of(what: &'static str, unit: &'static str) -> Progress {
         Progress {
             started: None,
@@ -70,7 +71,7 @@ impl Progress {
         };
         let (what, unit) = (self.what, self.unit);
         let template = format!("{what} {{wide_bar}} {{pos}}{of} {unit}, {speed}{left}");
-        let style = ProgressStyle::with_template(&template).expect("a valid template");
+        let style = ProgressStyle::with_template(template.trim_start()).expect("a valid template");
         let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
         let bar = bar
             .with_style(style)

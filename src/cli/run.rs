@@ -3,13 +3,12 @@
 use super::chat::hear_interrupts;
 use super::input::{note, read_text};
 use super::load::{Loaded, load};
-use super::options::{
-    AnswerOptions, MachineOptions, ModelOptions, RequestOptions, SamplingOptions,
-};
+use super::options::{AnswerOptions, DraftOptions, PromptOptions};
 use super::report::{Progress, closing_line, draft_line};
+use crate::chat::constraint::INCOMPLETE;
 use crate::chat::repl::show;
 use crate::chat::sampler::Sampler;
-use crate::chat::session::{Answer, Event, Finish, Limits, Session};
+use crate::chat::session::{Answer, Event, Finish, Limits};
 use crate::chat::stops::AnswerText;
 use crate::chat::template::{Message, Role};
 use crate::chat::tokenizer::{Piece, PieceKind, Tokenizer};
@@ -28,9 +27,12 @@ pub struct Args {
     /// A file with the prompt; - is standard input; may be repeated, and --prompt comes after it
     #[arg(short, long, value_name = "FILE")]
     pub file: Vec<PathBuf>,
-    /// What is asked of the answer.
+    /// The answer.
     #[command(flatten)]
-    pub request: RequestOptions,
+    pub answer: AnswerOptions,
+    /// What the prompt is, and where the answer ends.
+    #[command(flatten)]
+    pub request: PromptOptions,
     /// Show the token ids and pieces of the prompt instead of answering it
     #[arg(long)]
     pub show_prompt: bool,
@@ -40,18 +42,9 @@ pub struct Args {
     /// Show each token with its probability and the K likeliest, a line for each
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub logprobs: usize,
-    /// The answer.
+    /// How the answer is found.
     #[command(flatten)]
-    pub answer: AnswerOptions,
-    /// Which model.
-    #[command(flatten)]
-    pub model: ModelOptions,
-    /// What it runs on.
-    #[command(flatten)]
-    pub machine: MachineOptions,
-    /// How tokens are chosen.
-    #[command(flatten)]
-    pub sampling: SamplingOptions,
+    pub draft: DraftOptions,
 }
 
 /// The files in order, then the prompt, each on lines of its own.
@@ -79,16 +72,13 @@ fn prompt_text(args: &Args) -> Result<String> {
 /// If the model cannot be loaded, the prompt cannot be read or does not fit; [`Error::Interrupted`] after Ctrl-C.
 pub fn run(args: &Args) -> Result<()> {
     let text = prompt_text(args)?;
-    let loaded = load(&args.model, &args.machine)?;
+    let loaded = load(&args.answer.model, &args.answer.machine)?;
     let tokenizer = &loaded.tokenizer;
     let prompt = match args.request.raw {
         true => tokenizer.raw_prompt(&text),
         false => {
-            let system = args
-                .request
-                .system
-                .iter()
-                .map(|s| Message::new(Role::System, s));
+            let system = args.answer.system.iter();
+            let system = system.map(|s| Message::new(Role::System, s));
             let messages: Vec<_> = system.chain([Message::new(Role::User, &text)]).collect();
             loaded.template.encode(tokenizer, &messages, None)?
         }
@@ -99,27 +89,21 @@ pub fn run(args: &Args) -> Result<()> {
     let constraint =
         args.answer
             .form
-            .constraint(&loaded, args.request.raw, args.machine.verbose)?;
+            .constraint(&loaded, args.request.raw, args.answer.machine.verbose)?;
     let interrupted = hear_interrupts()?;
-    let mut session = Session::new(
-        &loaded.model,
-        args.model.kv,
-        loaded.ctx,
-        args.machine.ubatch as usize,
-    );
-    session.set_draft(args.answer.draft);
+    let mut session = args.draft.session(&loaded, &args.answer);
     let mut limits = Limits {
-        max_tokens: args.request.predict.map(|n| n as usize),
+        max_tokens: args.answer.predict.map(|n| n as usize),
         stop: loaded.template.stop_ids(tokenizer),
         logprobs: args.logprobs,
     };
-    let mut options = args.sampling.sampler(loaded.model.config.n_vocab)?;
+    let mut options = args.answer.sampling.sampler(loaded.model.config.n_vocab)?;
     if args.request.ignore_eos {
         limits.ignore_ends(&mut options);
     }
     let mut sampler = Sampler::for_text(options, tokenizer);
     sampler.constrain(constraint);
-    if args.machine.verbose {
+    if args.answer.machine.verbose {
         note(format!("seed {}", sampler.seed()));
     }
     // A chat answer begins anew; raw text goes on where the prompt ends, so its first space counts.
@@ -176,16 +160,16 @@ pub fn run(args: &Args) -> Result<()> {
         ));
     }
     if let Some(constraint) = sampler.constraint() {
-        if args.machine.verbose {
+        if args.answer.machine.verbose {
             let tokens = answer.tokens.len().max(1) as f64;
             let each = constraint.spent().as_secs_f64() * 1e6 / tokens;
             note(format!("the form of the answer took {each:.0} µs a token"));
         }
         if !constraint.is_complete() {
-            note("the answer was cut before it had the form that it must have");
+            note(INCOMPLETE);
         }
     }
-    if args.machine.verbose {
+    if args.answer.machine.verbose {
         draft_line(&answer.stats);
     }
     closing_line(&answer.stats, loaded.model.machine());

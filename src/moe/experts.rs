@@ -182,7 +182,6 @@ pub(super) fn choose(
         },
     );
     if let Some(router) = &layer.router {
-        s.logits.resize(all.len() * config.n_expert, 0.0);
         let (logits, choices) = (&mut s.logits, &mut s.choices);
         router::choose(machine, router, input, all, logits, choices);
     }

@@ -91,9 +91,10 @@ pub struct Scratch {
     all: Vec<u32>,
     input: Input,
     experts: ExpertScratch,
-    /// A look ahead: normalised input and logits of the next layer's router, `(n_tok, d_model)` and `(n_tok, n_expert)`.
-    ahead: Vec<f32>,
+    /// A look ahead: the next layer's router, its normalised input `(n_tok, d_model)` and logits `(n_tok, n_expert)`.
+    ahead_h: Vec<f32>,
     ahead_input: Input,
+    ahead_logits: Vec<f32>,
     /// Bytes of weights that the calls so far have read.
     pub weight_bytes: u64,
 }
@@ -377,16 +378,17 @@ impl Model {
         let Some(layer) = self.weights.layers.get(next) else {
             return;
         };
-        let Some(w) = layer.router.as_ref().filter(|_| s.all.len() < c.n_expert) else {
+        let Some(router) = layer.router.as_ref().filter(|_| s.all.len() < c.n_expert) else {
             return self.store.foresee(next, 0..c.n_expert, false);
         };
         let n_tok = s.all.len();
-        s.ahead.resize(n_tok * (c.d_model + c.n_expert), 0.0);
-        let (h, logits) = s.ahead.split_at_mut(n_tok * c.d_model);
+        let (h, input) = (&mut s.ahead_h, &mut s.ahead_input);
+        h.resize(n_tok * c.d_model, 0.0);
         self.norm(&s.x, &layer.ffn_norm, h);
-        s.ahead_input.prepare(m, h, c.d_model, [w]);
+        input.prepare(m, h, c.d_model, [router]);
         let mut choices = vec![Choice::default(); n_tok * c.n_used];
-        router::choose(m, w, &s.ahead_input, &s.all, logits, &mut choices);
+        let logits = &mut s.ahead_logits;
+        router::choose(m, router, input, &s.all, logits, &mut choices);
         let experts = choices.iter().map(|c| c.expert as usize);
         self.store.foresee(next, experts, true);
     }

@@ -157,6 +157,12 @@ impl Profile {
         (self.counts[layer][expert] as f64 / self.tokens.max(1) as f64) as f32
     }
 
+    /// The same for all experts, `(n_layer, n_expert)`.
+    pub fn shares(&self) -> Vec<f32> {
+        let all = |l| (0..self.n_expert).map(move |e| self.share(l, e));
+        (0..self.n_layer).flat_map(all).collect()
+    }
+
     /// The share of choices that find their expert where each layer keeps `slots` experts, those taken most
     /// often; a fraction of a slot counts as it does on average.
     pub fn held(&self, slots: f64) -> f64 {
@@ -298,7 +304,6 @@ impl Observer for Recorder<'_> {
         self.all.extend(0..n_tok as u32);
         let expected = &mut self.layers[layer + 1].expected;
         expected.resize(n_tok * c.n_used, Choice::default());
-        self.logits.resize(n_tok * c.n_expert, 0.0);
         let (input, logits) = (&self.input, &mut self.logits);
         choose(machine, router, input, &self.all, logits, expected);
     }

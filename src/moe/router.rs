@@ -13,16 +13,16 @@ pub struct Choice {
     pub weight: f32,
 }
 
-/// The choices of all tokens by the router `w`. `x`: prepared for `w`; `logits`: `(n_tok, n_expert)`, to be overwritten;
-/// `out`: `(n_tok, n_used)`.
+/// The choices of all tokens by the router `w`. `x`: prepared for `w`; `out`: `(n_tok, n_used)`; `logits` is scratch.
 pub(super) fn choose(
     machine: &Machine,
     w: &Weight,
     x: &Input,
     all: &[u32],
-    logits: &mut [f32],
+    logits: &mut Vec<f32>,
     out: &mut [Choice],
 ) {
+    logits.resize(all.len() * w.n_out, 0.0);
     matmul(
         machine,
         &mut [Job {

@@ -6,7 +6,7 @@
 use super::bits::{pack, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Groups, Search, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, int_dot};
+use super::{Encode, IntBlock};
 use half::f16;
 
 /// What the 16 codes of IQ4_NL and IQ4_XS stand for: denser around zero, where weights are
@@ -35,40 +35,18 @@ pub(super) fn values(codes: &[u8], out: &mut [i8]) {
     }
 }
 
-impl Iq4Nl {
-    /// The weights' integers, -127..=113.
-    #[inline(always)]
-    pub fn quants(&self) -> [i8; 32] {
-        let mut q = [0; 32];
-        values(&self.qs, &mut q);
-        q
-    }
-}
-
-impl Block for Iq4Nl {
-    const WEIGHTS: usize = 32;
-
-    fn decode(&self, out: &mut [f32]) {
-        let d = self.d.to_f32_const();
-        for (out, q) in out.iter_mut().zip(self.quants()) {
-            *out = d * q as f32;
-        }
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
 impl IntBlock for Iq4Nl {
+    type Ints = [i8; 32];
     const SUB: usize = 32;
     const OFFSET: i32 = 128;
     const BITS: u32 = 8;
 
+    /// The weights' integers, -127..=113.
     #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
+    fn ints(&self) -> [i8; 32] {
+        let mut q = [0; 32];
+        values(&self.qs, &mut q);
+        q
     }
 
     #[inline(always)]

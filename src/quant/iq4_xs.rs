@@ -7,7 +7,7 @@
 
 use super::bits::nearest;
 use super::search::{self, Search, WIDE};
-use super::{Act, Block, Encode, IntBlock, int_dot, iq4_nl};
+use super::{Encode, IntBlock, iq4_nl};
 use half::f16;
 
 /// The block.
@@ -26,16 +26,6 @@ pub struct Iq4Xs {
 const _: () = assert!(size_of::<Iq4Xs>() == 136);
 
 impl Iq4Xs {
-    /// The weights' integers, -127..=113.
-    #[inline(always)]
-    pub fn quants(&self) -> [i8; 256] {
-        let mut q = [0; 256];
-        for (codes, q) in self.qs.chunks_exact(16).zip(q.chunks_exact_mut(32)) {
-            iq4_nl::values(codes, q);
-        }
-        q
-    }
-
     /// Sub-block `s`'s scale, less the offset: -32..=31.
     #[inline(always)]
     pub fn sub_scale(&self, s: usize) -> i8 {
@@ -45,34 +35,20 @@ impl Iq4Xs {
     }
 }
 
-impl Block for Iq4Xs {
-    const WEIGHTS: usize = 256;
-
-    fn decode(&self, out: &mut [f32]) {
-        let d = self.d.to_f32_const();
-        let q = self.quants();
-        for (s, (out, q)) in out.chunks_exact_mut(32).zip(q.chunks_exact(32)).enumerate() {
-            let d = d * self.sub_scale(s) as f32;
-            for (out, q) in out.iter_mut().zip(q) {
-                *out = d * *q as f32;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
 impl IntBlock for Iq4Xs {
+    type Ints = [i8; 256];
     const SUB: usize = 32;
     const OFFSET: i32 = 128;
     const BITS: u32 = 8;
 
+    /// The weights' integers, -127..=113.
     #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
+    fn ints(&self) -> [i8; 256] {
+        let mut q = [0; 256];
+        for (codes, q) in self.qs.chunks_exact(16).zip(q.chunks_exact_mut(32)) {
+            iq4_nl::values(codes, q);
+        }
+        q
     }
 
     #[inline(always)]

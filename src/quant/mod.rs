@@ -85,7 +85,9 @@ pub trait Encode: Block {
 ///
 /// Weight `i` is `scale · sub(i / SUB).0 · ints[i] + min · sub(i / SUB).1`. The scalar dot product below and
 /// the tiles of `simd/` are both made from these parts.
-pub trait IntBlock: Block {
+pub trait IntBlock: bytemuck::Pod + Send + Sync {
+    /// `[i8; 32]` or `[i8; 256]`.
+    type Ints: AsRef<[i8]>;
     /// Weights that share a sub-scale, 16 or 32; 32 in blocks of 32, which have none.
     const SUB: usize;
     /// Whether there are minimums.
@@ -95,8 +97,8 @@ pub trait IntBlock: Block {
     /// Bits of an integer, so that tiers know how many products they may add up in 16 bits.
     const BITS: u32;
 
-    /// The weights' integers: `out (WEIGHTS)`.
-    fn ints(&self, out: &mut [i8]);
+    /// The weights' integers.
+    fn ints(&self) -> Self::Ints;
 
     /// `d_w`: the block's scale.
     fn scale(&self) -> f32;
@@ -117,11 +119,10 @@ pub trait IntBlock: Block {
     /// `|isum| < 2^27` and `|msum| < 2^21`: the largest is 256 · 128 · 32 · 127 (Q6_K).
     #[inline(always)]
     fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {
-        let mut q = [0; 256];
-        let q = &mut q[..Self::WEIGHTS];
-        self.ints(q);
+        let q = self.ints();
         let (mut isum, mut msum) = (0, 0);
-        let parts = q.chunks_exact(Self::SUB).zip(x.chunks_exact(Self::SUB));
+        let q = q.as_ref().chunks_exact(Self::SUB);
+        let parts = q.zip(x.chunks_exact(Self::SUB));
         for (s, ((q, x), sums)) in parts
             .zip(sums.chunks_exact(Self::SUB / act::SUM))
             .enumerate()
@@ -154,19 +155,39 @@ pub struct Terms {
     pub msum: i32,
 }
 
-/// [`Block::dot`] for every integer format: the exact terms of each block, one float step per block.
-#[inline(always)]
-pub fn int_dot<B: IntBlock>(row: &[B], x: IntAct<'_>) -> f32 {
-    let mut acc = 0.0f32;
-    for (b, block) in row.iter().enumerate() {
-        let (qs, sums, d) = x.block(b, B::WEIGHTS);
-        let t = block.terms(qs, sums);
-        acc = (t.scale * d).mul_add(t.isum as f32, acc);
-        if B::HAS_MIN {
-            acc = (t.min * d).mul_add(t.msum as f32, acc);
+impl<B: IntBlock> Block for B {
+    const WEIGHTS: usize = size_of::<B::Ints>();
+
+    fn decode(&self, out: &mut [f32]) {
+        let q = self.ints();
+        let (scale, min) = (self.scale(), self.min());
+        let parts = out.chunks_exact_mut(B::SUB);
+        for (s, (out, q)) in parts.zip(q.as_ref().chunks_exact(B::SUB)).enumerate() {
+            let (sub_scale, sub_min) = self.sub(s);
+            let (d, m) = (scale * sub_scale as f32, min * sub_min as f32);
+            for (out, q) in out.iter_mut().zip(q) {
+                *out = d * *q as f32;
+                if B::HAS_MIN {
+                    *out += m;
+                }
+            }
         }
     }
-    acc
+
+    /// The exact terms of each block, one float step per block.
+    #[inline(always)]
+    fn dot(row: &[B], x: Act<'_>) -> f32 {
+        let (x, mut acc) = (x.int(), 0.0f32);
+        for (b, block) in row.iter().enumerate() {
+            let (qs, sums, d) = x.block(b, B::WEIGHTS);
+            let t = block.terms(qs, sums);
+            acc = (t.scale * d).mul_add(t.isum as f32, acc);
+            if B::HAS_MIN {
+                acc = (t.min * d).mul_add(t.msum as f32, acc);
+            }
+        }
+        acc
+    }
 }
 
 /// The bytes of whole blocks as blocks.

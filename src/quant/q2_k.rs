@@ -8,7 +8,7 @@
 use super::bits::{nearest, pack, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Search, Tries, WEIGHTED, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, int_dot};
+use super::{Encode, IntBlock};
 use half::f16;
 
 /// The block.
@@ -27,16 +27,6 @@ pub struct Q2_K {
 const _: () = assert!(size_of::<Q2_K>() == 84);
 
 impl Q2_K {
-    /// The weights' integers, 0..=3.
-    #[inline(always)]
-    pub fn quants(&self) -> [i8; 256] {
-        let mut q = [0; 256];
-        for (bytes, q) in self.qs.chunks_exact(32).zip(q.chunks_exact_mut(128)) {
-            unpack::<2>(bytes, 0, q);
-        }
-        q
-    }
-
     /// Sub-block `s`'s scale and minimum, 0..=15.
     #[inline(always)]
     pub fn scale_min(&self, s: usize) -> (u8, u8) {
@@ -44,35 +34,20 @@ impl Q2_K {
     }
 }
 
-impl Block for Q2_K {
-    const WEIGHTS: usize = 256;
-
-    fn decode(&self, out: &mut [f32]) {
-        let (d, dmin) = (self.d.to_f32_const(), self.dmin.to_f32_const());
-        let q = self.quants();
-        for (s, (out, q)) in out.chunks_exact_mut(16).zip(q.chunks_exact(16)).enumerate() {
-            let (sc, m) = self.scale_min(s);
-            let (d, m) = (d * sc as f32, dmin * m as f32);
-            for (out, q) in out.iter_mut().zip(q) {
-                *out = d * *q as f32 - m;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
 impl IntBlock for Q2_K {
+    type Ints = [i8; 256];
     const SUB: usize = 16;
     const HAS_MIN: bool = true;
     const BITS: u32 = 2;
 
+    /// The weights' integers, 0..=3.
     #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
+    fn ints(&self) -> [i8; 256] {
+        let mut q = [0; 256];
+        for (bytes, q) in self.qs.chunks_exact(32).zip(q.chunks_exact_mut(128)) {
+            unpack::<2>(bytes, 0, q);
+        }
+        q
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@
 
 use super::bits::{nearest, pack, unpack};
 use super::search::{self, Search, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, int_dot};
+use super::{Encode, IntBlock};
 use half::f16;
 
 /// The block.
@@ -27,55 +27,30 @@ pub struct Q3_K {
 const _: () = assert!(size_of::<Q3_K>() == 110);
 
 impl Q3_K {
+    /// Sub-block `s`'s scale, less the offset: -32..=31.
+    #[inline(always)]
+    pub fn sub_scale(&self, s: usize) -> i8 {
+        let low = self.scales[s % 8] >> (4 * (s / 8)) & 15;
+        let high = self.scales[8 + s % 4] >> (2 * (s / 4)) & 3;
+        (low | high << 4) as i8 - 32
+    }
+}
+
+impl IntBlock for Q3_K {
+    type Ints = [i8; 256];
+    const SUB: usize = 16;
+    const OFFSET: i32 = 4;
+    const BITS: u32 = 3;
+
     /// The weights' integers, less the offset: -4..=3.
     #[inline(always)]
-    pub fn quants(&self) -> [i8; 256] {
+    fn ints(&self) -> [i8; 256] {
         let mut q = [0; 256];
         for (bytes, q) in self.qs.chunks_exact(32).zip(q.chunks_exact_mut(128)) {
             unpack::<2>(bytes, 0, q);
         }
         unpack::<1>(&self.hmask, 2, &mut q);
         q.map(|q| q - 4)
-    }
-
-    /// The sub-blocks' scales, less the offset: -32..=31.
-    #[inline(always)]
-    pub fn sub_scales(&self) -> [i8; 16] {
-        let mut sc = [0; 16];
-        unpack::<4>(&self.scales[..8], 0, &mut sc);
-        unpack::<2>(&self.scales[8..], 4, &mut sc);
-        sc.map(|sc| sc - 32)
-    }
-}
-
-impl Block for Q3_K {
-    const WEIGHTS: usize = 256;
-
-    fn decode(&self, out: &mut [f32]) {
-        let d = self.d.to_f32_const();
-        let (q, sc) = (self.quants(), self.sub_scales());
-        for ((out, q), sc) in out.chunks_exact_mut(16).zip(q.chunks_exact(16)).zip(sc) {
-            let d = d * sc as f32;
-            for (out, q) in out.iter_mut().zip(q) {
-                *out = d * *q as f32;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
-impl IntBlock for Q3_K {
-    const SUB: usize = 16;
-    const OFFSET: i32 = 4;
-    const BITS: u32 = 3;
-
-    #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
     }
 
     #[inline(always)]
@@ -85,7 +60,7 @@ impl IntBlock for Q3_K {
 
     #[inline(always)]
     fn sub(&self, s: usize) -> (i32, i32) {
-        (self.sub_scales()[s] as i32, 0)
+        (self.sub_scale(s) as i32, 0)
     }
 }
 
@@ -131,9 +106,8 @@ fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Q3_K]) {
         // The scales were rounded: round the weights again, to what will be decoded.
         let q = &mut q[256 * b..][..256];
         let d = out.d.to_f32_const();
-        let subs = q.chunks_exact_mut(16).zip(x.chunks_exact(16));
-        for ((q, x), sc) in subs.zip(out.sub_scales()) {
-            search::round_symmetric(x, d * sc as f32, 4, q);
+        for (s, (q, x)) in q.chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
+            search::round_symmetric(x, d * out.sub_scale(s) as f32, 4, q);
         }
         for (q, bytes) in q.chunks_exact(128).zip(out.qs.chunks_exact_mut(32)) {
             pack::<2>(q, 0, bytes);

@@ -7,7 +7,7 @@
 use super::bits::{nearest, pack, unpack};
 use super::lanes::Lanes;
 use super::search::{self, Search, Tries, WEIGHTED, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, int_dot};
+use super::{Encode, IntBlock};
 use half::f16;
 
 /// The block.
@@ -42,66 +42,20 @@ pub fn scale_min(scales: &[u8; 12], s: usize) -> (u8, u8) {
     }
 }
 
-/// [`scale_min`] of all sub-blocks at once: eight scales and eight minimums, byte `s` for sub-block `s`.
-#[inline(always)]
-pub fn scales_mins(scales: &[u8; 12]) -> (u64, u64) {
-    let [a, b, c] = [0, 4, 8].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|i| scales[at + i])));
-    let (low, two) = (0x0f0f_0f0f, 0x0303_0303);
-    let (scales, mins) = (a & 0x3f3f_3f3f, b & 0x3f3f_3f3f);
-    let scales_up = (c & low) | (a >> 6 & two) << 4;
-    let mins_up = (c >> 4 & low) | (b >> 6 & two) << 4;
-    (
-        scales as u64 | (scales_up as u64) << 32,
-        mins as u64 | (mins_up as u64) << 32,
-    )
-}
+impl IntBlock for Q4_K {
+    type Ints = [i8; 256];
+    const SUB: usize = 32;
+    const HAS_MIN: bool = true;
+    const BITS: u32 = 4;
 
-/// Decodes Q4_K and Q5_K: unpacked weights `q`, scales and minimums.
-#[inline(always)]
-pub(super) fn decode(d: f16, dmin: f16, scales: &[u8; 12], q: &[i8; 256], out: &mut [f32]) {
-    let (d, dmin) = (d.to_f32_const(), dmin.to_f32_const());
-    for (s, (out, q)) in out.chunks_exact_mut(32).zip(q.chunks_exact(32)).enumerate() {
-        let (sc, m) = scale_min(scales, s);
-        let (d, m) = (d * sc as f32, dmin * m as f32);
-        for (out, q) in out.iter_mut().zip(q) {
-            *out = d * *q as f32 - m;
-        }
-    }
-}
-
-impl Q4_K {
     /// The weights' integers, 0..=15.
     #[inline(always)]
-    pub fn quants(&self) -> [i8; 256] {
+    fn ints(&self) -> [i8; 256] {
         let mut q = [0; 256];
         for (bytes, q) in self.qs.chunks_exact(32).zip(q.chunks_exact_mut(64)) {
             unpack::<4>(bytes, 0, q);
         }
         q
-    }
-}
-
-impl Block for Q4_K {
-    const WEIGHTS: usize = 256;
-
-    fn decode(&self, out: &mut [f32]) {
-        decode(self.d, self.dmin, &self.scales, &self.quants(), out);
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
-impl IntBlock for Q4_K {
-    const SUB: usize = 32;
-    const HAS_MIN: bool = true;
-    const BITS: u32 = 4;
-
-    #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
     }
 
     #[inline(always)]

@@ -2,10 +2,8 @@
 //!
 //! The bits lie as in [`super::q5_0`] (llama.cpp, `block_q5_1`).
 
-use super::bits::truncate;
-use super::lanes::Lanes;
-use super::search::{self, Search, WEIGHTED, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, int_dot, q5_0};
+use super::search::{self, Search};
+use super::{Encode, IntBlock, q5_0};
 use half::f16;
 
 /// The block.
@@ -23,38 +21,16 @@ pub struct Q5_1 {
 }
 const _: () = assert!(size_of::<Q5_1>() == 24);
 
-impl Q5_1 {
-    /// The weights' integers, 0..=31.
-    #[inline(always)]
-    pub fn quants(&self) -> [i8; 32] {
-        q5_0::quants(self.qh, &self.qs)
-    }
-}
-
-impl Block for Q5_1 {
-    const WEIGHTS: usize = 32;
-
-    fn decode(&self, out: &mut [f32]) {
-        let (d, m) = (self.d.to_f32_const(), self.m.to_f32_const());
-        for (out, q) in out.iter_mut().zip(self.quants()) {
-            *out = q as f32 * d + m;
-        }
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
 impl IntBlock for Q5_1 {
+    type Ints = [i8; 32];
     const SUB: usize = 32;
     const HAS_MIN: bool = true;
     const BITS: u32 = 5;
 
+    /// The weights' integers, 0..=31.
     #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
+    fn ints(&self) -> [i8; 32] {
+        q5_0::quants(self.qh, &self.qs)
     }
 
     #[inline(always)]
@@ -70,39 +46,8 @@ impl IntBlock for Q5_1 {
 
 impl Encode for Q5_1 {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        let Some(columns) = importance else {
-            for (x, out) in x.chunks_exact(32).zip(out) {
-                *out = plain(x);
-            }
-            return;
-        };
-        let mean_square = Lanes::all(search::sum_of_squares(x) / x.len() as f32);
-        let parts = x.chunks(32 * WIDE).zip(columns.chunks(32 * WIDE));
-        for ((x, columns), out) in parts.zip(out.chunks_mut(WIDE)) {
-            let x = groups::<32, WIDE>(x);
-            let w = search::weigh(&x, &groups(columns), mean_square);
-            let fit = S::affine(&x, &w, 31, WEIGHTED);
-            let mut q = [0; 32 * WIDE];
-            search::ungroup(&fit.q, &mut q);
-            let q = q.as_chunks().0.iter();
-            for (((q, d), m), out) in q.zip(fit.scale.0).zip(fit.min.0).zip(out) {
-                *out = block(d, m, q);
-            }
-        }
+        search::encode_affine::<S, _>(x, importance, 31, out, block);
     }
-}
-
-/// Without importance: the smallest value becomes 0, the largest 31, the others are rounded.
-#[inline(always)]
-fn plain(x: &[f32]) -> Q5_1 {
-    let (min, max) = search::range_of(x);
-    let d = (max - min) / 31.0;
-    let inv = search::inverse(d);
-    let mut q = [0; 32];
-    for (q, x) in q.iter_mut().zip(x) {
-        *q = truncate((x - min) * inv + 0.5) as u8;
-    }
-    block(d, min, &q)
 }
 
 #[inline(always)]

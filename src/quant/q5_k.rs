@@ -6,7 +6,7 @@
 
 use super::bits::{pack, unpack};
 use super::search::{self, Search, Tries, WIDE};
-use super::{Act, Block, Encode, IntBlock, int_dot, q4_k};
+use super::{Encode, IntBlock, q4_k};
 use half::f16;
 
 /// The block.
@@ -26,40 +26,21 @@ pub struct Q5_K {
 }
 const _: () = assert!(size_of::<Q5_K>() == 176);
 
-impl Q5_K {
+impl IntBlock for Q5_K {
+    type Ints = [i8; 256];
+    const SUB: usize = 32;
+    const HAS_MIN: bool = true;
+    const BITS: u32 = 5;
+
     /// The weights' integers, 0..=31.
     #[inline(always)]
-    pub fn quants(&self) -> [i8; 256] {
+    fn ints(&self) -> [i8; 256] {
         let mut q = [0; 256];
         for (bytes, q) in self.qs.chunks_exact(32).zip(q.chunks_exact_mut(64)) {
             unpack::<4>(bytes, 0, q);
         }
         unpack::<1>(&self.qh, 4, &mut q);
         q
-    }
-}
-
-impl Block for Q5_K {
-    const WEIGHTS: usize = 256;
-
-    fn decode(&self, out: &mut [f32]) {
-        q4_k::decode(self.d, self.dmin, &self.scales, &self.quants(), out);
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
-impl IntBlock for Q5_K {
-    const SUB: usize = 32;
-    const HAS_MIN: bool = true;
-    const BITS: u32 = 5;
-
-    #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
     }
 
     #[inline(always)]

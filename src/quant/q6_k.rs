@@ -6,7 +6,7 @@
 
 use super::bits::{nearest, pack, unpack};
 use super::search::{self, Search, WIDE, groups};
-use super::{Act, Block, Encode, IntBlock, int_dot};
+use super::{Encode, IntBlock};
 use half::f16;
 
 /// The block.
@@ -24,51 +24,21 @@ pub struct Q6_K {
 }
 const _: () = assert!(size_of::<Q6_K>() == 210);
 
-impl Q6_K {
+impl IntBlock for Q6_K {
+    type Ints = [i8; 256];
+    const SUB: usize = 16;
+    const OFFSET: i32 = 32;
+    const BITS: u32 = 6;
+
     /// The weights' integers, less the offset: -32..=31.
     #[inline(always)]
-    pub fn quants(&self) -> [i8; 256] {
+    fn ints(&self) -> [i8; 256] {
         let mut q = [0; 256];
         for (half, q) in q.chunks_exact_mut(128).enumerate() {
             unpack::<4>(&self.ql[64 * half..][..64], 0, q);
             unpack::<2>(&self.qh[32 * half..][..32], 4, q);
         }
         q.map(|q| q - 32)
-    }
-}
-
-impl Block for Q6_K {
-    const WEIGHTS: usize = 256;
-
-    fn decode(&self, out: &mut [f32]) {
-        let d = self.d.to_f32_const();
-        let q = self.quants();
-        for ((out, q), sc) in out
-            .chunks_exact_mut(16)
-            .zip(q.chunks_exact(16))
-            .zip(self.scales)
-        {
-            let d = d * sc as f32;
-            for (out, q) in out.iter_mut().zip(q) {
-                *out = d * *q as f32;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
-impl IntBlock for Q6_K {
-    const SUB: usize = 16;
-    const OFFSET: i32 = 32;
-    const BITS: u32 = 6;
-
-    #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.quants());
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use super::bits::truncate;
 use super::search::{self, Search};
-use super::{Act, Block, Encode, IntBlock, int_dot};
+use super::{Encode, IntBlock};
 use half::f16;
 
 /// The block.
@@ -16,30 +16,15 @@ pub struct Q8_0 {
 }
 const _: () = assert!(size_of::<Q8_0>() == 34);
 
-impl Block for Q8_0 {
-    const WEIGHTS: usize = 32;
-
-    fn decode(&self, out: &mut [f32]) {
-        let d = self.d.to_f32_const();
-        for (out, q) in out.iter_mut().zip(self.qs) {
-            *out = q as f32 * d;
-        }
-    }
-
-    #[inline(always)]
-    fn dot(row: &[Self], x: Act<'_>) -> f32 {
-        int_dot(row, x.int())
-    }
-}
-
 impl IntBlock for Q8_0 {
+    type Ints = [i8; 32];
     const SUB: usize = 32;
     const OFFSET: i32 = 128;
     const BITS: u32 = 8;
 
     #[inline(always)]
-    fn ints(&self, out: &mut [i8]) {
-        out.copy_from_slice(&self.qs);
+    fn ints(&self) -> [i8; 32] {
+        self.qs
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@
 //! register. Groups can: every search works on `G` groups at once, transposed ([`Groups`]), one lane
 //! each, with selections instead of branches. Encoders gather [`WIDE`] groups, of several blocks.
 
-use super::bits::nearest;
+use super::bits::{nearest, truncate};
 use super::iq4_nl;
 use super::lanes::Lanes;
 
@@ -554,4 +554,79 @@ pub fn positive<const N: usize>(x: &[f32; N], w: &[f32; N], top: i32) -> (f32, [
         }
     }
     (if sum_qq > 0.0 { sum_xq / sum_qq } else { 0.0 }, q)
+}
+
+/// Encodes a row in blocks of 32 with codes `-half..half` of `d·q`, plus `half`; `block` makes one from `d` and the codes.
+///
+/// Without importance the value of largest magnitude becomes `-half` exactly, the others are rounded.
+#[inline(always)]
+pub fn encode_symmetric<S: Search, B>(
+    x: &[f32],
+    importance: Option<&[f32]>,
+    half: i32,
+    out: &mut [B],
+    block: impl Fn(f32, &[u8; 32]) -> B,
+) {
+    let mut q = [0; 32 * WIDE];
+    let Some(columns) = importance else {
+        for (x, out) in x.as_chunks().0.iter().zip(out) {
+            let d = peak_of(x) / -(half as f32);
+            *out = block(
+                d,
+                &round_up(x, 0.0, inverse(d), half as f32 + 0.5, 2 * half - 1),
+            );
+        }
+        return;
+    };
+    let mean_square = Lanes::all(sum_of_squares(x) / x.len() as f32);
+    let parts = x.chunks(32 * WIDE).zip(columns.chunks(32 * WIDE));
+    for ((x, columns), out) in parts.zip(out.chunks_mut(WIDE)) {
+        let x = groups::<32, WIDE>(x);
+        let w = weigh(&x, &groups(columns), mean_square);
+        let (d, codes) = S::symmetric(&x, &w, half);
+        ungroup(&codes, &mut q);
+        for ((q, d), out) in q.as_chunks().0.iter().zip(d.0).zip(out) {
+            *out = block(d, q);
+        }
+    }
+}
+
+/// Encodes a row in blocks of 32 with codes `0..=top` of `d·q + m`; `block` makes one from `d`, `m` and the codes.
+///
+/// Without importance the smallest value becomes 0, the largest `top`, the others are rounded.
+#[inline(always)]
+pub fn encode_affine<S: Search, B>(
+    x: &[f32],
+    importance: Option<&[f32]>,
+    top: i32,
+    out: &mut [B],
+    block: impl Fn(f32, f32, &[u8; 32]) -> B,
+) {
+    let mut q = [0; 32 * WIDE];
+    let Some(columns) = importance else {
+        for (x, out) in x.as_chunks().0.iter().zip(out) {
+            let (min, max) = range_of(x);
+            let d = (max - min) / top as f32;
+            *out = block(d, min, &round_up(x, min, inverse(d), 0.5, top));
+        }
+        return;
+    };
+    let mean_square = Lanes::all(sum_of_squares(x) / x.len() as f32);
+    let parts = x.chunks(32 * WIDE).zip(columns.chunks(32 * WIDE));
+    for ((x, columns), out) in parts.zip(out.chunks_mut(WIDE)) {
+        let x = groups::<32, WIDE>(x);
+        let w = weigh(&x, &groups(columns), mean_square);
+        let fit = S::affine(&x, &w, top, WEIGHTED);
+        ungroup(&fit.q, &mut q);
+        let q = q.as_chunks().0.iter();
+        for (((q, d), m), out) in q.zip(fit.scale.0).zip(fit.min.0).zip(out) {
+            *out = block(d, m, q);
+        }
+    }
+}
+
+/// `(x - min)·inv + up` without its fraction, `top` at most.
+#[inline(always)]
+fn round_up(x: &[f32; 32], min: f32, inv: f32, up: f32, top: i32) -> [u8; 32] {
+    x.map(|x| (truncate((x - min) * inv + up) as i8).min(top as i8) as u8)
 }

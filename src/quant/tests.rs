@@ -400,19 +400,3 @@ fn bit_planes() {
     assert_eq!(q, [4, 3, 1, 2, 2, 1, 3, 4]);
     assert_eq!(idot(&q, &[1, 2, 0, 0, -2, 0, 0, 127]), 4 + 6 - 4 + 508);
 }
-
-#[test]
-fn packed_scales_are_the_same_one_by_one_and_at_once() {
-    let mut seed = 1u32;
-    for _ in 0..1000 {
-        let packed: [u8; 12] = std::array::from_fn(|_| {
-            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (seed >> 24) as u8
-        });
-        let (scales, mins) = q4_k::scales_mins(&packed);
-        for s in 0..8 {
-            let got = (scales.to_le_bytes()[s], mins.to_le_bytes()[s]);
-            assert_eq!(got, q4_k::scale_min(&packed, s));
-        }
-    }
-}

@@ -21,8 +21,8 @@
 use super::unpack::{Sink, Source, Unpack};
 use super::{Rows, Tokens};
 use crate::pool::Stripe;
-use crate::quant::IntBlock;
 use crate::quant::act::{Acts, CHUNK, Chunk};
+use crate::quant::{Block, IntBlock};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 

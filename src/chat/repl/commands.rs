@@ -551,7 +551,7 @@ fn experts(talk: &mut Talk<'_>, _: &str) -> Result<()> {
         .map(|share| format!("{:.0}%", 100.0 * share))
         .collect();
     show(&format!(
-        "layer, and how often it chose each of {n_expert} experts (█ is {:.0}% of its choices, even {:.1}%)\n{rows}all  {}\n",
+        "layer, and how often it chose each of {n_expert} experts (█ is {:.0}%, even is {:.1}%)\n{rows}all  {}\n",
         100.0 * share(most),
         100.0 / n_expert as f64,
         all.join(" "),
@@ -567,7 +567,7 @@ fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
     };
     let speed = |what: &str, s: &Stats| {
         format!(
-            "{what:<16} prompt {} tokens at {:.1} tok/s; answer {} tokens at {:.1} tok/s\n",
+            "{what:<12} {} tokens read at {:.1} tok/s, {} written at {:.1} tok/s\n",
             s.prompt_tokens,
             s.prompt_rate(),
             s.answer_tokens,
@@ -575,7 +575,7 @@ fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
         )
     };
     show(&format!(
-        "{:<16} {}{left_out}; {held} of {limit} tokens of context ({}%); KV cache {}\n{}{}",
+        "{:<12} {}{left_out}; {held} of {limit} tokens of context ({}%); KV cache {}\n{}{}",
         "conversation",
         turns(c.len()),
         100 * held / limit,
