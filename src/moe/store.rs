@@ -16,7 +16,7 @@ use super::weights::{Expert, Weights};
 use crate::error::{Error, Result};
 use crate::gguf::Source;
 use crate::memory;
-use crate::pool::Background;
+use crate::pool::{Background, apart};
 use memmap2::MmapMut;
 use popularity::Popularity;
 use reads::InSlot;
@@ -285,7 +285,7 @@ impl Store {
         ];
         for (line, threads) in lines {
             let shared = Arc::clone(&pager.shared);
-            threads.lead(move |threads| shared.serve(line, &threads))?;
+            apart("octet-store", move || shared.serve(line, &threads))?;
         }
         let mut state = pager.shared.lock();
         pager.resize(&mut state, 0)?;
