@@ -32,7 +32,9 @@ enum Command {
     Inspect(cli::inspect::Args),
     Perplexity(cli::perplexity::Args),
     Imatrix(cli::imatrix::Args),
+    Profile(cli::profile::Args),
     Bench(cli::bench::Args),
+    Plan(cli::plan::Args),
 }
 
 fn dispatch(octet: &Octet) -> Result<()> {
@@ -46,7 +48,9 @@ fn dispatch(octet: &Octet) -> Result<()> {
         Some(Command::Inspect(args)) => cli::inspect::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),
         Some(Command::Imatrix(args)) => cli::imatrix::run(args),
+        Some(Command::Profile(args)) => cli::profile::run(args),
         Some(Command::Bench(args)) => cli::bench::run(args),
+        Some(Command::Plan(args)) => cli::plan::run(args),
     }
 }
 

@@ -14,6 +14,7 @@ mod imatrix;
 mod layers;
 mod model;
 mod paging;
+mod profile;
 mod quantize;
 mod scripted;
 mod sessions;

@@ -539,12 +539,9 @@ struct Screen {
 
 impl Screen {
     fn new() -> Screen {
-        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let terminal = std::io::stdout().is_terminal();
-        let plain = set("NO_COLOR").is_some() || set("TERM").is_none_or(|term| term == "dumb");
         Screen {
-            terminal,
-            markdown: (terminal && !plain).then(Markdown::default),
+            terminal: std::io::stdout().is_terminal(),
+            markdown: styled().then(Markdown::default),
         }
     }
 
@@ -580,8 +577,18 @@ pub fn show(text: &str) -> Result<()> {
     }
 }
 
+/// Whether standard output is a terminal that knows styles and whose user wants them (no-color.org).
+pub fn styled() -> bool {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let plain = set("NO_COLOR").is_some() || set("TERM").is_none_or(|term| term == "dumb");
+    std::io::stdout().is_terminal() && !plain
+}
+
 /// Writes to standard output as it is, at once.
-fn put(text: &str) -> Result<()> {
+///
+/// # Errors
+/// As for [`show`].
+pub fn put(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())

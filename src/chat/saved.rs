@@ -10,6 +10,7 @@ use super::session::Session;
 use super::template::{Message, Role};
 use crate::disk::{self, WholeFile};
 use crate::error::{Error, Result};
+use crate::gguf::hex;
 use crate::moe::kv_file::KvFile;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -247,10 +248,6 @@ fn keep_copy(path: &Path) -> Result<PathBuf> {
         .expect("some number is free");
     std::fs::rename(path, &free).map_err(Error::io(path, "rename"))?;
     Ok(free)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// What sessions are called that have no path of their own.

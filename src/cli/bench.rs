@@ -185,9 +185,9 @@ fn cases(args: &Args, models: usize) -> Result<Vec<Case>> {
 
 /// What a machine can do at most.
 #[derive(Clone, Copy)]
-struct Limits {
-    read_gb_s: f64,
-    int8_gmac_s: f64,
+pub(super) struct Limits {
+    pub(super) read_gb_s: f64,
+    pub(super) int8_gmac_s: f64,
 }
 
 /// What a case or a machine did.
@@ -286,7 +286,7 @@ pub fn run(args: &Args) -> Result<()> {
         let machine = Machine::new(cases[0].threads, Some(cases[0].tier))?;
         let limits = limits(&machine);
         let file = &files[cases[0].model];
-        let ram = ram(file, args.ram, cases[0].kv, None)?;
+        let ram = ram(file, args.ram, None, cases[0].kv, None)?;
         let model = Model::open_in(file, machine, ram)?;
         for case in cases {
             let measured = measure(&model, case, args.repetitions, |tokens| {
@@ -322,7 +322,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// What the machine can do at most: measured now, or more if more is remembered.
-fn limits(machine: &Machine) -> Limits {
+pub(super) fn limits(machine: &Machine) -> Limits {
     Limits {
         read_gb_s: bandwidth(&machine.pool, f64::INFINITY) / 1e9,
         int8_gmac_s: int8_peak(machine, f64::INFINITY) / 1e9,

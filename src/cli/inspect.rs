@@ -2,7 +2,7 @@
 
 use crate::chat::repl::show;
 use crate::error::Result;
-use crate::gguf::{Gguf, Tensor};
+use crate::gguf::{Gguf, Tensor, hex};
 use crate::pool::Pool;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -97,7 +97,7 @@ fn hashes(file: &Gguf) -> Result<Vec<Option<String>>> {
     pool.enter(|| {
         pool.each(&mut hashes, |i, hash| {
             let digest = Sha256::digest(&*file.bytes(&file.tensors()[i]));
-            *hash = Some(digest.iter().map(|b| format!("{b:02x}")).collect());
+            *hash = Some(hex(&digest));
         });
     });
     Ok(hashes)

@@ -8,7 +8,7 @@ use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::memory;
-use crate::moe::{Config, Kv, KvType, Machine, Model, Ram};
+use crate::moe::{Config, Kv, KvType, Machine, Model, Profile, Ram};
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -86,7 +86,13 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     let started = Instant::now();
     let (path, demo) = model_path(model)?;
     let file = Gguf::open(&path)?;
-    let ram = ram(&file, machine.ram, model.kv, model.ctx)?;
+    let ram = ram(
+        &file,
+        machine.ram,
+        machine.profile.as_deref(),
+        model.kv,
+        model.ctx,
+    )?;
     let (model_opened, tokenizer) = open_parts(&file, machine, ram)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
@@ -135,32 +141,43 @@ const RESERVE: u64 = 1 << 30;
 /// Tokens of a conversation that the cache is sure to have memory for.
 const FIRST_TOKENS: usize = 4096;
 
-/// The memory that the model gets.
+/// The memory that the model gets. `profile`: the experts to keep in it at first.
 ///
 /// # Errors
-/// See [`Config::read`].
-pub fn ram(file: &Gguf, limit: RamLimit, kv: KvType, ctx: Option<u32>) -> Result<Ram> {
-    let within = |bytes| Ram::Within {
-        bytes,
-        shares: None,
+/// See [`Config::read`] and [`Profile::read_of`].
+pub fn ram(
+    file: &Gguf,
+    limit: RamLimit,
+    profile: Option<&Path>,
+    kv: KvType,
+    ctx: Option<u32>,
+) -> Result<Ram> {
+    let config = Config::read(file)?;
+    let shares = match profile {
+        Some(path) => Some(Profile::read_of(path, file)?.shares()),
+        None => None,
     };
-    match limit {
-        RamLimit::All => Ok(Ram::Mapped),
-        RamLimit::Bytes(bytes) => Ok(within(bytes)),
+    Ok(match limit {
+        RamLimit::All => Ram::Mapped,
+        RamLimit::Bytes(bytes) => Ram::Within { bytes, shares },
         RamLimit::Auto => {
-            let config = Config::read(file)?;
-            let tokens = ctx.map_or(config.n_ctx, |n| n as usize);
-            let tokens = tokens.min(FIRST_TOKENS);
+            let tokens = ctx.map_or(config.n_ctx, |n| n as usize).min(FIRST_TOKENS);
             let cache = Kv::new(&config, kv, tokens).growth(tokens) as u64;
-            let free = memory::available().map(|free| free.saturating_sub(RESERVE));
-            Ok(match free {
-                Some(free) if config.routed && file.file_bytes() + cache > free => {
-                    within(free + memory::resident().unwrap_or(0))
+            match memory_to_use() {
+                Some(bytes) if config.routed && file.file_bytes() + cache > bytes => {
+                    Ram::Within { bytes, shares }
                 }
                 _ => Ram::Mapped,
-            })
+            }
         }
-    }
+    })
+}
+
+/// What this process may take of the memory, when nobody says: what is free, but for a reserve. Nothing, if the system does
+/// not tell.
+pub fn memory_to_use() -> Option<u64> {
+    let free = memory::available()?.saturating_sub(RESERVE);
+    Some(free + memory::resident().unwrap_or(0))
 }
 
 /// The model and the tokenizer, made at the same time: the vocabulary of 32k tokens takes longer than

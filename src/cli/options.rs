@@ -42,6 +42,9 @@ pub struct MachineOptions {
     /// free, if the model needs more than that; all: leave it to the system
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
     pub ram: RamLimit,
+    /// What octet profile recorded with this model: the experts to keep in memory at first, where it does not hold all
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Prompt tokens that go through the layers together
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub ubatch: u32,

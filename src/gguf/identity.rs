@@ -33,6 +33,11 @@ impl Gguf {
     }
 }
 
+/// Bytes, such as a hash, as people write them.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Writer;

@@ -13,6 +13,7 @@ pub mod source;
 pub mod value;
 pub mod writer;
 
+pub use identity::hex;
 pub use imatrix::Imatrix;
 pub use reader::{Bytes, Gguf};
 pub use safetensors::Safetensors;

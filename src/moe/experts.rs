@@ -2,7 +2,7 @@
 //! read once for all tokens that chose it, and no other expert is touched.
 
 use super::linear::{Input, Job, matmul};
-use super::router::{Choice, route};
+use super::router::{self, Choice};
 use super::store::{Chosen, Store};
 use super::weights::{Expert, Layer};
 use super::{Config, Machine};
@@ -181,23 +181,9 @@ pub(super) fn choose(
             weight: 1.0,
         },
     );
-    let Some(router) = &layer.router else { return };
-    s.logits.resize(all.len() * config.n_expert, 0.0);
-    matmul(
-        machine,
-        &mut [Job {
-            w: router,
-            x: input,
-            pick: all,
-            y: &mut s.logits,
-        }],
-    );
-    for (logits, out) in s
-        .logits
-        .chunks_exact(config.n_expert)
-        .zip(s.choices.chunks_exact_mut(config.n_used))
-    {
-        route(logits, out);
+    if let Some(router) = &layer.router {
+        let (logits, choices) = (&mut s.logits, &mut s.choices);
+        router::choose(machine, router, input, all, logits, choices);
     }
 }
 

@@ -5,7 +5,7 @@ use super::experts::{ExpertScratch, choose, experts};
 use super::kv::Kv;
 use super::linear::{Input, Job, matmul};
 use super::observe::{Observer, Site};
-use super::router::{Choice, route};
+use super::router::{self, Choice};
 use super::store::Store;
 use super::weights::{Layer, Weights};
 use super::{Config, Machine};
@@ -91,9 +91,10 @@ pub struct Scratch {
     all: Vec<u32>,
     input: Input,
     experts: ExpertScratch,
-    /// A look ahead: normalised input and logits of the next layer's router, `(n_tok, d_model)` and `(n_tok, n_expert)`.
-    ahead: Vec<f32>,
+    /// A look ahead: the next layer's router, its normalised input `(n_tok, d_model)` and logits `(n_tok, n_expert)`.
+    ahead_h: Vec<f32>,
     ahead_input: Input,
+    ahead_logits: Vec<f32>,
     /// Bytes of weights that the calls so far have read.
     pub weight_bytes: u64,
 }
@@ -180,6 +181,19 @@ impl Model {
         // A sixteenth of the memory; the rest of it is better used for experts.
         let most = (ram / 16 / token.max(1)) as usize;
         ubatch.max(most.min(LONGEST_PASS))
+    }
+
+    /// The first layer alone, with as many experts as a token takes, as a model of its own: what it does soon tells
+    /// what all of them will do.
+    pub fn first_layer(mut self) -> Model {
+        let n = self.config.n_used;
+        (self.config.n_layer, self.config.n_expert) = (1, n);
+        self.weights.layers.truncate(1);
+        for layer in &mut self.weights.layers {
+            layer.experts.truncate(n);
+            layer.router = layer.router.as_ref().map(|router| router.first_rows(n));
+        }
+        self
     }
 
     /// Threads and kernels.
@@ -333,6 +347,7 @@ impl Model {
         observer: &mut dyn Observer,
     ) -> Result<()> {
         let (c, m, d) = (&self.config, &self.machine, self.config.d_model);
+        observer.residual(i, &s.x);
         self.norm(&s.x, &layer.ffn_norm, &mut s.h);
         let used = layer.experts.iter().flat_map(|e| [&e.gate, &e.up]);
         let used = used.chain(&layer.router);
@@ -361,25 +376,13 @@ impl Model {
             return self.store.foresee(next, 0..c.n_expert, false);
         };
         let n_tok = s.all.len();
-        s.ahead.resize(n_tok * (c.d_model + c.n_expert), 0.0);
-        let (h, logits) = s.ahead.split_at_mut(n_tok * c.d_model);
+        let (h, input) = (&mut s.ahead_h, &mut s.ahead_input);
+        h.resize(n_tok * c.d_model, 0.0);
         self.norm(&s.x, &layer.ffn_norm, h);
-        s.ahead_input.prepare(m, h, c.d_model, [router]);
-        let (x, pick) = (&s.ahead_input, s.all.as_slice());
-        matmul(
-            m,
-            &mut [Job {
-                w: router,
-                x,
-                pick,
-                y: logits,
-            }],
-        );
+        input.prepare(m, h, c.d_model, [router]);
         let mut choices = vec![Choice::default(); n_tok * c.n_used];
-        let rows = logits.chunks_exact(c.n_expert);
-        for (logits, out) in rows.zip(choices.chunks_exact_mut(c.n_used)) {
-            route(logits, out);
-        }
+        let logits = &mut s.ahead_logits;
+        router::choose(m, router, input, &s.all, logits, &mut choices);
         let experts = choices.iter().map(|c| c.expert as usize);
         self.store.foresee(next, experts, true);
     }
@@ -421,7 +424,7 @@ impl Model {
     }
 
     /// RMSNorm of every row: `x`, `y`: `(n_tok, d_model)`.
-    fn norm(&self, x: &[f32], w: &[f32], y: &mut [f32]) {
+    pub(super) fn norm(&self, x: &[f32], w: &[f32], y: &mut [f32]) {
         let d = self.config.d_model;
         self.machine.pool.rows(y, d, |t, y| {
             self.machine

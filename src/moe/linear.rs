@@ -35,6 +35,15 @@ impl Weight {
         }
     }
 
+    /// The first `n` rows as a matrix.
+    pub(super) fn first_rows(&self, n: usize) -> Weight {
+        Weight {
+            n_out: n,
+            bytes: self.bytes.slice(0..n * self.format.row_bytes(self.n_in)),
+            ..self.clone()
+        }
+    }
+
     /// Row `r` as floats: `out (n_in)`.
     pub fn decode_row(&self, r: usize, out: &mut [f32]) {
         self.format.decode(self.rows(r..r + 1).bytes, out);

@@ -3,6 +3,7 @@
 //! `forward.rs` is the spine: read it first. It knows tokens and logits, no text.
 
 pub mod attention;
+pub mod budget;
 pub mod config;
 pub mod experts;
 pub mod forward;
@@ -11,6 +12,7 @@ pub mod kv;
 pub mod kv_file;
 pub mod linear;
 pub mod observe;
+pub mod profile;
 pub mod router;
 pub mod routes;
 pub mod store;
@@ -21,6 +23,7 @@ pub use forward::{Model, Ram, Run, Scratch, Want};
 pub use importance::Collector;
 pub use kv::{Kv, KvType};
 pub use observe::{Observer, Site};
+pub use profile::Profile;
 pub use routes::Routes;
 pub use store::{Reads, Store};
 

@@ -35,6 +35,9 @@ pub trait Observer: Send {
     /// Rows `(n, n_in)`, floats as they were before any quantization, go through the matrices of `site`.
     fn input(&mut self, _site: Site, _rows: &[f32]) {}
 
+    /// Rows `(n_tok, d_model)` are the residual stream as the feed-forward part of `layer` finds it.
+    fn residual(&mut self, _layer: usize, _rows: &[f32]) {}
+
     /// Rows `(n_tok, d_model)` go through the router of `layer`, and row `t` through gate and up of the
     /// experts `choices[t]`; `choices`: `(n_tok, n_used)`, by rank. In a dense model they are all of expert 0.
     fn routed(&mut self, _layer: usize, _rows: &[f32], _choices: &[Choice]) {}

@@ -1,5 +1,7 @@
 //! The router: which experts a token takes, and with what weight.
 
+use super::Machine;
+use super::linear::{Input, Job, Weight, matmul};
 use crate::simd::float::exp;
 
 /// One of a token's experts.
@@ -9,6 +11,31 @@ pub struct Choice {
     pub expert: u32,
     /// Its share; a token's shares sum to 1.
     pub weight: f32,
+}
+
+/// The choices of all tokens by the router `w`. `x`: prepared for `w`; `out`: `(n_tok, n_used)`; `logits` is scratch.
+pub(super) fn choose(
+    machine: &Machine,
+    w: &Weight,
+    x: &Input,
+    all: &[u32],
+    logits: &mut Vec<f32>,
+    out: &mut [Choice],
+) {
+    logits.resize(all.len() * w.n_out, 0.0);
+    matmul(
+        machine,
+        &mut [Job {
+            w,
+            x,
+            pick: all,
+            y: logits,
+        }],
+    );
+    let n_used = out.len() / all.len().max(1);
+    for (t, logits) in logits.chunks_exact(w.n_out).enumerate() {
+        route(logits, &mut out[t * n_used..][..n_used]);
+    }
 }
 
 /// Softmax over all experts, the `out.len()` largest, renormalised to sum 1 (Mixtral, Jiang et al.

@@ -126,6 +126,8 @@ impl Drop for Pager {
 
 /// What the threads that read share with the one that computes.
 struct Shared {
+    /// Bytes of a slot.
+    slot: usize,
     experts: Vec<Arc<Expert>>,
     state: Mutex<State>,
     /// An expert has arrived, or there is something to read.
@@ -170,7 +172,8 @@ enum Line {
 /// An expert to be read into a slot.
 struct Job {
     key: usize,
-    slot: MmapMut,
+    /// None: a new one is to be made.
+    slot: Option<MmapMut>,
     /// A pass waits for it, from the beginning or since then.
     pressing: Arc<AtomicBool>,
 }
@@ -269,6 +272,7 @@ impl Store {
             reads: Reads::default(),
         };
         let shared = Arc::new(Shared {
+            slot: budget.slot as usize,
             experts: store.experts.clone(),
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -283,7 +287,10 @@ impl Store {
             let shared = Arc::clone(&pager.shared);
             threads.lead(move |threads| shared.serve(line, &threads))?;
         }
-        pager.resize(&mut pager.shared.lock(), 0)?;
+        let mut state = pager.shared.lock();
+        pager.resize(&mut state, 0)?;
+        pager.warm_up(&mut state);
+        drop(state);
         Ok(Store {
             pager: Some(pager),
             ..store
@@ -482,23 +489,16 @@ impl Pager {
         }
     }
 
-    /// A slot for an expert of `layer` with this claim: one that is free, a new one, or another's.
-    fn slot(&self, state: &mut State, claim: Claim, layer: usize) -> Option<MmapMut> {
+    /// A slot for an expert of `layer` with this claim: one that is free, another's, or room for a new one.
+    fn slot(&self, state: &mut State, claim: Claim, layer: usize) -> Option<Option<MmapMut>> {
         if let Some(slot) = state.spare.pop() {
-            return Some(slot);
+            return Some(Some(slot));
         }
-        if state.slots < state.limit
-            && let Ok(slot) = MmapMut::map_anon(self.budget.slot as usize)
-        {
-            #[cfg(target_os = "linux")]
-            let _ = slot.advise(memmap2::Advice::HugePage);
-            // So that it is never swapped out, where users may do that.
-            #[cfg(unix)]
-            let _ = slot.lock();
+        if state.slots < state.limit {
             state.slots += 1;
-            return Some(slot);
+            return Some(None);
         }
-        state.evict(claim, layer, self.moving())
+        state.evict(claim, layer, self.moving()).map(Some)
     }
 
     /// Slots that move through the layers with a pass.
@@ -507,7 +507,7 @@ impl Pager {
     }
 
     /// Begins to read an expert into a slot. `pressing`: a pass waits for it.
-    fn load(&self, state: &mut State, key: usize, slot: MmapMut, pressing: bool) {
+    fn load(&self, state: &mut State, key: usize, slot: Option<MmapMut>, pressing: bool) {
         let flag = Arc::new(AtomicBool::new(pressing));
         state.places[key].at = At::Loading {
             pressing: Arc::clone(&flag),
@@ -523,22 +523,47 @@ impl Pager {
         if pressing {
             self.shared.pressing.fetch_add(1, Ordering::Relaxed);
         }
-        state.queues[line as usize].push_back(Job {
+        let job = Job {
             key,
             slot,
             pressing: flag,
-        });
+        };
+        let queue = &mut state.queues[line as usize];
+        match line {
+            Line::Wanted => queue.push_back(job),
+            // Before what only warms the slots up.
+            Line::Foreseen => queue.push_front(job),
+        }
         self.shared.changed.notify_all();
+    }
+
+    /// Begins to fill the slots while nobody asks for anything, the most popular experts of each layer first.
+    fn warm_up(&self, state: &mut State) {
+        let n_expert = state.n_expert;
+        let mut keys = Vec::new();
+        for layer in 0..state.places.len() / n_expert {
+            let quota = state.popularity.quota(layer, state.limit, self.moving());
+            let mut its: Vec<usize> = (layer * n_expert..(layer + 1) * n_expert).collect();
+            let share = |key: &usize| state.popularity.share(*key);
+            its.sort_by(|a, b| share(b).total_cmp(&share(a)));
+            keys.extend(its.into_iter().take(quota));
+        }
+        // What comes last is read first.
+        for key in keys.into_iter().rev() {
+            state.slots += 1;
+            self.load(state, key, None, false);
+        }
     }
 
     /// Makes the number of slots fit the memory there is.
     fn resize(&self, state: &mut State, growth: u64) -> Result<()> {
         let slot = self.budget.slot;
         let held = state.slots as u64 * slot;
-        // What is in no slot. A slot that was never filled counts as if it were.
-        let others = memory::resident().map_or(self.budget.dense, |r| {
-            let unused = state.spare.len() as u64 * slot;
-            r.saturating_sub(held.saturating_sub(unused))
+        // What is in no slot. Those that are still to be made hold nothing.
+        let unmade = |queue: &VecDeque<Job>| queue.iter().filter(|job| job.slot.is_none()).count();
+        let unmade = state.queues.iter().map(unmade).sum::<usize>() as u64 * slot;
+        let others = memory::resident().map_or(self.budget.dense, |resident| {
+            resident.saturating_sub(held - unmade)
         });
         let room = self.budget.total.saturating_sub(others + growth + MARGIN);
         state.limit = (room / slot).min(state.places.len() as u64) as usize;
@@ -548,14 +573,14 @@ impl Pager {
         }
         self.yield_to_others(state);
         while state.slots > state.limit {
-            let Some(slot) = state
-                .spare
-                .pop()
-                .or_else(|| state.evict(Claim::Wanted, usize::MAX, self.moving()))
-            else {
+            let moving = self.moving();
+            let spare = state.spare.pop().map(drop);
+            let canceled = spare.or_else(|| state.cancel());
+            let given =
+                canceled.or_else(|| state.evict(Claim::Wanted, usize::MAX, moving).map(drop));
+            if given.is_none() {
                 break;
-            };
-            drop(slot);
+            }
             state.slots -= 1;
         }
         Ok(())
@@ -596,6 +621,24 @@ impl State {
         let at = ahead.iter().position(|job| job.key == key);
         let job = at.and_then(|at| ahead.remove(at));
         self.queues[Line::Wanted as usize].extend(job);
+    }
+
+    /// Gives up reading an expert ahead whose slot is still to be made.
+    fn cancel(&mut self) -> Option<()> {
+        let ahead = &mut self.queues[Line::Foreseen as usize];
+        let at = ahead.iter().rposition(|job| job.slot.is_none())?;
+        let job = ahead.remove(at)?;
+        self.places[job.key].at = At::Disk;
+        self.done();
+        Some(())
+    }
+
+    /// One load less is on its way.
+    fn done(&mut self) {
+        self.loading -= 1;
+        if self.loading == 0 {
+            self.reads.busy += self.busy_since.elapsed();
+        }
     }
 
     /// Takes the slot of an expert that is not used and whose claim is weaker, for one of `layer`. Unclaimed ones go
@@ -699,15 +742,13 @@ impl Shared {
                 state = self.wait(state);
             }
         };
-        let read = reads::expert(&self.experts[key], slot, stand_back);
+        let slot = slot.map_or_else(|| new_slot(self.slot), Ok);
+        let read = slot.and_then(|slot| reads::expert(&self.experts[key], slot, stand_back));
         let state = &mut *self.lock();
         if pressing.load(Ordering::Relaxed) {
             self.pressing.fetch_sub(1, Ordering::Relaxed);
         }
-        state.loading -= 1;
-        if state.loading == 0 {
-            state.reads.busy += state.busy_since.elapsed();
-        }
+        state.done();
         state.places[key].at = match read {
             Ok(InSlot {
                 expert,
@@ -725,6 +766,23 @@ impl Shared {
         };
         self.changed.notify_all();
     }
+}
+
+/// Memory for a slot.
+fn new_slot(bytes: usize) -> Result<MmapMut> {
+    let what = |e| {
+        Error::Usage(format!(
+            "--ram: the system gives no memory for an expert: {e}"
+        ))
+    };
+    let slot = MmapMut::map_anon(bytes).map_err(what)?;
+    // Fewer, larger pages: less to do for a read past the page cache, which has to hold on to each.
+    #[cfg(target_os = "linux")]
+    let _ = slot.advise(memmap2::Advice::HugePage);
+    // So that it is never swapped out, where users may do that.
+    #[cfg(unix)]
+    let _ = slot.lock();
+    Ok(slot)
 }
 
 /// The budget will not do.

@@ -22,6 +22,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use octet::disk::{self, part, rename_part, sync_folder};
 use octet::error::{Error, Result};
+use octet::gguf::hex;
 use octet::pool::Pool;
 use octet::quant::Format;
 use octet::simd::encode::Encoder;
@@ -612,10 +613,6 @@ fn fingerprint(run: &Run<'_>) -> Result<String> {
 
 fn hash_bytes(text: &mut impl FnMut(&str), bytes: &[u8]) {
     text(&hex(&Sha256::digest(bytes)));
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 impl Journal {

@@ -1,0 +1,399 @@
+//! How a model routed the tokens of a text, and the file that keeps it: what to have in memory when not all
+//! experts fit, and how well the next ones can be told in advance.
+
+use super::linear::Input;
+use super::observe::Observer;
+use super::router::{Choice, choose};
+use super::{Model, Routes};
+use crate::disk::{self, WholeFile};
+use crate::error::{Error, Result};
+use crate::gguf::{Gguf, hex};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::io::Write;
+use std::path::Path;
+
+/// What the file says it is.
+const FORMAT: &str = "octet-profile";
+/// Changes when an older octet would misread the file.
+const VERSION: u64 = 1;
+/// No profile is longer: a hundred layers of a hundred experts take 100 KB.
+const MOST_BYTES: u64 = 64 << 20;
+
+/// How a model routed a text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Profile {
+    format: String,
+    version: u64,
+    /// [`Gguf::identity`] in hexadecimal.
+    pub model: String,
+    /// What the model's file was called, for people.
+    pub name: String,
+    /// Layers.
+    pub n_layer: usize,
+    /// Experts in a layer.
+    pub n_expert: usize,
+    /// Experts that a token takes.
+    pub n_used: usize,
+    /// Tokens that were read.
+    pub tokens: u64,
+    /// How many of them took an expert: `counts[layer][expert]`.
+    pub counts: Vec<Vec<u64>>,
+    /// For each layer the share of choices that the token before had made too, 0 to 1. Even routing gives
+    /// `n_used / n_expert`.
+    pub reuse: Vec<f64>,
+    /// For each layer the share of choices that its router also makes when it is shown what enters the feed-forward part
+    /// of the layer before, 0 to 1; nothing for the first layer.
+    pub recall: Vec<Option<f64>>,
+}
+
+impl Profile {
+    /// Reads a profile of any model.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is no profile, is of a later version, or its numbers contradict each other.
+    pub fn read(path: &Path) -> Result<Profile> {
+        let bytes = disk::read(path, MOST_BYTES)?;
+        let bad = |expected: &str, found: String| {
+            Err(Error::invalid(path, "the routing profile", expected, found))
+        };
+        let document: Value = match serde_json::from_slice(&bytes) {
+            Ok(document) => document,
+            Err(e) => return bad("JSON", e.to_string()),
+        };
+        if document["format"] != FORMAT {
+            return bad("a file of octet profile", "another kind of JSON".into());
+        }
+        if document["version"] != VERSION {
+            let expected = format!("version {VERSION}");
+            return bad(&expected, format!("version {}", document["version"]));
+        }
+        let profile: Profile = match serde_json::from_value(document) {
+            Ok(profile) => profile,
+            Err(e) => return bad("the fields of version 1", e.to_string()),
+        };
+        match profile.contradiction() {
+            None => Ok(profile),
+            Some((expected, found)) => bad(&expected, found),
+        }
+    }
+
+    /// Reads the profile of this model.
+    ///
+    /// # Errors
+    /// As for [`Profile::read`], and if it is another model's.
+    pub fn read_of(path: &Path, file: &Gguf) -> Result<Profile> {
+        let (profile, model) = (Profile::read(path)?, hex(&file.identity()));
+        if profile.model == model {
+            return Ok(profile);
+        }
+        let (name, model) = (file.path().display(), short(&model));
+        Err(Error::invalid(
+            path,
+            "the routing profile",
+            format!("one of {name}, model {model}"),
+            format!("one of model {}", short(&profile.model)),
+        ))
+    }
+
+    /// What is expected and found where the numbers cannot be true.
+    fn contradiction(&self) -> Option<(String, String)> {
+        let (layers, experts) = (self.n_layer, self.n_expert);
+        if layers == 0 {
+            return Some(("at least 1 layer".into(), "none".into()));
+        }
+        if self.n_used == 0 || self.n_used > experts {
+            let expected = format!("1 to {experts} experts for a token");
+            return Some((expected, self.n_used.to_string()));
+        }
+        let lists = [
+            ("counts", self.counts.len()),
+            ("reuse", self.reuse.len()),
+            ("recall", self.recall.len()),
+        ];
+        if let Some((name, n)) = lists.iter().find(|(_, n)| *n != layers) {
+            return Some((format!("{name} of {layers} layers"), format!("of {n}")));
+        }
+        for (i, counts) in self.counts.iter().enumerate() {
+            let sum = counts.iter().try_fold(0u64, |sum, n| sum.checked_add(*n));
+            let all = self.tokens.checked_mul(self.n_used as u64);
+            if counts.len() != experts || sum.is_none() || sum != all {
+                let expected = format!(
+                    "counts of {experts} experts in layer {i} that add up to {} for each of {} tokens",
+                    self.n_used, self.tokens
+                );
+                return Some((expected, format!("{counts:?}")));
+            }
+            if let Some(n) = counts.iter().find(|n| **n > self.tokens) {
+                let expected = format!("counts up to {} in layer {i}", self.tokens);
+                return Some((expected, n.to_string()));
+            }
+        }
+        let shares = self.reuse.iter().chain(self.recall.iter().flatten());
+        let mut odd = shares.filter(|share| !(0.0..=1.0).contains(*share));
+        odd.next()
+            .map(|x| ("shares from 0 to 1".into(), x.to_string()))
+    }
+
+    /// Writes the file: whole, or not at all.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let mut file = WholeFile::create(path)?;
+        let text = format!("{}\n", self.to_json());
+        file.write_all(text.as_bytes())
+            .map_err(Error::io(path, "write"))?;
+        file.finish()
+    }
+
+    /// The document.
+    pub fn to_json(&self) -> Value {
+        serde_json::to_value(self).expect("numbers and strings")
+    }
+
+    /// How often, 0 to 1, a token takes the expert. A layer's shares sum to `n_used`.
+    pub fn share(&self, layer: usize, expert: usize) -> f32 {
+        (self.counts[layer][expert] as f64 / self.tokens.max(1) as f64) as f32
+    }
+
+    /// The same for all experts, `(n_layer, n_expert)`.
+    pub fn shares(&self) -> Vec<f32> {
+        let all = |l| (0..self.n_expert).map(move |e| self.share(l, e));
+        (0..self.n_layer).flat_map(all).collect()
+    }
+
+    /// The share of choices that find their expert where each layer keeps `slots` experts, those taken most
+    /// often; a fraction of a slot counts as it does on average.
+    pub fn held(&self, slots: f64) -> f64 {
+        let layer = |counts: &Vec<u64>| -> f64 {
+            let mut counts = counts.clone();
+            counts.sort_by(|a, b| b.cmp(a));
+            let kept = |(i, n): (usize, &u64)| *n as f64 * (slots - i as f64).clamp(0.0, 1.0);
+            let found: f64 = counts.iter().enumerate().map(kept).sum();
+            found / counts.iter().sum::<u64>().max(1) as f64
+        };
+        self.counts.iter().map(layer).sum::<f64>() / self.n_layer.max(1) as f64
+    }
+
+    /// The mean of the layers' reuse.
+    pub fn mean_reuse(&self) -> f64 {
+        mean(self.reuse.iter())
+    }
+
+    /// The mean of the layers' recall; nothing where there is one layer.
+    pub fn mean_recall(&self) -> Option<f64> {
+        (self.n_layer > 1).then(|| mean(self.recall.iter().flatten()))
+    }
+}
+
+fn mean<'a>(shares: impl Iterator<Item = &'a f64> + Clone) -> f64 {
+    shares.clone().sum::<f64>() / shares.count().max(1) as f64
+}
+
+/// A model's name without its folder.
+fn file_name(file: &Gguf) -> String {
+    let name = file.path().file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// Enough of an identity to tell two apart.
+fn short(model: &str) -> String {
+    model.chars().take(12).collect()
+}
+
+/// An [`Observer`] that makes a profile of one sequence after the other.
+pub struct Recorder<'m> {
+    model: &'m Model,
+    routes: Routes,
+    layers: Vec<Layer>,
+    /// `(n_tok, d_model)`
+    h: Vec<f32>,
+    input: Input,
+    /// `(n_tok, n_expert)`
+    logits: Vec<f32>,
+    /// `0..n_tok`
+    all: Vec<u32>,
+}
+
+/// What is known of a layer.
+#[derive(Clone, Default)]
+struct Layer {
+    /// The choices of the last token, `(n_used)`; empty where a sequence begins.
+    last: Vec<Choice>,
+    /// Choices that the layer before expects of the tokens that come, `(n_tok, n_used)`; empty in the first layer.
+    expected: Vec<Choice>,
+    reuse: Hits,
+    recall: Hits,
+}
+
+/// How many of some choices were among others.
+#[derive(Clone, Default)]
+struct Hits {
+    hits: u64,
+    of: u64,
+}
+
+impl Hits {
+    fn count(&mut self, choices: &[Choice], among: &[Choice]) {
+        let among = |c: &&Choice| among.iter().any(|other| other.expert == c.expert);
+        self.hits += choices.iter().filter(among).count() as u64;
+        self.of += choices.len() as u64;
+    }
+
+    fn share(&self) -> Option<f64> {
+        (self.of > 0).then(|| self.hits as f64 / self.of as f64)
+    }
+}
+
+impl<'m> Recorder<'m> {
+    /// A recorder that has seen nothing.
+    pub fn new(model: &'m Model) -> Recorder<'m> {
+        Recorder {
+            model,
+            routes: Routes::new(&model.config),
+            layers: vec![Layer::default(); model.config.n_layer],
+            h: Vec::new(),
+            input: Input::default(),
+            logits: Vec::new(),
+            all: Vec::new(),
+        }
+    }
+
+    /// The next token begins a sequence: no token is before it.
+    pub fn begin(&mut self) {
+        self.layers.iter_mut().for_each(|l| l.last.clear());
+    }
+
+    /// What was seen so far.
+    pub fn profile(&self, file: &Gguf) -> Profile {
+        let c = &self.model.config;
+        let counts: Vec<_> = self.routes.layers().map(<[u64]>::to_vec).collect();
+        let choices: u64 = counts.iter().take(1).flatten().sum();
+        let layers = self.layers.iter();
+        Profile {
+            format: FORMAT.to_string(),
+            version: VERSION,
+            model: hex(&file.identity()),
+            name: file_name(file),
+            n_layer: c.n_layer,
+            n_expert: c.n_expert,
+            n_used: c.n_used,
+            tokens: choices / c.n_used as u64,
+            counts,
+            reuse: (layers.clone().map(|l| l.reuse.share().unwrap_or(0.0))).collect(),
+            recall: layers.map(|l| l.recall.share()).collect(),
+        }
+    }
+}
+
+impl Observer for Recorder<'_> {
+    /// Asks the next layer's router what it would choose now.
+    fn residual(&mut self, layer: usize, rows: &[f32]) {
+        let (model, c) = (self.model, &self.model.config);
+        let Some(next) = model.weights.layers.get(layer + 1) else {
+            return;
+        };
+        let Some(router) = &next.router else { return };
+        let n_tok = rows.len() / c.d_model;
+        self.h.resize(rows.len(), 0.0);
+        model.norm(rows, &next.ffn_norm, &mut self.h);
+        let machine = model.machine();
+        self.input.prepare(machine, &self.h, c.d_model, [router]);
+        self.all.clear();
+        self.all.extend(0..n_tok as u32);
+        let expected = &mut self.layers[layer + 1].expected;
+        expected.resize(n_tok * c.n_used, Choice::default());
+        let (input, logits) = (&self.input, &mut self.logits);
+        choose(machine, router, input, &self.all, logits, expected);
+    }
+
+    fn routed(&mut self, layer: usize, rows: &[f32], choices: &[Choice]) {
+        self.routes.routed(layer, rows, choices);
+        let n_used = self.model.config.n_used;
+        let layer = &mut self.layers[layer];
+        for token in choices.chunks_exact(n_used) {
+            if !layer.last.is_empty() {
+                layer.reuse.count(token, &layer.last);
+            }
+            layer.last.clear();
+            layer.last.extend_from_slice(token);
+        }
+        let expected = layer.expected.chunks_exact(n_used);
+        for (token, expected) in choices.chunks_exact(n_used).zip(expected) {
+            layer.recall.count(token, expected);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two layers of four experts, two for each of ten tokens.
+    fn profile() -> Profile {
+        Profile {
+            format: FORMAT.to_string(),
+            version: VERSION,
+            model: "ab".repeat(32),
+            name: "a.gguf".to_string(),
+            n_layer: 2,
+            n_expert: 4,
+            n_used: 2,
+            tokens: 10,
+            counts: vec![vec![1, 9, 4, 6], vec![5, 5, 5, 5]],
+            reuse: vec![0.5, 0.75],
+            recall: vec![None, Some(0.875)],
+        }
+    }
+
+    #[test]
+    fn shares_and_what_is_held() {
+        let p = profile();
+        assert_eq!(p.share(0, 1), 0.9);
+        let sum: f32 = (0..4).map(|e| p.share(0, e)).sum();
+        assert!((sum - 2.0).abs() < 1e-6);
+        // Layer 0 keeps 9 and then 6 of 20 choices, layer 1 always a quarter.
+        let close = |slots: f64, held: f64| assert!((p.held(slots) - held).abs() < 1e-12);
+        close(0.0, 0.0);
+        close(1.0, (9.0 / 20.0 + 0.25) / 2.0);
+        close(1.5, (12.0 / 20.0 + 0.375) / 2.0);
+        close(4.0, 1.0);
+        close(9.0, 1.0);
+        assert_eq!((p.mean_reuse(), p.mean_recall()), (0.625, Some(0.875)));
+    }
+
+    #[test]
+    fn read_back_or_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.json");
+        let good = profile();
+        good.write(&path).unwrap();
+        assert_eq!(Profile::read(&path).unwrap(), good);
+
+        let refused = |change: &dyn Fn(&mut Value), why: &str| {
+            let mut document = good.to_json();
+            change(&mut document);
+            std::fs::write(&path, document.to_string()).unwrap();
+            let error = Profile::read(&path).unwrap_err().to_string();
+            assert!(error.contains(why) && !error.contains('\n'), "{error}");
+        };
+        refused(&|d| d["format"] = "x".into(), "another kind of JSON");
+        refused(&|d| *d = 1.into(), "another kind of JSON");
+        refused(&|d| d["version"] = 2.into(), "found version 2");
+        refused(&|d| d["model"] = 7.into(), "expected the fields");
+        refused(&|d| d["n_used"] = 0.into(), "1 to 4 experts");
+        refused(&|d| d["n_used"] = 5.into(), "1 to 4 experts");
+        refused(&|d| d["n_layer"] = 3.into(), "counts of 3 layers");
+        refused(&|d| d["reuse"] = [0.5].into(), "reuse of 2 layers");
+        refused(&|d| d["reuse"][0] = 1.5.into(), "shares from 0 to 1");
+        refused(&|d| d["counts"][1][0] = 6.into(), "in layer 1");
+        refused(&|d| d["counts"][1] = [20].into(), "counts of 4 experts");
+        refused(&|d| d["counts"][1] = [20, 0, 0, 0].into(), "up to 10");
+        refused(&|d| d["counts"][0][0] = u64::MAX.into(), "in layer 0");
+        refused(&|d| d["tokens"] = u64::MAX.into(), "in layer 0");
+        std::fs::write(&path, "{").unwrap();
+        let error = Profile::read(&path).unwrap_err().to_string();
+        assert!(error.contains("expected JSON"), "{error}");
+    }
+}
