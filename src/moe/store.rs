@@ -78,6 +78,27 @@ impl AddAssign for Reads {
 }
 
 impl Reads {
+    /// For people: how many of the experts that were wanted were in memory, what was read from the disk and how fast, how long
+    /// that was waited for, and how many of single tokens' experts were foreseen. Nothing for a model in memory.
+    pub fn told(&self) -> Option<String> {
+        if self.wanted == 0 {
+            return None;
+        }
+        let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
+        let mut line = format!(
+            "{:.0}% of experts in memory, {:.1} GB read at {:.2} GB/s, {:.1} s waited",
+            percent(self.hits, self.wanted),
+            self.bytes as f64 / 1e9,
+            self.bytes as f64 / 1e9 / self.busy.as_secs_f64().max(1e-9),
+            self.stalled.as_secs_f64(),
+        );
+        if self.foreseeable > 0 {
+            let percent = percent(self.foreseen, self.foreseeable);
+            line += &format!(", {percent:.0}% foreseen");
+        }
+        Some(line)
+    }
+
     /// What was done since `before`.
     pub fn since(&self, before: &Reads) -> Reads {
         Reads {
