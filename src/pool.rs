@@ -170,17 +170,16 @@ impl Background {
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.0.install(f)
     }
+}
 
-    /// Starts one more thread, which has these do things until it ends.
-    ///
-    /// # Errors
-    /// If the operating system refuses to start it.
-    pub fn lead(self, f: impl FnOnce(Background) + Send + 'static) -> Result<()> {
-        let name = "octet-lead".to_string();
-        let thread = std::thread::Builder::new().name(name);
-        thread.spawn(move || f(self)).map_err(no_threads(1))?;
-        Ok(())
-    }
+/// Runs `f` on a thread of its own, apart from those that compute. Nobody waits for it.
+///
+/// # Errors
+/// If the operating system refuses to start it.
+pub fn apart(name: &'static str, f: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.to_string());
+    thread.spawn(f).map_err(no_threads(1))?;
+    Ok(())
 }
 
 /// Calls `f` for every item on the threads that this is called on, in their order as far as there is one, until one fails.

@@ -109,7 +109,7 @@ pub fn run(args: &Args) -> Result<()> {
     let total = lines.count(&finished, args)?;
     let name = loaded.path.file_stem().unwrap_or(loaded.path.as_os_str());
     let mut work = Work {
-        batch: Batch::new(&loaded.model, room(args, loaded.ctx, file.file_bytes())),
+        batch: Batch::new(&loaded.model, room(args, &loaded)),
         flights: HashMap::new(),
         names: HashMap::new(),
         answerer: Answerer {
@@ -359,15 +359,23 @@ impl Input {
 }
 
 /// How much may run at once.
-fn room(args: &Args, ctx: usize, model_bytes: u64) -> Room {
+fn room(args: &Args, loaded: &Loaded) -> Room {
     let bytes = args.kv_ram.unwrap_or_else(|| {
-        let free = memory::available().unwrap_or(0).saturating_sub(model_bytes) / 2;
-        free.clamp(*KV_RAM.start(), *KV_RAM.end())
+        let part = match loaded.model.store().total() {
+            // The rest is better used for experts.
+            Some(ram) => ram / 8,
+            None => {
+                let model = loaded.file.file_bytes();
+                memory::available().unwrap_or(0).saturating_sub(model) / 2
+            }
+        };
+        part.clamp(*KV_RAM.start(), *KV_RAM.end())
     });
+    let ubatch = args.answer.machine.ubatch as usize;
     Room {
         kv: args.answer.model.kv,
-        ctx,
-        ubatch: args.answer.machine.ubatch as usize,
+        ctx: loaded.ctx,
+        ubatch: loaded.model.pass_tokens(ubatch),
         sequences: usize::from(args.parallel),
         kv_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
     }

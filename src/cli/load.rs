@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::memory;
 use crate::moe::{Config, Kv, KvType, Machine, Model, Profile, Ram};
+use crate::pool::apart;
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -93,6 +94,10 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
         model.kv,
         model.ctx,
     )?;
+    if matches!(ram, Ram::Mapped) && memory_to_use().is_some_and(|bytes| file.file_bytes() <= bytes)
+    {
+        fetch(&file)?;
+    }
     let (model_opened, tokenizer) = open_parts(&file, machine, ram)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
@@ -178,6 +183,14 @@ pub fn ram(
 pub fn memory_to_use() -> Option<u64> {
     let free = memory::available()?.saturating_sub(RESERVE);
     Some(free + memory::resident().unwrap_or(0))
+}
+
+/// Has the file read into the page cache while everything else begins, and while the first prompt is typed.
+fn fetch(file: &Gguf) -> Result<()> {
+    let sources: Vec<_> = file.sources().cloned().collect();
+    apart("octet-fetch", move || {
+        sources.iter().for_each(|s| s.fetch())
+    })
 }
 
 /// The model and the tokenizer, made at the same time: the vocabulary of 32k tokens takes longer than

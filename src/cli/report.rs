@@ -3,7 +3,7 @@
 use super::input::note;
 use crate::chat::batch::Totals;
 use crate::chat::session::{LogitsHash, Stats};
-use crate::moe::{Machine, Reads};
+use crate::moe::Machine;
 use crate::pool::Pool;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -123,7 +123,7 @@ pub fn closing_line(stats: &Stats, machine: &Machine) {
             stats.answer_rate()
         )),
     }
-    parts.extend(reads_line(&stats.reads));
+    parts.extend(stats.reads.told());
     closing(parts, machine, stats.bandwidth(), &stats.hash);
 }
 
@@ -142,29 +142,8 @@ pub fn batch_closing_line(lines: &str, totals: &Totals, machine: &Machine) {
             totals.answer_rate()
         ),
     ];
-    parts.extend(reads_line(&totals.reads));
+    parts.extend(totals.reads.told());
     closing(parts, machine, totals.bandwidth(), &totals.hash);
-}
-
-/// What the expert store did: how many of the experts that were wanted were in memory, what was read from the disk and
-/// how fast, how long that was waited for, and how many of single tokens' experts were foreseen. Nothing for a model in memory.
-pub fn reads_line(reads: &Reads) -> Option<String> {
-    if reads.wanted == 0 {
-        return None;
-    }
-    let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
-    let mut line = format!(
-        "{:.0}% of experts in memory, {:.1} GB read at {:.2} GB/s, {:.1} s waited",
-        percent(reads.hits, reads.wanted),
-        reads.bytes as f64 / 1e9,
-        reads.bytes as f64 / 1e9 / reads.busy.as_secs_f64().max(1e-9),
-        reads.stalled.as_secs_f64(),
-    );
-    if reads.foreseeable > 0 {
-        let percent = percent(reads.foreseen, reads.foreseeable);
-        line += &format!(", {percent:.0}% foreseen");
-    }
-    Some(line)
 }
 
 /// What all closing lines end with: the machine's bandwidth and `used` of it, tier, threads, logits.

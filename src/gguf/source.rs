@@ -17,6 +17,12 @@ const TRIES: u32 = 4;
 /// The first pause; each is twice the one before.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// Bytes that [`Source::fetch`] asks for at a time, and how many such requests are on their way.
+#[cfg(unix)]
+const FETCH: usize = 8 << 20;
+#[cfg(unix)]
+const FETCHES: usize = 3;
+
 /// An open file that does not change while it is used.
 pub struct Source {
     path: PathBuf,
@@ -131,9 +137,26 @@ impl Source {
         Ok(())
     }
 
-    /// Whether reads go past the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.direct.is_some() && !self.refused.load(Ordering::Relaxed)
+    /// Has the system read all of the file into its page cache, as far as it is not there, and returns when the last part is on
+    /// its way. For a file that is in use meanwhile: what is looked at was asked for before, in larger pieces than looking at
+    /// it would ask for. Of one that is in the cache this takes some milliseconds for each gigabyte.
+    pub fn fetch(&self) {
+        #[cfg(unix)]
+        for start in (0..self.map.len()).step_by(FETCH) {
+            let len = FETCH.min(self.map.len() - start);
+            // Not all at once: what somebody waits for should not have to queue up behind a whole file. Looking at a byte
+            // waits for its page.
+            if let Some(before) = start.checked_sub(FETCHES * FETCH) {
+                std::hint::black_box(self.map[before]);
+            }
+            if self
+                .map
+                .advise_range(memmap2::Advice::WillNeed, start, len)
+                .is_err()
+            {
+                return;
+            }
+        }
     }
 }
 

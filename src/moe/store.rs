@@ -16,7 +16,7 @@ use super::weights::{Expert, Weights};
 use crate::error::{Error, Result};
 use crate::gguf::Source;
 use crate::memory;
-use crate::pool::Background;
+use crate::pool::{Background, apart};
 use memmap2::MmapMut;
 use popularity::Popularity;
 use reads::InSlot;
@@ -78,6 +78,27 @@ impl AddAssign for Reads {
 }
 
 impl Reads {
+    /// For people: how many of the experts that were wanted were in memory, what was read from the disk and how fast, how long
+    /// that was waited for, and how many of single tokens' experts were foreseen. Nothing for a model in memory.
+    pub fn told(&self) -> Option<String> {
+        if self.wanted == 0 {
+            return None;
+        }
+        let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
+        let mut line = format!(
+            "{:.0}% of experts in memory, {:.1} GB read at {:.2} GB/s, {:.1} s waited",
+            percent(self.hits, self.wanted),
+            self.bytes as f64 / 1e9,
+            self.bytes as f64 / 1e9 / self.busy.as_secs_f64().max(1e-9),
+            self.stalled.as_secs_f64(),
+        );
+        if self.foreseeable > 0 {
+            let percent = percent(self.foreseen, self.foreseeable);
+            line += &format!(", {percent:.0}% foreseen");
+        }
+        Some(line)
+    }
+
     /// What was done since `before`.
     pub fn since(&self, before: &Reads) -> Reads {
         Reads {
@@ -138,10 +159,9 @@ struct Shared {
 
 struct State {
     places: Vec<Place>,
-    /// Slots that hold nothing.
-    spare: Vec<MmapMut>,
-    /// Slots there are, and how many there may be.
+    /// Slots there are, with those that are still to be made; those whose memory is taken; how many there may be.
     slots: usize,
+    made: usize,
     limit: usize,
     popularity: Popularity,
     n_expert: usize,
@@ -257,8 +277,8 @@ impl Store {
         };
         let state = State {
             places: store.experts.iter().map(|_| place()).collect(),
-            spare: Vec::new(),
             slots: 0,
+            made: 0,
             limit: 0,
             popularity: Popularity::new(config.n_expert, shares),
             n_expert: config.n_expert,
@@ -285,7 +305,7 @@ impl Store {
         ];
         for (line, threads) in lines {
             let shared = Arc::clone(&pager.shared);
-            threads.lead(move |threads| shared.serve(line, &threads))?;
+            apart("octet-store", move || shared.serve(line, &threads))?;
         }
         let mut state = pager.shared.lock();
         pager.resize(&mut state, 0)?;
@@ -391,19 +411,8 @@ impl Store {
         experts: impl IntoIterator<Item = usize>,
         guess: bool,
     ) {
-        let Some(pager) = &self.pager else { return };
-        let state = &mut *pager.shared.lock();
-        for e in experts {
-            let key = layer * self.n_expert + e;
-            state.places[key].claim = Claim::Foreseen;
-            state.places[key].guessed = guess;
-            if !matches!(state.places[key].at, At::Disk) {
-                continue;
-            }
-            let Some(slot) = pager.slot(state, Claim::Foreseen, layer) else {
-                return;
-            };
-            pager.load(state, key, slot, false);
+        if let Some(pager) = &self.pager {
+            pager.foresee(&mut pager.shared.lock(), layer, experts, guess);
         }
     }
 
@@ -448,6 +457,9 @@ impl Store {
                     _ => rest.push(chosen),
                 }
             }
+            if state.wide && (layer + 1) * self.n_expert < self.experts.len() {
+                pager.foresee(&mut state, layer + 1, 0..self.n_expert, false);
+            }
             if !ready.is_empty() {
                 // Their slots may go when they have been used: others that are wanted get them then.
                 return Ok(ready);
@@ -463,6 +475,28 @@ impl Store {
 }
 
 impl Pager {
+    /// Begins to read what `layer` will probably want, as far as slots can be had for that.
+    fn foresee(
+        &self,
+        state: &mut State,
+        layer: usize,
+        experts: impl IntoIterator<Item = usize>,
+        guess: bool,
+    ) {
+        for e in experts {
+            let key = layer * state.n_expert + e;
+            let place = &mut state.places[key];
+            place.claim = Claim::Foreseen;
+            place.guessed = guess;
+            if matches!(place.at, At::Disk) {
+                let Some(slot) = self.slot(state, Claim::Foreseen, layer) else {
+                    return;
+                };
+                self.load(state, key, slot, false);
+            }
+        }
+    }
+
     /// Begins to read what `layer` wants, as far as there are slots.
     fn read_wanted(&self, state: &mut State, layer: usize, n_expert: usize) {
         for key in layer * n_expert..(layer + 1) * n_expert {
@@ -489,13 +523,13 @@ impl Pager {
         }
     }
 
-    /// A slot for an expert of `layer` with this claim: one that is free, another's, or room for a new one.
+    /// A slot for an expert of `layer` with this claim: room for a new one, or another's.
     fn slot(&self, state: &mut State, claim: Claim, layer: usize) -> Option<Option<MmapMut>> {
-        if let Some(slot) = state.spare.pop() {
-            return Some(Some(slot));
-        }
         if state.slots < state.limit {
             state.slots += 1;
+            return Some(None);
+        }
+        if state.cancel().is_some() {
             return Some(None);
         }
         state.evict(claim, layer, self.moving()).map(Some)
@@ -558,12 +592,9 @@ impl Pager {
     /// Makes the number of slots fit the memory there is.
     fn resize(&self, state: &mut State, growth: u64) -> Result<()> {
         let slot = self.budget.slot;
-        let held = state.slots as u64 * slot;
-        // What is in no slot. Those that are still to be made hold nothing.
-        let unmade = |queue: &VecDeque<Job>| queue.iter().filter(|job| job.slot.is_none()).count();
-        let unmade = state.queues.iter().map(unmade).sum::<usize>() as u64 * slot;
+        // What is in no slot. One that is being filled counts too.
         let others = memory::resident().map_or(self.budget.dense, |resident| {
-            resident.saturating_sub(held - unmade)
+            resident.saturating_sub(state.made as u64 * slot)
         });
         let room = self.budget.total.saturating_sub(others + growth + MARGIN);
         state.limit = (room / slot).min(state.places.len() as u64) as usize;
@@ -573,13 +604,12 @@ impl Pager {
         }
         self.yield_to_others(state);
         while state.slots > state.limit {
-            let moving = self.moving();
-            let spare = state.spare.pop().map(drop);
-            let canceled = spare.or_else(|| state.cancel());
-            let given =
-                canceled.or_else(|| state.evict(Claim::Wanted, usize::MAX, moving).map(drop));
-            if given.is_none() {
-                break;
+            if state.cancel().is_none() {
+                let Some(slot) = state.evict(Claim::Wanted, usize::MAX, self.moving()) else {
+                    break;
+                };
+                drop(slot);
+                state.made -= 1;
             }
             state.slots -= 1;
         }
@@ -623,10 +653,11 @@ impl State {
         self.queues[Line::Wanted as usize].extend(job);
     }
 
-    /// Gives up reading an expert ahead whose slot is still to be made.
+    /// Gives up filling a slot that is still to be made with an expert that nobody asked for.
     fn cancel(&mut self) -> Option<()> {
         let ahead = &mut self.queues[Line::Foreseen as usize];
-        let at = ahead.iter().rposition(|job| job.slot.is_none())?;
+        let warming = |job: &Job| job.slot.is_none() && self.places[job.key].claim == Claim::None;
+        let at = ahead.iter().rposition(warming)?;
         let job = ahead.remove(at)?;
         self.places[job.key].at = At::Disk;
         self.done();
@@ -742,6 +773,7 @@ impl Shared {
                 state = self.wait(state);
             }
         };
+        let is_new = slot.is_none();
         let slot = slot.map_or_else(|| new_slot(self.slot), Ok);
         let read = slot.and_then(|slot| reads::expert(&self.experts[key], slot, stand_back));
         let state = &mut *self.lock();
@@ -756,11 +788,13 @@ impl Shared {
                 bytes,
             }) => {
                 state.reads.bytes += bytes;
+                state.made += usize::from(is_new);
                 let expert = Arc::new(expert);
                 At::Here { expert, slot }
             }
             Err(e) => {
                 state.slots -= 1;
+                state.made -= usize::from(!is_new);
                 At::Lost(e)
             }
         };

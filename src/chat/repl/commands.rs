@@ -566,12 +566,14 @@ fn stats(talk: &mut Talk<'_>, _: &str) -> Result<()> {
         n => format!(" ({n} left out)"),
     };
     let speed = |what: &str, s: &Stats| {
+        let disk = s.reads.told().map(|told| format!("{:<12} {told}\n", ""));
         format!(
-            "{what:<12} {} tokens read at {:.1} tok/s, {} written at {:.1} tok/s\n",
+            "{what:<12} {} tokens read at {:.1} tok/s, {} written at {:.1} tok/s\n{}",
             s.prompt_tokens,
             s.prompt_rate(),
             s.answer_tokens,
-            s.answer_rate()
+            s.answer_rate(),
+            disk.unwrap_or_default(),
         )
     };
     show(&format!(
