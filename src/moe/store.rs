@@ -4,7 +4,8 @@
 //! what every token reads is read into memory once and the rest of the budget becomes slots, each for one expert.
 //! A pass says which experts its layer wants (`Store::want`), works on those that are there (`Store::ready`) while
 //! the others are read, and says which the next layer will probably want (`Store::foresee`): those are read when the
-//! disk has nothing more urgent to do. Which slot gives way, `store/popularity.rs` says. Reads go past the page cache, in large pieces, several at a time (`store/reads.rs`).
+//! disk has nothing more urgent to do. Which slot gives way, `store/popularity.rs` says. Reads go past the page cache,
+//! in large pieces, several at a time (`store/reads.rs`).
 //!
 //! The bytes are the same wherever they are, and so are the results.
 
