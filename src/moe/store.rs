@@ -401,7 +401,7 @@ impl Store {
             }
         }
         state.popularity.learn(layer, counts, n_tok);
-        pager.read_wanted(state, layer, self.n_expert);
+        pager.read_wanted(state);
     }
 
     /// `layer`, which comes next, will probably want these experts: read when nothing else is. `guess`: this may be
@@ -437,9 +437,8 @@ impl Store {
                 .collect());
         };
         let mut state = pager.shared.lock();
-        let waiting = Instant::now();
         loop {
-            pager.read_wanted(&mut state, layer, self.n_expert);
+            pager.read_wanted(&mut state);
             let mut ready = Vec::new();
             for chosen in std::mem::take(rest) {
                 let place = &mut state.places[key(&chosen)];
@@ -452,7 +451,7 @@ impl Store {
                         let At::Lost(e) = std::mem::replace(&mut place.at, At::Disk) else {
                             unreachable!("it was just looked at");
                         };
-                        pager.give_up(&mut state);
+                        state.give_up();
                         return Err(e);
                     }
                     _ => rest.push(chosen),
@@ -469,6 +468,7 @@ impl Store {
                 let budget = &pager.budget;
                 return Err(too_small(budget.total, budget.total + budget.slot, budget));
             }
+            let waiting = Instant::now();
             state = pager.shared.wait(state);
             state.reads.stalled += waiting.elapsed();
         }
@@ -489,17 +489,18 @@ impl Pager {
             let place = &mut state.places[key];
             place.claim = Claim::Foreseen;
             place.guessed = guess;
-            if matches!(place.at, At::Disk) {
-                let Some(slot) = self.slot(state, Claim::Foreseen, layer) else {
-                    return;
-                };
+            // Without a slot it is claimed all the same: the next one may be in memory, and should stay there.
+            if matches!(place.at, At::Disk)
+                && let Some(slot) = self.slot(state, Claim::Foreseen, layer)
+            {
                 self.load(state, key, slot, false);
             }
         }
     }
 
-    /// Begins to read what `layer` wants, as far as there are slots.
-    fn read_wanted(&self, state: &mut State, layer: usize, n_expert: usize) {
+    /// Begins to read what the layer of the pass wants, as far as there are slots.
+    fn read_wanted(&self, state: &mut State) {
+        let (layer, n_expert) = (state.layer, state.n_expert);
         for key in layer * n_expert..(layer + 1) * n_expert {
             let place = &state.places[key];
             if place.claim != Claim::Wanted {
@@ -636,16 +637,16 @@ impl Pager {
         };
         state.limit = state.limit.min(limit.max(self.budget.least_slots) as usize);
     }
-
-    /// A pass ends with an error: nothing is claimed any more.
-    fn give_up(&self, state: &mut State) {
-        for place in &mut state.places {
-            place.claim = Claim::None;
-        }
-    }
 }
 
 impl State {
+    /// A pass ends with an error: nothing is claimed any more.
+    fn give_up(&mut self) {
+        for place in &mut self.places {
+            place.claim = Claim::None;
+        }
+    }
+
     /// What was to be read ahead is wanted now: it changes over, unless it is being read already.
     fn hasten(&mut self, key: usize) {
         let ahead = &mut self.queues[Line::Foreseen as usize];
