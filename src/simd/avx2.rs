@@ -100,6 +100,7 @@ struct Maddubs;
 impl Tile for Maddubs {
     const ROWS: usize = 8;
     const TOKENS: usize = 4;
+    const PANELS: usize = 1;
     type I = __m256i;
     type F = __m256;
 
@@ -189,9 +190,9 @@ impl Tile for Maddubs {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const BITS: u32>(
-        sums: &mut [__m256i; N],
-        w: [__m256i; 4],
+    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+        sums: &mut [[__m256i; N]; R],
+        w: [[__m256i; 4]; R],
         x: [*const i8; N],
     ) {
         // Pairs that fit i16 together: 15 · 127 · 2 eight times, 63 · 127 · 2 twice, 128 · 127 · 2 once.
@@ -200,27 +201,29 @@ impl Tile for Maddubs {
             5..=6 => 2,
             _ => 1,
         };
-        for first in (0..4).step_by(together) {
-            let mut pairs = [_mm256_setzero_si256(); N];
-            for j in first..first + together {
-                let w = w[j];
-                for t in 0..N {
-                    let x = _mm256_set1_epi32(x[t].cast::<i32>().add(j).read_unaligned());
-                    // |w| · (x with the sign of w), where w is signed; -128 becomes 128 as a u8.
-                    let p = match BITS {
-                        8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
-                        _ => _mm256_maddubs_epi16(w, x),
-                    };
-                    pairs[t] = if j == first {
-                        p
-                    } else {
-                        _mm256_add_epi16(pairs[t], p)
-                    };
+        for (sums, w) in sums.iter_mut().zip(w) {
+            for first in (0..4).step_by(together) {
+                let mut pairs = [_mm256_setzero_si256(); N];
+                for j in first..first + together {
+                    let w = w[j];
+                    for t in 0..N {
+                        let x = _mm256_set1_epi32(x[t].cast::<i32>().add(j).read_unaligned());
+                        // |w| · (x with the sign of w), where w is signed; -128 becomes 128 as a u8.
+                        let p = match BITS {
+                            8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
+                            _ => _mm256_maddubs_epi16(w, x),
+                        };
+                        pairs[t] = if j == first {
+                            p
+                        } else {
+                            _mm256_add_epi16(pairs[t], p)
+                        };
+                    }
                 }
-            }
-            let one = _mm256_set1_epi16(1);
-            for t in 0..N {
-                sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs[t], one));
+                let one = _mm256_set1_epi16(1);
+                for t in 0..N {
+                    sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs[t], one));
+                }
             }
         }
     }

@@ -85,6 +85,7 @@ struct Vnni;
 impl Tile for Vnni {
     const ROWS: usize = 16;
     const TOKENS: usize = 8;
+    const PANELS: usize = 2;
     type I = __m512i;
     type F = __m512;
 
@@ -169,15 +170,17 @@ impl Tile for Vnni {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const BITS: u32>(
-        sums: &mut [__m512i; N],
-        w: [__m512i; 4],
+    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+        sums: &mut [[__m512i; N]; R],
+        w: [[__m512i; 4]; R],
         x: [*const i8; N],
     ) {
         for j in 0..4 {
             for t in 0..N {
                 let x = _mm512_set1_epi32(x[t].cast::<i32>().add(j).read_unaligned());
-                sums[t] = _mm512_dpbusd_epi32(sums[t], w[j], x);
+                for r in 0..R {
+                    sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], w[r][j], x);
+                }
             }
         }
     }

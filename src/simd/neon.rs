@@ -76,6 +76,7 @@ struct Widening;
 impl Tile for Widening {
     const ROWS: usize = 4;
     const TOKENS: usize = 4;
+    const PANELS: usize = 1;
     type I = int32x4_t;
     type F = float32x4_t;
 
@@ -150,24 +151,26 @@ impl Tile for Widening {
         ]
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const BITS: u32>(
-        sums: &mut [int32x4_t; N],
-        w: [int32x4_t; 4],
+    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+        sums: &mut [[int32x4_t; N]; R],
+        w: [[int32x4_t; 4]; R],
         x: [*const i8; N],
     ) {
         // Products that fit i16 together: 32 · 127 eight times, 128 · 127 twice.
         let together = if BITS == 8 { 1 } else { 4 };
-        for first in (0..4).step_by(together) {
-            for t in 0..N {
-                let (mut low, mut high) = (vdupq_n_s16(0), vdupq_n_s16(0));
-                for j in first..first + together {
-                    let w = vreinterpretq_s8_s32(w[j]);
-                    let x = vdupq_n_s32(x[t].cast::<i32>().add(j).read_unaligned());
-                    let x = vreinterpretq_s8_s32(x);
-                    low = vmlal_s8(low, vget_low_s8(w), vget_low_s8(x));
-                    high = vmlal_high_s8(high, w, x);
+        for (sums, w) in sums.iter_mut().zip(w) {
+            for first in (0..4).step_by(together) {
+                for t in 0..N {
+                    let (mut low, mut high) = (vdupq_n_s16(0), vdupq_n_s16(0));
+                    for j in first..first + together {
+                        let w = vreinterpretq_s8_s32(w[j]);
+                        let x = vdupq_n_s32(x[t].cast::<i32>().add(j).read_unaligned());
+                        let x = vreinterpretq_s8_s32(x);
+                        low = vmlal_s8(low, vget_low_s8(w), vget_low_s8(x));
+                        high = vmlal_high_s8(high, w, x);
+                    }
+                    sums[t] = vpadalq_s16(sums[t], vpaddq_s16(low, high));
                 }
-                sums[t] = vpadalq_s16(sums[t], vpaddq_s16(low, high));
             }
         }
     }

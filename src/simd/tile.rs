@@ -11,17 +11,17 @@
 //! So row sums appear in lanes, without a horizontal addition, and every row of the panel has its one
 //! accumulator: the canonical arithmetic of `quant`. Unpacking (`unpack.rs`) is a transposition and a few
 //! shifts of whole registers and is paid once for all tokens; these go through a panel a few at a time, so
-//! that accumulators stay in registers. For a single token nothing is stored: what is unpacked is
-//! multiplied at once.
+//! that accumulators stay in registers. A tier with many registers takes two panels side by side: an activation is
+//! fetched once for both. For a single token nothing is stored: what is unpacked is multiplied at once.
 //!
 //! ```text
-//! for panel in rows / ROWS:  for chunk in k / 256:  unpack;  for tokens / TOKENS:  tile
+//! for panels in rows / ROWS / PANELS:  for chunk in k / 256:  unpack;  for tokens / TOKENS:  tile
 //! ```
 
 use super::unpack::{Sink, Source, Unpack};
 use super::{Rows, Tokens};
 use crate::pool::Stripe;
-use crate::quant::act::{Acts, CHUNK, Chunk};
+use crate::quant::act::{Acts, CHUNK, Chunk, SUM};
 use crate::quant::{Block, IntBlock};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -35,6 +35,8 @@ pub(super) trait Tile: Copy {
     const ROWS: usize;
     /// Tokens that share a pass over a panel, at most 8.
     const TOKENS: usize;
+    /// Panels that share a pass over those tokens, 1 or 2.
+    const PANELS: usize;
     /// 32 bits of every row.
     type I: Copy;
     /// An `f32` of every row.
@@ -74,10 +76,11 @@ pub(super) trait Tile: Copy {
     /// Brings memory nearer that will be wanted soon. May do nothing; any address will do.
     unsafe fn prefetch(_at: *const u8) {}
 
-    /// `sums[t] += Σ_16 w · x[t]`. `w`: 16 weights of each row, of at most `BITS` bits; `x[t]`: 16 activations.
-    unsafe fn dot16<const N: usize, const BITS: u32>(
-        sums: &mut [Self::I; N],
-        w: [Self::I; 4],
+    /// `sums[r][t] += Σ_16 w[r] · x[t]`. `w[r]`: 16 weights of each row of panel `r`, of at most `BITS` bits; `x[t]`: 16
+    /// activations.
+    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+        sums: &mut [[Self::I; N]; R],
+        w: [[Self::I; 4]; R],
         x: [*const i8; N],
     );
     /// `acc + m[r][0] · x[0] + m[r][1] · x[1]`; `m`: a pair of i16 in every lane, `x`: two i16.
@@ -95,6 +98,8 @@ pub(super) trait Tile: Copy {
 
 /// Most rows of a panel in any tier.
 const MAX_ROWS: usize = 16;
+/// Most panels side by side in any tier.
+const MAX_PANELS: usize = 2;
 /// Tokens that share the unpacking of a panel; more than this come in several passes.
 const BATCH: usize = 512;
 
@@ -109,10 +114,23 @@ struct Panel {
     min: [[f32; MAX_ROWS]; CHUNK / 32],
     /// Sub-blocks' scales.
     sub: [[i32; MAX_ROWS]; CHUNK / 16],
-    /// What the sums of activations are multiplied with, a pair of i16 for two sums of 16: sub-blocks'
+    /// What the sums of activations are multiplied with, a pair of i16 for two sub-blocks: their
     /// minimums, or their scales where a bias must leave again.
     pairs: [[i32; MAX_ROWS]; CHUNK / 32],
 }
+
+impl Panel {
+    const EMPTY: Panel = Panel {
+        q: [0; CHUNK * MAX_ROWS],
+        scale: [[0.0; MAX_ROWS]; CHUNK / 32],
+        min: [[0.0; MAX_ROWS]; CHUNK / 32],
+        sub: [[0; MAX_ROWS]; CHUNK / 16],
+        pairs: [[0; MAX_ROWS]; CHUNK / 32],
+    };
+}
+
+/// Sums of a token's activations that belong to a chunk.
+type Accs = [[f32; MAX_ROWS]; MAX_PANELS];
 
 /// A block of a panel, to be filled.
 struct Slot<'a> {
@@ -171,54 +189,71 @@ pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &
 /// [`matmul`] of whole panels with many tokens.
 #[inline(always)]
 unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let stride = w.row_bytes();
-    let mut panel = Panel {
-        q: [0; CHUNK * MAX_ROWS],
-        scale: [[0.0; MAX_ROWS]; CHUNK / 32],
-        min: [[0.0; MAX_ROWS]; CHUNK / 32],
-        sub: [[0; MAX_ROWS]; CHUNK / 16],
-        pairs: [[0; MAX_ROWS]; CHUNK / 32],
-    };
-    let mut acc = [const { MaybeUninit::<[f32; MAX_ROWS]>::uninit() }; BATCH];
+    let mut panels = [Panel::EMPTY; MAX_PANELS];
+    let mut acc = [const { MaybeUninit::<Accs>::uninit() }; BATCH];
     for (batch, pick) in x.pick.chunks(BATCH).enumerate() {
+        let x = Tokens { pick, ..x };
         let acc = &mut acc[..pick.len()];
-        for p in 0..w.len() / T::ROWS {
-            for acc in acc.iter_mut() {
-                acc.write([0.0; MAX_ROWS]);
-            }
-            // SAFETY: all of them have just been written.
-            let acc = unsafe {
-                let first = acc.as_mut_ptr().cast::<[f32; MAX_ROWS]>();
-                std::slice::from_raw_parts_mut(first, acc.len())
-            };
-            let rows = w.bytes[p * T::ROWS * stride..].as_ptr();
-            for k in (0..w.k).step_by(CHUNK) {
-                let width = CHUNK.min(w.k - k);
-                for b in 0..width / B::WEIGHTS {
-                    let panel = &mut panel;
-                    // SAFETY: this block of `ROWS` rows is inside `w.bytes`; the features are enabled by the caller.
-                    unsafe {
-                        unpack::<T, B>(rows, stride, k / B::WEIGHTS + b, &mut Slot { panel, b })
-                    };
-                }
-                let chunks = x.acts.chunks(k / CHUNK);
-                let mut t = 0;
-                while t < pick.len() {
-                    let (pick, acc) = (&pick[t..], &mut acc[t..]);
-                    // SAFETY: the features are enabled by the caller.
-                    t += unsafe {
-                        match pick.len().min(T::TOKENS) {
-                            8.. => tile::<T, B, 8>(&panel, chunks, pick, acc, width),
-                            4.. => tile::<T, B, 4>(&panel, chunks, pick, acc, width),
-                            2.. => tile::<T, B, 2>(&panel, chunks, pick, acc, width),
-                            _ => tile::<T, B, 1>(&panel, chunks, pick, acc, width),
-                        }
-                    };
+        let n = w.len() / T::ROWS;
+        for p in (0..n).step_by(T::PANELS) {
+            // SAFETY: the caller's.
+            unsafe {
+                match T::PANELS.min(n - p) {
+                    2 => side_by_side::<T, B, 2>(w, p, x, &mut panels, acc),
+                    _ => side_by_side::<T, B, 1>(w, p, x, &mut panels, acc),
                 }
             }
             for (t, acc) in acc.iter().enumerate() {
-                y.row(batch * BATCH + t)[p * T::ROWS..][..T::ROWS].copy_from_slice(&acc[..T::ROWS]);
+                // SAFETY: all of them have just been written.
+                let acc = unsafe { acc.assume_init_ref() };
+                let out = y.row(batch * BATCH + t)[p * T::ROWS..].chunks_exact_mut(T::ROWS);
+                for (out, acc) in out.zip(&acc[..T::PANELS]) {
+                    out.copy_from_slice(&acc[..T::ROWS]);
+                }
             }
+        }
+    }
+}
+
+/// R panels from panel `p` on × all picked tokens: `acc[t][r] = Σ_k w[r][k] · x[t][k]`.
+#[inline(always)]
+unsafe fn side_by_side<T: Tile, B: Unpack, const R: usize>(
+    w: Rows<'_>,
+    p: usize,
+    x: Tokens<'_>,
+    panels: &mut [Panel; MAX_PANELS],
+    acc: &mut [MaybeUninit<Accs>],
+) {
+    let stride = w.row_bytes();
+    for acc in acc.iter_mut() {
+        acc.write([[0.0; MAX_ROWS]; MAX_PANELS]);
+    }
+    // SAFETY: all of them have just been written.
+    let acc = unsafe { std::slice::from_raw_parts_mut(acc.as_mut_ptr().cast(), acc.len()) };
+    for k in (0..w.k).step_by(CHUNK) {
+        let width = CHUNK.min(w.k - k);
+        for (r, panel) in panels[..R].iter_mut().enumerate() {
+            let rows = w.bytes[(p + r) * T::ROWS * stride..].as_ptr();
+            for b in 0..width / B::WEIGHTS {
+                let panel = &mut *panel;
+                // SAFETY: this block of `ROWS` rows is inside `w.bytes`; the features are enabled by the caller.
+                unsafe { unpack::<T, B>(rows, stride, k / B::WEIGHTS + b, &mut Slot { panel, b }) };
+            }
+        }
+        let chunks = x.acts.chunks(k / CHUNK);
+        let panels = std::array::from_fn(|r| &panels[r]);
+        let mut t = 0;
+        while t < x.len() {
+            let (pick, acc) = (&x.pick[t..], &mut acc[t..]);
+            // SAFETY: the features are enabled by the caller.
+            t += unsafe {
+                match pick.len().min(T::TOKENS) {
+                    8.. => tile::<T, B, 8, R>(panels, chunks, pick, acc, width),
+                    4.. => tile::<T, B, 4, R>(panels, chunks, pick, acc, width),
+                    2.. => tile::<T, B, 2, R>(panels, chunks, pick, acc, width),
+                    _ => tile::<T, B, 1, R>(panels, chunks, pick, acc, width),
+                }
+            };
         }
     }
 }
@@ -251,140 +286,177 @@ unsafe fn unpack<T: Tile, B: Unpack>(
 /// Bytes of a page of memory.
 const PAGE: usize = 4096;
 
-/// One panel × the first N picked tokens: `acc[t][r] += Σ_k w[r][k] · x[t][k]` over the panel's chunk.
+/// R panels × the first N picked tokens: `acc[t][r] += Σ_k w[r][k] · x[t][k]` over the panels' chunk.
 #[inline(always)]
-unsafe fn tile<T: Tile, B: IntBlock, const N: usize>(
-    panel: &Panel,
+unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+    panels: [&Panel; R],
     chunks: &[Chunk],
     pick: &[u32],
-    acc: &mut [[f32; MAX_ROWS]],
+    acc: &mut [Accs],
     width: usize,
 ) -> usize {
     let x: [&Chunk; N] = std::array::from_fn(|t| &chunks[pick[t] as usize]);
-    let acc: &mut [[f32; MAX_ROWS]; N] = (&mut acc[..N]).try_into().expect("N tokens");
-    // SAFETY: the features are enabled by the caller; the panel's arrays and the chunks are as long as
+    let acc: &mut [Accs; N] = (&mut acc[..N]).try_into().expect("N tokens");
+    // SAFETY: the features are enabled by the caller; the panels' arrays and the chunks are as long as
     // their documentation says.
     unsafe {
-        let mut y = [T::load_floats(acc[0].as_ptr()); N];
-        for t in 1..N {
-            y[t] = T::load_floats(acc[t].as_ptr());
+        let mut y = [[T::load_floats(acc[0][0].as_ptr()); N]; R];
+        for r in 0..R {
+            for t in 0..N {
+                y[r][t] = T::load_floats(acc[t][r].as_ptr());
+            }
         }
         match B::WEIGHTS {
-            CHUNK => tile_of_256::<T, B, N>(panel, x, &mut y),
-            _ => (0..width / 32).for_each(|b| tile_of_32::<T, B, N>(panel, b, x, &mut y)),
+            CHUNK => tile_of_256::<T, B, N, R>(panels, x, &mut y),
+            _ => {
+                let starts = x.map(starts_of_32::<T, B>);
+                for b in 0..width / 32 {
+                    tile_of_32::<T, B, N, R>(panels, b, x, &starts, &mut y);
+                }
+            }
         }
-        for t in 0..N {
-            T::store_floats(acc[t].as_mut_ptr(), y[t]);
+        for r in 0..R {
+            for t in 0..N {
+                T::store_floats(acc[t][r].as_mut_ptr(), y[r][t]);
+            }
         }
     }
     N
 }
 
-/// Block `b` of 32 weights of a panel.
+/// Block `b` of 32 weights of R panels; `starts`: [`starts_of_32`] of each token.
 #[inline(always)]
-unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize>(
-    panel: &Panel,
+unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+    panels: [&Panel; R],
     b: usize,
     x: [&Chunk; N],
-    y: &mut [T::F; N],
+    starts: &[[i32; CHUNK / 32]; N],
+    y: &mut [[T::F; N]; R],
 ) {
     // SAFETY: as `tile`.
     unsafe {
-        let mut isum = start_of_32::<T, B, N>(x, b);
-        for first in [0, 16] {
-            dot16_at::<T, B, N>(&mut isum, panel, 32 * b + first, x);
+        let mut isum = [[T::splat(0); N]; R];
+        for t in 0..N {
+            let start = T::splat(starts[t][b]);
+            for r in 0..R {
+                isum[r][t] = start;
+            }
         }
-        let d = T::load_floats(panel.scale[b].as_ptr());
-        let m = T::load_floats(panel.min[b].as_ptr());
-        end_of_32::<T, B, N>(isum, [d, m], x, b, y);
+        for first in [0, 16] {
+            dot16_at::<T, B, N, R>(&mut isum, panels, 32 * b + first, x);
+        }
+        for r in 0..R {
+            let d = T::load_floats(panels[r].scale[b].as_ptr());
+            let m = T::load_floats(panels[r].min[b].as_ptr());
+            end_of_32::<T, B, N>(isum[r], [d, m], x, b, &mut y[r]);
+        }
     }
 }
 
-/// The block of 256 weights of a panel.
+/// The block of 256 weights of R panels.
 #[inline(always)]
-unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize>(
-    panel: &Panel,
+unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+    panels: [&Panel; R],
     x: [&Chunk; N],
-    y: &mut [T::F; N],
+    y: &mut [[T::F; N]; R],
 ) {
     // SAFETY: as `tile`.
     unsafe {
         let zero = T::splat(0);
-        let (mut isum, mut other) = ([zero; N], [zero; N]);
+        let mut isum = [[zero; N]; R];
         for s in 0..CHUNK / B::SUB {
-            let mut sub = [zero; N];
+            let mut sub = [[zero; N]; R];
             for first in (0..B::SUB).step_by(16) {
-                dot16_at::<T, B, N>(&mut sub, panel, B::SUB * s + first, x);
+                dot16_at::<T, B, N, R>(&mut sub, panels, B::SUB * s + first, x);
             }
-            let scale = T::load(panel.sub[s].as_ptr());
-            for t in 0..N {
-                isum[t] = T::add(isum[t], T::mul(sub[t], scale));
-            }
-        }
-        if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
-            for (p, pairs) in panel.pairs.iter().enumerate() {
-                let pairs = T::load(pairs.as_ptr());
+            for r in 0..R {
+                let scale = T::load(panels[r].sub[s].as_ptr());
                 for t in 0..N {
-                    other[t] = T::pair(other[t], pairs, x[t].sums[2 * p..].as_ptr());
+                    isum[r][t] = T::add(isum[r][t], T::mul(sub[r][t], scale));
                 }
             }
         }
-        let d = T::load_floats(panel.scale[0].as_ptr());
-        let m = T::load_floats(panel.min[0].as_ptr());
-        end_of_256::<T, B, N>(isum, other, [d, m], x, y);
+        let sums = x.map(sums_of_subs::<B>);
+        for r in 0..R {
+            let mut other = [zero; N];
+            if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
+                for (p, pairs) in panels[r].pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
+                    let pairs = T::load(pairs.as_ptr());
+                    for t in 0..N {
+                        other[t] = T::pair(other[t], pairs, sums[t][2 * p..].as_ptr());
+                    }
+                }
+            }
+            let d = T::load_floats(panels[r].scale[0].as_ptr());
+            let m = T::load_floats(panels[r].min[0].as_ptr());
+            end_of_256::<T, B, N>(isum[r], other, [d, m], x, &mut y[r]);
+        }
     }
 }
 
-/// [`dot16`] with the weights from `first` on of a panel.
+/// The sums of a token's activations over each sub-block, of which the first `CHUNK / B::SUB` count.
 #[inline(always)]
-unsafe fn dot16_at<T: Tile, B: IntBlock, const N: usize>(
-    sums: &mut [T::I; N],
-    panel: &Panel,
+fn sums_of_subs<B: IntBlock>(x: &Chunk) -> [i16; CHUNK / SUM] {
+    if B::SUB == SUM {
+        return x.sums;
+    }
+    let mut sums = [0; CHUNK / SUM];
+    for (sum, of_16) in sums.iter_mut().zip(x.sums.as_chunks::<2>().0) {
+        // At most 32 · 127.
+        *sum = of_16[0] + of_16[1];
+    }
+    sums
+}
+
+/// Adds 16 weights from `first` on, of R panels, times those of N tokens.
+#[inline(always)]
+unsafe fn dot16_at<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+    sums: &mut [[T::I; N]; R],
+    panels: [&Panel; R],
     first: usize,
     x: [&Chunk; N],
 ) {
-    let w = panel.q[first * T::ROWS..][..16 * T::ROWS]
-        .as_ptr()
-        .cast::<i32>();
     // SAFETY: as `tile`; four registers.
     unsafe {
-        let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
-        dot16::<T, B, N>(sums, w, x.map(|x| x.qs[first..][..16].as_ptr()));
+        let mut w = [[T::splat(0); 4]; R];
+        for r in 0..R {
+            let from = panels[r].q[first * T::ROWS..][..16 * T::ROWS].as_ptr();
+            for j in 0..4 {
+                w[r][j] = T::load(from.cast::<i32>().add(j * T::ROWS));
+            }
+        }
+        dot16::<T, B, N, R>(sums, w, x.map(|x| x.qs[first..][..16].as_ptr()));
     }
 }
 
 /// [`Tile::dot16`] with the format's bits.
 #[inline(always)]
-unsafe fn dot16<T: Tile, B: IntBlock, const N: usize>(
-    sums: &mut [T::I; N],
-    w: [T::I; 4],
+unsafe fn dot16<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+    sums: &mut [[T::I; N]; R],
+    w: [[T::I; 4]; R],
     x: [*const i8; N],
 ) {
     // SAFETY: as `tile`.
     unsafe {
         match B::BITS {
-            ..=4 => T::dot16::<N, 4>(sums, w, x),
-            5..=6 => T::dot16::<N, 6>(sums, w, x),
-            _ => T::dot16::<N, 8>(sums, w, x),
+            ..=4 => T::dot16::<N, R, 4>(sums, w, x),
+            5..=6 => T::dot16::<N, R, 6>(sums, w, x),
+            _ => T::dot16::<N, R, 8>(sums, w, x),
         }
     }
 }
 
-/// What the integer sums of a block of 32 start with: the bias leaves through the sums of the activations.
+/// What the integer sums of each block of 32 start with: the bias leaves through the sums of the activations.
 #[inline(always)]
-unsafe fn start_of_32<T: Tile, B: IntBlock, const N: usize>(x: [&Chunk; N], b: usize) -> [T::I; N] {
+fn starts_of_32<T: Tile, B: IntBlock>(x: &Chunk) -> [i32; CHUNK / 32] {
     let bias = T::bias(B::OFFSET);
-    // SAFETY: as `tile`.
-    unsafe {
-        let mut isum = [T::splat(0); N];
-        if bias != 0 {
-            let out = T::splat((-bias & 0xffff) | (-bias << 16));
-            for t in 0..N {
-                isum[t] = T::pair(isum[t], out, x[t].sums[2 * b..].as_ptr());
-            }
+    let mut starts = [0; CHUNK / 32];
+    if bias != 0 {
+        for (start, sums) in starts.iter_mut().zip(x.sums.as_chunks::<2>().0) {
+            *start = -bias * (sums[0] as i32 + sums[1] as i32);
         }
-        isum
     }
+    starts
 }
 
 /// The float steps of block `b` of 32 weights; `d`, `m`: its scale and minimum.
@@ -448,17 +520,22 @@ unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut 
         unsafe {
             let zero = T::splat(0);
             let mut y = [T::halves(zero)];
+            let mut starts = [0; CHUNK / 32];
             for b in 0..w.k / B::WEIGHTS {
                 let x = [&acts.chunks(b / per_chunk)[token as usize]];
                 let at = b % per_chunk;
+                if at == 0 {
+                    starts = starts_of_32::<T, B>(x[0]);
+                }
                 let mut block = Product::<T, B> {
                     x: x[0],
                     at: 32 * at,
                     isum: match B::WEIGHTS {
-                        CHUNK => [zero],
-                        _ => start_of_32::<T, B, 1>(x, at),
+                        CHUNK => zero,
+                        _ => T::splat(starts[at]),
                     },
-                    other: [zero],
+                    sums: sums_of_subs::<B>(x[0]),
+                    other: zero,
                     scales: [y[0]; 2],
                     subs: [zero; CHUNK / 16],
                     format: PhantomData,
@@ -466,9 +543,10 @@ unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut 
                 unpack::<T, B>(rows, stride, b, &mut block);
                 match B::WEIGHTS {
                     CHUNK => {
-                        end_of_256::<T, B, 1>(block.isum, block.other, block.scales, x, &mut y)
+                        let (isum, other) = ([block.isum], [block.other]);
+                        end_of_256::<T, B, 1>(isum, other, block.scales, x, &mut y)
                     }
-                    _ => end_of_32::<T, B, 1>(block.isum, block.scales, x, at, &mut y),
+                    _ => end_of_32::<T, B, 1>([block.isum], block.scales, x, at, &mut y),
                 }
             }
             T::store_floats(out.as_mut_ptr(), y[0]);
@@ -481,8 +559,10 @@ struct Product<'a, T: Tile, B> {
     x: &'a Chunk,
     /// Where the block's activations begin in `x`.
     at: usize,
-    isum: [T::I; 1],
-    other: [T::I; 1],
+    /// [`sums_of_subs`] of `x`.
+    sums: [i16; CHUNK / SUM],
+    isum: T::I,
+    other: T::I,
     /// Scale and minimum.
     scales: [T::F; 2],
     subs: [T::I; CHUNK / 16],
@@ -504,14 +584,8 @@ impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
     }
     #[inline(always)]
     unsafe fn pair(&mut self, p: usize, factors: T::I) {
-        // SAFETY: the caller's; two of the chunk's sums.
-        unsafe {
-            self.other = [T::pair(
-                self.other[0],
-                factors,
-                self.x.sums[2 * p..].as_ptr(),
-            )]
-        }
+        // SAFETY: the caller's; two of the sums.
+        unsafe { self.other = T::pair(self.other, factors, self.sums[2 * p..].as_ptr()) }
     }
     #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
@@ -519,14 +593,14 @@ impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
         // SAFETY: the caller's; 16 activations.
         unsafe {
             if B::WEIGHTS == CHUNK {
-                let mut sub = [T::splat(0)];
-                dot16::<T, B, 1>(&mut sub, q, x);
-                self.isum = [T::add(
-                    self.isum[0],
-                    T::mul(sub[0], self.subs[first / B::SUB]),
-                )];
+                let mut sub = [[T::splat(0)]];
+                dot16::<T, B, 1, 1>(&mut sub, [q], x);
+                let scaled = T::mul(sub[0][0], self.subs[first / B::SUB]);
+                self.isum = T::add(self.isum, scaled);
             } else {
-                dot16::<T, B, 1>(&mut self.isum, q, x);
+                let mut isum = [[self.isum]];
+                dot16::<T, B, 1, 1>(&mut isum, [q], x);
+                self.isum = isum[0][0];
             }
         }
     }
@@ -557,14 +631,14 @@ unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i3
     let x: [*const i8; N] = std::array::from_fn(|t| x[t].as_ptr().cast());
     // SAFETY: 16 weights of each row, 16 activations of each token, at most `MAX_ROWS` lanes.
     unsafe {
-        let mut sums = [T::splat(0); N];
+        let mut sums = [[T::splat(0); N]];
         for w in w.chunks_exact(16 * T::ROWS) {
             let w = w.as_ptr().cast::<i32>();
             let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
-            T::dot16::<N, 4>(&mut sums, w, x);
+            T::dot16::<N, 1, 4>(&mut sums, [w], x);
         }
         let mut total = 0i32;
-        for sums in sums {
+        for sums in sums[0] {
             let mut lanes = [0; MAX_ROWS];
             T::store(lanes.as_mut_ptr(), sums);
             total = lanes.iter().fold(total, |s, l| s.wrapping_add(*l));

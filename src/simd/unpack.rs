@@ -43,8 +43,8 @@ pub(super) trait Sink<T: Tile> {
     unsafe fn min(&mut self, m: T::F);
     /// The scale of sub-block `s`.
     unsafe fn sub(&mut self, s: usize, scale: T::I);
-    /// What the sums `2 p` and `2 p + 1` of 16 activations are multiplied with, a pair of i16: sub-blocks'
-    /// minimums, or, in formats without, their scales again, so that a bias can leave.
+    /// What the sums of activations over the sub-blocks `2 p` and `2 p + 1` are multiplied with, a pair of i16: the
+    /// sub-blocks' minimums, or, in formats without, their scales again, so that a bias can leave.
     unsafe fn pair(&mut self, p: usize, factors: T::I);
     /// 16 weights of every row from weight `first` on, raised by the tier's bias.
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]);
@@ -163,11 +163,8 @@ unsafe fn put_subs<T: Tile, B: IntBlock>(
         }
         if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
             let factor = |s| if B::HAS_MIN { min(s) } else { scale(s) };
-            for p in 0..CHUNK / 32 {
-                let (a, b) = match B::SUB {
-                    16 => (factor(2 * p), factor(2 * p + 1)),
-                    _ => (factor(p), factor(p)),
-                };
+            for p in 0..CHUNK / B::SUB / 2 {
+                let (a, b) = (factor(2 * p), factor(2 * p + 1));
                 to.pair(p, T::or(T::and(a, T::splat(0xffff)), T::shl(b, 16)));
             }
         }
