@@ -58,6 +58,9 @@ pub(super) struct Source<T> {
     tile: PhantomData<T>,
 }
 
+// Vectors are made in loops here and not in closures: a closure has none of the tier's features where it is not inlined,
+// and a large one is not (decode of Q3_K was ten times slower).
+//
 // Every `unsafe fn` from here on has the contract of `Unpack::unpack`: the tier's features are enabled,
 // and offsets stay inside a block.
 
@@ -116,55 +119,64 @@ unsafe fn put<T: Tile, B: IntBlock>(
     stored: i32,
 ) {
     let raise = T::bias(B::OFFSET) - stored;
+    let mut q = q;
     // SAFETY: the caller's.
     unsafe {
-        to.weights(
-            first,
-            match raise {
-                0 => q,
-                _ => q.map(|q| T::add_bytes(q, T::splat(bytes(raise)))),
-            },
-        );
+        if raise != 0 {
+            for q in &mut q {
+                *q = T::add_bytes(*q, T::splat(bytes(raise)));
+            }
+        }
+        to.weights(first, q);
     }
 }
 
-/// [`put`] for two planes of nibbles: the low ones are the weights from `low` on, the high ones from
-/// `high` on; `finish(i, 0 or 1, q)` is what becomes of register `i` of either.
+/// The two planes of nibbles, the low ones first.
 #[inline(always)]
-unsafe fn put_nibbles<T: Tile, B: IntBlock>(
+unsafe fn nibbles<T: Tile>(bytes: [T::I; 4]) -> [[T::I; 4]; 2] {
+    let mut planes = [bytes; 2];
+    for (plane, q) in planes.iter_mut().enumerate() {
+        for q in q {
+            // SAFETY: the caller's.
+            *q = unsafe { bits::<T>(*q, 4 * plane as i32, 15) };
+        }
+    }
+    planes
+}
+
+/// [`put`] for two planes of weights, one from weight `first[0]`, one from `first[1]` on.
+#[inline(always)]
+unsafe fn put_planes<T: Tile, B: IntBlock>(
     to: &mut impl Sink<T>,
-    [low, high]: [usize; 2],
-    bytes: [T::I; 4],
-    finish: impl Fn(usize, usize, T::I) -> T::I,
+    first: [usize; 2],
+    planes: [[T::I; 4]; 2],
     stored: i32,
 ) {
-    for (plane, first) in [low, high].into_iter().enumerate() {
-        let mut q = bytes;
-        for (i, q) in q.iter_mut().enumerate() {
-            // SAFETY: the caller's.
-            *q = finish(i, plane, unsafe { bits::<T>(*q, 4 * plane as i32, 15) });
-        }
+    for (first, q) in first.into_iter().zip(planes) {
         // SAFETY: the caller's.
         unsafe { put::<T, B>(to, first, q, stored) };
     }
 }
 
-/// Hands on the scales of all sub-blocks and what the sums of activations are multiplied with.
+/// One value for each sub-block of 256 weights, of which the first `CHUNK / IntBlock::SUB` count.
+type Subs<T> = [<T as Tile>::I; CHUNK / 16];
+
+/// Hands on the scales of all sub-blocks, and what the sums of activations are multiplied with: `mins`, or the scales again.
 #[inline(always)]
 unsafe fn put_subs<T: Tile, B: IntBlock>(
     to: &mut impl Sink<T>,
-    scale: impl Fn(usize) -> T::I,
-    min: impl Fn(usize) -> T::I,
+    scales: &Subs<T>,
+    mins: Option<&Subs<T>>,
 ) {
     // SAFETY: the caller's.
     unsafe {
-        for s in 0..CHUNK / B::SUB {
-            to.sub(s, scale(s));
+        for (s, scale) in scales[..CHUNK / B::SUB].iter().enumerate() {
+            to.sub(s, *scale);
         }
         if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
-            let factor = |s| if B::HAS_MIN { min(s) } else { scale(s) };
+            let factors = mins.unwrap_or(scales);
             for p in 0..CHUNK / B::SUB / 2 {
-                let (a, b) = (factor(2 * p), factor(2 * p + 1));
+                let (a, b) = (factors[2 * p], factors[2 * p + 1]);
                 to.pair(p, T::or(T::and(a, T::splat(0xffff)), T::shl(b, 16)));
             }
         }
@@ -180,7 +192,7 @@ impl Unpack for Q4_0 {
         unsafe {
             to.scale(T::halves(rows.column(offset_of!(Q4_0, d))));
             let qs = rows.columns(offset_of!(Q4_0, qs));
-            put_nibbles::<T, Q4_0>(to, [0, 16], qs, |_, _, q| q, 8);
+            put_planes::<T, Q4_0>(to, [0, 16], nibbles::<T>(qs), 8);
         }
     }
 }
@@ -194,20 +206,24 @@ impl Unpack for Q4_1 {
             to.scale(T::halves(head));
             to.min(T::halves(T::shr(head, 16)));
             let qs = rows.columns(offset_of!(Q4_1, qs));
-            put_nibbles::<T, Q4_1>(to, [0, 16], qs, |_, _, q| q, 0);
+            put_planes::<T, Q4_1>(to, [0, 16], nibbles::<T>(qs), 0);
         }
     }
 }
 
-/// The fifth bits of the formats with 5 bits and blocks of 32: bit `i` of `qh` belongs to weight `i`.
+/// Adds the fifth bits of the formats with 5 bits and blocks of 32: bit `i` of `qh` belongs to weight `i`.
 #[inline(always)]
-unsafe fn fifth_bits<T: Tile>(qh: T::I, i: usize, plane: usize, q: T::I) -> T::I {
-    // SAFETY: the caller's.
-    unsafe {
-        // Four bits, spread over the four bytes by a product without carries, and moved to bit 4.
-        let four = field::<T>(qh, (16 * plane + 4 * i) as i32, 15);
-        let spread = T::and(T::mul(four, T::splat(0x0020_4081)), T::splat(0x0101_0101));
-        T::or(q, T::shl(spread, 4))
+unsafe fn add_fifth_bits<T: Tile>(planes: &mut [[T::I; 4]; 2], qh: T::I) {
+    for (plane, q) in planes.iter_mut().enumerate() {
+        for (i, q) in q.iter_mut().enumerate() {
+            // SAFETY: the caller's.
+            unsafe {
+                // Four bits, spread over the four bytes by a product without carries, and moved to bit 4.
+                let four = field::<T>(qh, (16 * plane + 4 * i) as i32, 15);
+                let spread = T::and(T::mul(four, T::splat(0x0020_4081)), T::splat(0x0101_0101));
+                *q = T::or(*q, T::shl(spread, 4));
+            }
+        }
     }
 }
 
@@ -219,8 +235,9 @@ impl Unpack for Q5_0 {
             to.scale(T::halves(rows.column(offset_of!(Q5_0, d))));
             let qh = rows.column(offset_of!(Q5_0, qh));
             let qs = rows.columns(offset_of!(Q5_0, qs));
-            let add = |i, plane, q| fifth_bits::<T>(qh, i, plane, q);
-            put_nibbles::<T, Q5_0>(to, [0, 16], qs, add, 16);
+            let mut planes = nibbles::<T>(qs);
+            add_fifth_bits::<T>(&mut planes, qh);
+            put_planes::<T, Q5_0>(to, [0, 16], planes, 16);
         }
     }
 }
@@ -235,8 +252,9 @@ impl Unpack for Q5_1 {
             to.min(T::halves(T::shr(head, 16)));
             let qh = rows.column(offset_of!(Q5_1, qh));
             let qs = rows.columns(offset_of!(Q5_1, qs));
-            let add = |i, plane, q| fifth_bits::<T>(qh, i, plane, q);
-            put_nibbles::<T, Q5_1>(to, [0, 16], qs, add, 0);
+            let mut planes = nibbles::<T>(qs);
+            add_fifth_bits::<T>(&mut planes, qh);
+            put_planes::<T, Q5_1>(to, [0, 16], planes, 0);
         }
     }
 }
@@ -255,6 +273,15 @@ impl Unpack for Q8_0 {
     }
 }
 
+/// The values of 4-bit codes.
+#[inline(always)]
+unsafe fn look_up<T: Tile>(planes: &mut [[T::I; 4]; 2]) {
+    for q in planes.as_flattened_mut() {
+        // SAFETY: the caller's.
+        *q = unsafe { T::lookup(&iq4_nl::VALUES, *q) };
+    }
+}
+
 impl Unpack for Iq4Nl {
     #[inline(always)]
     unsafe fn unpack<T: Tile, S: Sink<T>>(rows: Source<T>, to: &mut S) {
@@ -262,8 +289,9 @@ impl Unpack for Iq4Nl {
         unsafe {
             to.scale(T::halves(rows.column(offset_of!(Iq4Nl, d))));
             let qs = rows.columns(offset_of!(Iq4Nl, qs));
-            let value = |_, _, q| T::lookup(&iq4_nl::VALUES, q);
-            put_nibbles::<T, Iq4Nl>(to, [0, 16], qs, value, 0);
+            let mut planes = nibbles::<T>(qs);
+            look_up::<T>(&mut planes);
+            put_planes::<T, Iq4Nl>(to, [0, 16], planes, 0);
         }
     }
 }
@@ -294,8 +322,11 @@ unsafe fn put_head<T: Tile, B: IntBlock>(to: &mut impl Sink<T>, [d, a, b, c]: [T
     // SAFETY: the caller's.
     unsafe {
         put_two_scales::<T>(to, d);
-        let scale = |s| scale_min::<T>([a, b, c], s).0;
-        put_subs::<T, B>(to, scale, |s| scale_min::<T>([a, b, c], s).1);
+        let (mut scales, mut mins) = ([T::splat(0); CHUNK / 16], [T::splat(0); CHUNK / 16]);
+        for s in 0..CHUNK / B::SUB {
+            (scales[s], mins[s]) = scale_min::<T>([a, b, c], s);
+        }
+        put_subs::<T, B>(to, &scales, Some(&mins));
     }
 }
 
@@ -320,7 +351,7 @@ impl Unpack for Q4_K {
             for part in 0..8 {
                 let qs = rows.columns(offset_of!(Q4_K, qs) + 16 * part);
                 let low = 64 * (part / 2) + 16 * (part % 2);
-                put_nibbles::<T, Q4_K>(to, [low, low + 32], qs, |_, _, q| q, 0);
+                put_planes::<T, Q4_K>(to, [low, low + 32], nibbles::<T>(qs), 0);
             }
         }
     }
@@ -338,11 +369,14 @@ impl Unpack for Q5_K {
                 for pair in 0..4 {
                     let qs = rows.columns(offset_of!(Q5_K, qs) + 32 * pair + 16 * half);
                     let low = 64 * pair + 16 * half;
-                    let add = |i: usize, plane, q| {
-                        let fifth = bits::<T>(qh[i], (2 * pair + plane) as i32, 1);
-                        T::or(q, T::shl(fifth, 4))
-                    };
-                    put_nibbles::<T, Q5_K>(to, [low, low + 32], qs, add, 0);
+                    let mut planes = nibbles::<T>(qs);
+                    for (plane, q) in planes.iter_mut().enumerate() {
+                        for (q, qh) in q.iter_mut().zip(qh) {
+                            let fifth = bits::<T>(qh, (2 * pair + plane) as i32, 1);
+                            *q = T::or(*q, T::shl(fifth, 4));
+                        }
+                    }
+                    put_planes::<T, Q5_K>(to, [low, low + 32], planes, 0);
                 }
             }
         }
@@ -368,8 +402,11 @@ impl Unpack for Q6_K {
             let d = T::shr(rows.column(offset_of!(Q6_K, d) - 2), 16);
             to.scale(T::halves(d));
             let scales = rows.columns(offset_of!(Q6_K, scales));
-            let scale = |s: usize| signed_byte::<T>(scales[s / 4], s % 4);
-            put_subs::<T, Q6_K>(to, scale, scale);
+            let mut subs = [T::splat(0); CHUNK / 16];
+            for (s, sub) in subs.iter_mut().enumerate() {
+                *sub = signed_byte::<T>(scales[s / 4], s % 4);
+            }
+            put_subs::<T, Q6_K>(to, &subs, None);
             for half in 0..2 {
                 for part in 0..2 {
                     // 16 bytes of upper bits serve four groups of 32 weights, lower bits two.
@@ -379,11 +416,14 @@ impl Unpack for Q6_K {
                         let ql =
                             rows.columns(offset_of!(Q6_K, ql) + 64 * half + 32 * group + 16 * part);
                         let low = 128 * half + 32 * group + 16 * part;
-                        let add = |i: usize, plane, q| {
-                            let two = bits::<T>(qh[i], (2 * group + 4 * plane) as i32, 3);
-                            T::or(q, T::shl(two, 4))
-                        };
-                        put_nibbles::<T, Q6_K>(to, [low, low + 64], ql, add, 32);
+                        let mut planes = nibbles::<T>(ql);
+                        for (plane, q) in planes.iter_mut().enumerate() {
+                            for (q, qh) in q.iter_mut().zip(qh) {
+                                let two = bits::<T>(qh, (2 * group + 4 * plane) as i32, 3);
+                                *q = T::or(*q, T::shl(two, 4));
+                            }
+                        }
+                        put_planes::<T, Q6_K>(to, [low, low + 64], planes, 32);
                     }
                 }
             }
@@ -398,13 +438,21 @@ impl Unpack for Q2_K {
         unsafe {
             put_two_scales::<T>(to, rows.column(offset_of!(Q2_K, d)));
             let scales = rows.columns(offset_of!(Q2_K, scales));
-            let nibble = |s: usize, at| field::<T>(scales[s / 4], 8 * (s % 4) as i32 + at, 15);
-            put_subs::<T, Q2_K>(to, |s| nibble(s, 0), |s| nibble(s, 4));
+            let (mut subs, mut mins) = ([T::splat(0); CHUNK / 16], [T::splat(0); CHUNK / 16]);
+            for s in 0..CHUNK / 16 {
+                let at = 8 * (s % 4) as i32;
+                subs[s] = field::<T>(scales[s / 4], at, 15);
+                mins[s] = field::<T>(scales[s / 4], at + 4, 15);
+            }
+            put_subs::<T, Q2_K>(to, &subs, Some(&mins));
             for part in 0..4 {
                 let qs = rows.columns(offset_of!(Q2_K, qs) + 16 * part);
                 let first = 128 * (part / 2) + 16 * (part % 2);
                 for group in 0..4 {
-                    let q = qs.map(|q| bits::<T>(q, 2 * group as i32, 3));
+                    let mut q = qs;
+                    for q in &mut q {
+                        *q = bits::<T>(*q, 2 * group as i32, 3);
+                    }
                     put::<T, Q2_K>(to, first + 32 * group, q, 0);
                 }
             }
@@ -419,15 +467,17 @@ impl Unpack for Q3_K {
         unsafe {
             let d = T::shr(rows.column(offset_of!(Q3_K, d) - 2), 16);
             to.scale(T::halves(d));
-            let [a, b, c] = [0, 4, 8].map(|at| rows.column(offset_of!(Q3_K, scales) + at));
-            let scale = |s: usize| {
+            let at = offset_of!(Q3_K, scales);
+            let low = [rows.column(at), rows.column(at + 4)];
+            let high = rows.column(at + 8);
+            let mut subs = [T::splat(0); CHUNK / 16];
+            for (s, sub) in subs.iter_mut().enumerate() {
                 let byte = 8 * (s % 4) as i32;
-                let low = if s % 8 < 4 { a } else { b };
-                let low = field::<T>(low, byte + 4 * (s / 8) as i32, 15);
-                let high = field::<T>(c, byte + 2 * (s / 4) as i32, 3);
-                T::add(T::or(low, T::shl(high, 4)), T::splat(-32))
-            };
-            put_subs::<T, Q3_K>(to, scale, scale);
+                let low = field::<T>(low[s / 4 % 2], byte + 4 * (s / 8) as i32, 15);
+                let high = field::<T>(high, byte + 2 * (s / 4) as i32, 3);
+                *sub = T::add(T::or(low, T::shl(high, 4)), T::splat(-32));
+            }
+            put_subs::<T, Q3_K>(to, &subs, None);
             for part in 0..2 {
                 // Bit `i / 32` of byte `i % 32` is the third bit of weight `i`.
                 let third = rows.columns(offset_of!(Q3_K, hmask) + 16 * part);
@@ -455,16 +505,18 @@ impl Unpack for Iq4Xs {
             let head = rows.column(offset_of!(Iq4Xs, d));
             to.scale(T::halves(head));
             let low = rows.column(offset_of!(Iq4Xs, scales_l));
-            let scale = |s: usize| {
+            let mut subs = [T::splat(0); CHUNK / 16];
+            for s in 0..CHUNK / 32 {
                 let high = T::shl(field::<T>(head, 16 + 2 * s as i32, 3), 4);
                 let scale = T::or(field::<T>(low, 4 * s as i32, 15), high);
-                T::add(scale, T::splat(-32))
-            };
-            put_subs::<T, Iq4Xs>(to, scale, scale);
+                subs[s] = T::add(scale, T::splat(-32));
+            }
+            put_subs::<T, Iq4Xs>(to, &subs, None);
             for part in 0..8 {
                 let qs = rows.columns(offset_of!(Iq4Xs, qs) + 16 * part);
-                let value = |_, _, q| T::lookup(&iq4_nl::VALUES, q);
-                put_nibbles::<T, Iq4Xs>(to, [32 * part, 32 * part + 16], qs, value, 0);
+                let mut planes = nibbles::<T>(qs);
+                look_up::<T>(&mut planes);
+                put_planes::<T, Iq4Xs>(to, [32 * part, 32 * part + 16], planes, 0);
             }
         }
     }
