@@ -348,7 +348,8 @@ fn run_gives_one_answer_on_every_tier_thread_count_and_batch() {
             assert_eq!(hash(&["--ubatch", n]).0, want, "ubatch {n}");
         }
         // The hash covers the logits: another cache type or prompt has another.
-        assert_ne!(hash(&["--kv", "f32"]).0, want);
+        let [f32, q8_0] = ["f32", "q8_0"].map(|kv| hash(&["--kv", kv]).0);
+        assert!(f32 != want && q8_0 != want && f32 != q8_0);
         assert_ne!(hash(&["-s", "Be brief."]).0, want);
     }
 }
@@ -1389,6 +1390,15 @@ fn perplexity(model: &str, args: &[&str], want: f64, share: f64) {
 )]
 fn perplexity_of_bf16_is_the_references() {
     perplexity(&bf16(), &["--kv", "f32"], 77.1773, 0.001);
+}
+
+#[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "a minute without optimization; cargo test --release runs it"
+)]
+fn a_cache_of_q8_0_hardly_changes_perplexity() {
+    perplexity(&bf16(), &["--kv", "q8_0"], 77.1773, 0.002);
 }
 
 #[test]

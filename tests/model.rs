@@ -103,7 +103,7 @@ fn one_answer() {
         .take(150)
         .collect();
     for file in ["demo-BF16.gguf", "../../models/demo-Q4_K_M.gguf"] {
-        for kind in [KvType::F16, KvType::F32] {
+        for kind in KvType::ALL {
             let run = |threads: usize, cap: Option<Tier>, ubatch: usize| {
                 let model = open(file, threads, cap);
                 let mut kv = Kv::new(&model.config, kind, model.config.n_ctx);

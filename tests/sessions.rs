@@ -61,7 +61,7 @@ fn load(
 fn a_cache_from_disk_gives_the_same_bits() {
     let (model, identity) = demo();
     let folder = TempDir::new().unwrap();
-    for kind in [KvType::F16, KvType::F32] {
+    for kind in KvType::ALL {
         for n in [1, 63, 64, 65, 130] {
             let path = folder.path().join(format!("{n}{kind:?}"));
             let all = tokens(n + 1);
@@ -578,7 +578,7 @@ fn killed_at_any_moment_a_session_has_every_answer() {
 #[test]
 fn a_full_context_goes_on_without_its_oldest_turns() {
     let home = Home::new();
-    for kv in ["f16", "f32"] {
+    for kv in ["f16", "q8_0", "f32"] {
         let input: String = (0..12)
             .map(|i| format!("Question number {i} about a fox?\n"))
             .collect();

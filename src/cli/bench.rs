@@ -289,6 +289,7 @@ pub fn run(args: &Args) -> Result<()> {
         let ram = ram(file, args.ram, None, cases[0].kv, None)?;
         let model = Model::open_in(file, machine, ram)?;
         for case in cases {
+            model.config.check_kv(case.kv)?;
             let measured = measure(&model, case, args.repetitions, |tokens| {
                 done += tokens;
                 progress.set(done, total);

@@ -158,6 +158,7 @@ pub fn ram(
     ctx: Option<u32>,
 ) -> Result<Ram> {
     let config = Config::read(file)?;
+    config.check_kv(kv)?;
     let shares = match profile {
         Some(path) => Some(Profile::read_of(path, file)?.shares()),
         None => None,

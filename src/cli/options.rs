@@ -23,7 +23,7 @@ pub struct ModelOptions {
     /// Most tokens of the conversation [default: what the model was trained for]
     #[arg(short, long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub ctx: Option<u32>,
-    /// Element type of the KV cache
+    /// Element type of the KV cache: f16, q8_0 (half as large, a little less exact), f32
     #[arg(long, value_name = "TYPE", value_parser = parse_kv, default_value = "f16")]
     pub kv: KvType,
 }
@@ -331,11 +331,11 @@ fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
 /// # Errors
 /// If no type has this name.
 pub fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
-    match text {
-        "f16" => Ok(KvType::F16),
-        "f32" => Ok(KvType::F32),
-        _ => Err("expected f16 or f32".to_string()),
-    }
+    let mut named = KvType::ALL.into_iter().filter(|kv| kv.name() == text);
+    named.next().ok_or_else(|| {
+        let names = KvType::ALL.map(KvType::name).join(", ");
+        format!("expected one of {names}")
+    })
 }
 
 /// A tier's name.

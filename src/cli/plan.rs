@@ -27,7 +27,7 @@ pub struct Args {
     /// Tokens of the conversation that memory is kept for [default: 4096, or as many as the model was trained for]
     #[arg(short, long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub ctx: Option<u32>,
-    /// Element type of the KV cache
+    /// Element type of the KV cache: f16, q8_0 (half as large, a little less exact), f32
     #[arg(long, value_name = "TYPE", value_parser = parse_kv, default_value = "f16")]
     pub kv: KvType,
     /// One JSON document on standard output

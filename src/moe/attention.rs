@@ -106,6 +106,8 @@ fn through_blocks(
     queries: &mut [Query<'_>],
 ) {
     let heads = queries.len() / places.len();
+    // One head's keys and values of a block, widened to floats.
+    let mut wide = Vec::new();
     for (b, block) in places[0].kv.blocks(layer).iter().enumerate() {
         // Tokens are in order of position: those that see any of this block are the last ones.
         let first = b * KV_BLOCK;
@@ -128,6 +130,16 @@ fn through_blocks(
                 machine
                     .kernels
                     .attend_f32(queries, &k[part.clone()], &v[part]);
+            }
+            (Plane::Q8(k, dk), Plane::Q8(v, dv)) => {
+                let part = head_part(k.len(), places[0].kv.heads(), kv_head);
+                let scales = head_part(dk.len(), places[0].kv.heads(), kv_head);
+                wide.resize(2 * part.len(), 0.0);
+                let (wide_k, wide_v) = wide.split_at_mut(part.len());
+                let kernels = &machine.kernels;
+                kernels.widen_keys(&k[part.clone()], &dk[scales.clone()], wide_k);
+                kernels.widen_values(&v[part], &dv[scales], wide_v);
+                kernels.attend_f32(queries, wide_k, wide_v);
             }
             _ => unreachable!("a cache has one element type"),
         }

@@ -1,5 +1,6 @@
 //! From a file's metadata to the shape of the model.
 
+use super::kv::{KvType, QUANT};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
@@ -231,6 +232,20 @@ impl Config {
         let router = if self.routed { d * self.n_expert } else { 0 };
         let experts = self.n_used * 3 * d * self.d_ff;
         (self.n_layer * (attention + router + experts)) as u64
+    }
+
+    /// Whether a cache of this type can hold the model's heads.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if not.
+    pub fn check_kv(&self, kind: KvType) -> Result<()> {
+        if kind == KvType::Q8 && !self.d_head.is_multiple_of(QUANT) {
+            return Err(Error::Usage(format!(
+                "--kv q8_0: this model's heads have {} elements (expected a multiple of {QUANT}); --kv f16 will do",
+                self.d_head
+            )));
+        }
+        Ok(())
     }
 
     /// Things that are probably mistakes of whoever made the file, one sentence each.

@@ -6,7 +6,11 @@
 
 use super::Config;
 use crate::error::{Error, Result};
+use crate::quant::Encode;
+use crate::quant::q8_0::Q8_0;
+use crate::quant::search::Plain;
 pub use crate::simd::float::KV_BLOCK;
+use bytemuck::Zeroable;
 use half::f16;
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -18,17 +22,35 @@ pub enum KvType {
     F16,
     /// 4 bytes.
     F32,
+    /// int8 with an f16 scale for 32 elements of a head, as in Q8_0: 68 KiB a token for 8x7B.
+    Q8,
 }
 
 impl KvType {
+    /// All of them.
+    pub const ALL: [KvType; 3] = [KvType::F16, KvType::Q8, KvType::F32];
+
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             KvType::F16 => "f16",
             KvType::F32 => "f32",
+            KvType::Q8 => "q8_0",
+        }
+    }
+
+    /// Bytes of one position's keys (or values) in a head of `d_head` elements.
+    fn row_bytes(self, d_head: usize) -> usize {
+        match self {
+            KvType::F16 => 2 * d_head,
+            KvType::F32 => 4 * d_head,
+            KvType::Q8 => d_head + 2 * (d_head / QUANT),
         }
     }
 }
+
+/// Elements of a head that share a scale.
+pub(super) const QUANT: usize = 32;
 
 /// Keys, `(n_kv, d_head, KV_BLOCK)`, or values, `(n_kv, KV_BLOCK, d_head)`, of one layer and block: keys lie so
 /// that neighbouring positions are neighbours, because attention works them side by side.
@@ -38,6 +60,9 @@ pub enum Plane {
     F16(Vec<f16>),
     /// f32 elements.
     F32(Vec<f32>),
+    /// int8 elements and their scales. These lie as the elements do, one for [`QUANT`] of them along the head: keys'
+    /// `(n_kv, d_head / 32, KV_BLOCK)`, values' `(n_kv, KV_BLOCK, d_head / 32)`.
+    Q8(Vec<i8>, Vec<f16>),
 }
 
 impl Plane {
@@ -45,27 +70,51 @@ impl Plane {
         match kind {
             KvType::F16 => Plane::F16(vec![f16::ZERO; len]),
             KvType::F32 => Plane::F32(vec![0.0; len]),
+            KvType::Q8 => Plane::Q8(vec![0; len], vec![f16::ZERO; len / QUANT]),
         }
     }
 
-    /// All of it, as it lies in memory.
-    pub(super) fn bytes(&self) -> &[u8] {
+    /// The arrays that it is made of, each with the bytes that a position has side by side there; `what`, `d_head`: as in
+    /// [`Plane::write`].
+    pub(super) fn arrays(&self, what: What, d_head: usize) -> Vec<(&[u8], usize)> {
+        let together = what.together(d_head);
         match self {
-            Plane::F16(p) => bytemuck::cast_slice(p),
-            Plane::F32(p) => bytemuck::cast_slice(p),
+            Plane::F16(p) => vec![(bytemuck::cast_slice(p), 2 * together)],
+            Plane::F32(p) => vec![(bytemuck::cast_slice(p), 4 * together)],
+            Plane::Q8(q, d) => vec![
+                (bytemuck::cast_slice(q), together),
+                (bytemuck::cast_slice(d), 2 * what.together(d_head / QUANT)),
+            ],
         }
     }
 
-    /// All of it, to be overwritten: any bytes are elements.
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+    /// The same, to be overwritten: any bytes are elements.
+    pub(super) fn arrays_mut(&mut self, what: What, d_head: usize) -> Vec<(&mut [u8], usize)> {
+        let together = what.together(d_head);
         match self {
-            Plane::F16(p) => bytemuck::cast_slice_mut(p),
-            Plane::F32(p) => bytemuck::cast_slice_mut(p),
+            Plane::F16(p) => vec![(bytemuck::cast_slice_mut(p), 2 * together)],
+            Plane::F32(p) => vec![(bytemuck::cast_slice_mut(p), 4 * together)],
+            Plane::Q8(q, d) => vec![
+                (bytemuck::cast_slice_mut(q), together),
+                (
+                    bytemuck::cast_slice_mut(d),
+                    2 * what.together(d_head / QUANT),
+                ),
+            ],
         }
     }
 
-    /// Stores `x` at `at`, `at + step` …
-    fn write(&mut self, at: usize, step: usize, x: &[f32]) {
+    /// Stores `x (d_head)` of one head and position of a block.
+    fn write(&mut self, what: What, head: usize, pos: usize, x: &[f32]) {
+        // Where element 0 lies among planes of `n` elements a position, and how far element 1 is from it.
+        let place = |n: usize| {
+            let plane = head * KV_BLOCK * n;
+            match what {
+                What::Keys => (plane + pos, KV_BLOCK),
+                What::Values => (plane + pos * n, 1),
+            }
+        };
+        let (at, step) = place(x.len());
         match self {
             // The rounding of `from_f32_const` (half to even) does not depend on the CPU.
             Plane::F16(p) => {
@@ -78,6 +127,39 @@ impl Plane {
                     *p = *x;
                 }
             }
+            Plane::Q8(q, d) => {
+                let mut at = at;
+                let (scale, scale_step) = place(x.len() / QUANT);
+                for (x, d) in x
+                    .chunks_exact(QUANT)
+                    .zip(d[scale..].iter_mut().step_by(scale_step))
+                {
+                    let mut block = [Q8_0::zeroed()];
+                    Q8_0::encode_row::<Plain>(x, None, &mut block);
+                    *d = block[0].d;
+                    for (q, new) in q[at..].iter_mut().step_by(step).zip(block[0].qs) {
+                        *q = new;
+                    }
+                    at += QUANT * step;
+                }
+            }
+        }
+    }
+}
+
+/// The two planes of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    Keys,
+    Values,
+}
+
+impl What {
+    /// How many of a position's `n` elements in a head lie side by side.
+    fn together(self, n: usize) -> usize {
+        match self {
+            What::Keys => 1,
+            What::Values => n,
         }
     }
 }
@@ -97,7 +179,7 @@ pub struct Kv {
 pub(super) type Block = Arc<(Plane, Plane)>;
 
 impl Kv {
-    /// An empty cache for at most `limit` positions.
+    /// An empty cache for at most `limit` positions. [`Config::check_kv`] says whether `kind` will do.
     pub fn new(config: &Config, kind: KvType, limit: usize) -> Kv {
         let layers = (0..config.n_layer).map(|_| Vec::new()).collect();
         Kv {
@@ -150,11 +232,7 @@ impl Kv {
 
     /// Bytes of [`KV_BLOCK`] positions in all layers.
     pub fn block_bytes(&self) -> usize {
-        let element = match self.kind {
-            KvType::F16 => 2,
-            KvType::F32 => 4,
-        };
-        2 * self.layers.len() * self.n_kv * KV_BLOCK * self.d_head * element
+        2 * self.layers.len() * self.n_kv * KV_BLOCK * self.row_bytes()
     }
 
     /// Bytes allocated, those that are shared with other caches too.
@@ -212,10 +290,9 @@ impl Kv {
     pub(super) fn write(&mut self, layer: usize, pos: usize, k: &[f32], v: &[f32]) {
         let (keys, values) = Arc::make_mut(&mut self.layers[layer][pos / KV_BLOCK]);
         for head in 0..self.n_kv {
-            let from = head * self.d_head..(head + 1) * self.d_head;
-            let (plane, at) = (head * KV_BLOCK * self.d_head, pos % KV_BLOCK);
-            keys.write(plane + at, KV_BLOCK, &k[from.clone()]);
-            values.write(plane + at * self.d_head, 1, &v[from]);
+            let (from, pos) = (head * self.d_head..(head + 1) * self.d_head, pos % KV_BLOCK);
+            keys.write(What::Keys, head, pos, &k[from.clone()]);
+            values.write(What::Values, head, pos, &v[from]);
         }
     }
 
@@ -236,7 +313,7 @@ impl Kv {
 
     /// Bytes of one position's keys (or values) in one head of one layer.
     pub(super) fn row_bytes(&self) -> usize {
-        self.block_bytes() / (2 * self.layers.len() * self.n_kv * KV_BLOCK)
+        self.kind.row_bytes(self.d_head)
     }
 
     /// Heads of keys and values.

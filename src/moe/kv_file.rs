@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! head (88 bytes)   magic, version, element type, shape, identity of the model, version of the program, checksum
-//! block 0           n, checksum, n ids of tokens, then per layer: keys (n_kv, d_head, n), values (n_kv, n, d_head)
+//! block 0           n, checksum, n ids of tokens, then per layer: keys (n_kv, d_head, n), values (n_kv, n, d_head);
+//!                   where elements have scales, those of the keys behind the keys, of the values behind the values
 //! block 1           … at a fixed distance, as if every block before it were full; only the last may be shorter
 //! ```
 //!
@@ -14,7 +15,7 @@
 //!
 //! Elements are kept as they are in memory. They are the same bits on every machine, so a file may move.
 
-use super::kv::{KV_BLOCK, Kv, KvType};
+use super::kv::{KV_BLOCK, Kv, KvType, What};
 use crate::disk;
 use crate::error::{Error, Result};
 use std::fs::File;
@@ -33,10 +34,10 @@ pub struct KvFile {
     path: PathBuf,
     file: File,
     head: [u8; HEAD],
-    /// Bytes of a token's keys (or values) in one head of one layer: neighbours among the values.
+    /// Bytes of a token's keys (or values) in one head of one layer.
     row: usize,
-    /// Bytes of an element: all that is together of a token's keys.
-    element: usize,
+    /// Elements of a head.
+    d_head: usize,
     /// `[layers, heads of keys and values]`
     planes: [usize; 2],
     /// The tokens and checksums of the blocks in the file that are good; `None`: not even the head is.
@@ -81,7 +82,7 @@ impl KvFile {
             file,
             head: head(kv, identity),
             row: kv.row_bytes(),
-            element: kv.row_bytes() / d_head,
+            d_head,
             planes: [layers, heads],
             blocks: None,
         })
@@ -145,9 +146,11 @@ impl KvFile {
             let mut rest = rows;
             for layer in 0..self.planes[0] {
                 let (keys, values) = kv.block_mut(layer, blocks.len());
-                for (plane, unit) in [(keys, self.element), (values, self.row)] {
-                    for to in plane.bytes_mut().chunks_exact_mut(KV_BLOCK * unit) {
-                        let (from, later) = rest.split_at(n * unit);
+                let keys = keys.arrays_mut(What::Keys, self.d_head);
+                let values = values.arrays_mut(What::Values, self.d_head);
+                for (to, together) in keys.into_iter().chain(values) {
+                    for to in to.chunks_exact_mut(KV_BLOCK * together) {
+                        let (from, later) = rest.split_at(n * together);
                         to[..from.len()].copy_from_slice(from);
                         rest = later;
                     }
@@ -188,9 +191,11 @@ impl KvFile {
             bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
             for layer in 0..self.planes[0] {
                 let (keys, values) = &*kv.blocks(layer)[blocks.len()];
-                for (plane, unit) in [(keys, self.element), (values, self.row)] {
-                    for from in plane.bytes().chunks_exact(KV_BLOCK * unit) {
-                        bytes.extend_from_slice(&from[..ids.len() * unit]);
+                let keys = keys.arrays(What::Keys, self.d_head);
+                let values = values.arrays(What::Values, self.d_head);
+                for (from, together) in keys.into_iter().chain(values) {
+                    for from in from.chunks_exact(KV_BLOCK * together) {
+                        bytes.extend_from_slice(&from[..ids.len() * together]);
                     }
                 }
             }
@@ -233,6 +238,7 @@ fn head(kv: &Kv, identity: &[u8; 32]) -> [u8; HEAD] {
     let kind: u32 = match kv.kind() {
         KvType::F32 => 0,
         KvType::F16 => 1,
+        KvType::Q8 => 8,
     };
     let [layers, heads, d_head] = kv.shape();
     let mut head = [0; HEAD];

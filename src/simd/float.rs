@@ -6,6 +6,7 @@
 //! ([`Lanes`], held in the tier's registers), and nothing calls the platform's math library.
 
 use crate::quant::float::{Element, LANES, Lanes, axpy, dot, dots, fold};
+use half::f16;
 
 /// `e^x`, for x in -87..=88 within 2 ulp; below that 0, above that `e^88`.
 ///
@@ -168,14 +169,22 @@ fn scores<L: Lanes, E: Element, const R: usize, const C: usize>(
     n: usize,
     p: &mut [[f32; KV_BLOCK]; R],
 ) {
+    // Slices of one length, so that one comparison serves for all of them.
+    let dim = k.len() / KV_BLOCK;
+    let mut q: [&[f32]; R] = [&[]; R];
+    for r in 0..R {
+        q[r] = &queries[r].q[..dim];
+    }
     for first in (0..n).step_by(LANES * C) {
         let mut sums = [[L::splat(0.0); C]; R];
-        for (d, keys) in k.chunks_exact(KV_BLOCK).enumerate() {
-            let keys = keys[first..][..LANES * C].as_chunks().0;
+        for d in 0..dim {
+            let keys = k[d * KV_BLOCK..][..KV_BLOCK][first..][..LANES * C]
+                .as_chunks()
+                .0;
             for c in 0..C {
                 let keys = E::load::<L>(&keys[c]);
                 for r in 0..R {
-                    sums[r][c] = L::splat(queries[r].q[d]).mul_add(keys, sums[r][c]);
+                    sums[r][c] = L::splat(q[r][d]).mul_add(keys, sums[r][c]);
                 }
             }
         }
@@ -200,9 +209,13 @@ fn softmax(run: &mut Running, n: usize, p: &mut [f32; KV_BLOCK]) -> f32 {
             lanes[i] = if p[i] > lanes[i] { p[i] } else { lanes[i] };
         }
     }
-    let max = lanes
-        .iter()
-        .fold(run.max, |m, &l| if l > m { l } else { m });
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            let other = lanes[i + half];
+            lanes[i] = if other > lanes[i] { other } else { lanes[i] };
+        }
+    }
+    let max = lanes[0];
     let keep = exp(run.max - max);
     let mut sums = [0.0f32; LANES];
     for p in p {
@@ -253,6 +266,44 @@ fn values<L: Lanes, E: Element, const R: usize, const C: usize>(
         for (i, v) in v.chunks_exact(dim).enumerate().take(query.n) {
             let first = if i < all { whole } else { 0 };
             axpy::<L, E>(p[i], &v[first..], &mut query.acc[first..]);
+        }
+    }
+}
+
+/// Keys of a block, `(dim, KV_BLOCK)`, from int8 and the scales of 32 elements of a key, `(dim / 32, KV_BLOCK)`. Exact: 8 bits
+/// times 11.
+#[inline(always)]
+pub fn widen_keys(q: &[i8], d: &[f16], out: &mut [f32]) {
+    let mut scales = [0.0; KV_BLOCK];
+    for (row, (q, out)) in q
+        .chunks_exact(KV_BLOCK)
+        .zip(out.chunks_exact_mut(KV_BLOCK))
+        .enumerate()
+    {
+        if row % 32 == 0 {
+            for (scale, d) in scales.iter_mut().zip(&d[row / 32 * KV_BLOCK..]) {
+                *scale = d.widen();
+            }
+        }
+        for i in 0..KV_BLOCK {
+            out[i] = q[i] as f32 * scales[i];
+        }
+    }
+}
+
+/// Values of a block, `(KV_BLOCK, dim)`, from int8 and the scales of 32 elements of a value, `(KV_BLOCK, dim / 32)`.
+#[inline(always)]
+pub fn widen_values(q: &[i8], d: &[f16], out: &mut [f32]) {
+    for ((q, out), d) in q
+        .as_chunks::<32>()
+        .0
+        .iter()
+        .zip(out.as_chunks_mut::<32>().0)
+        .zip(d)
+    {
+        let scale = d.widen();
+        for i in 0..32 {
+            out[i] = q[i] as f32 * scale;
         }
     }
 }
@@ -327,6 +378,14 @@ macro_rules! float_doors {
             float::attend::<$lanes, half::f16>(queries, k, v)
         }
         $(#[$tier])?
+        fn widen_keys(q: &[i8], d: &[half::f16], out: &mut [f32]) {
+            float::widen_keys(q, d, out)
+        }
+        $(#[$tier])?
+        fn widen_values(q: &[i8], d: &[half::f16], out: &mut [f32]) {
+            float::widen_values(q, d, out)
+        }
+        $(#[$tier])?
         fn matmul_defined(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
             simd::matmul_rows(w, x, y, |row, x| w.format.dot(row, x))
         }
@@ -353,6 +412,8 @@ macro_rules! float_doors {
             k.rope = rope;
             k.attend_f32 = attend_f32;
             k.attend_f16 = attend_f16;
+            k.widen_keys = widen_keys;
+            k.widen_values = widen_values;
             k.matmul = [matmul_defined as MatMul; quant::Format::COUNT];
             k.matmul[quant::Format::F32.index()] = matmul_f32;
             k.matmul[quant::Format::F16.index()] = matmul_f16;

@@ -175,6 +175,7 @@ impl<'a> Tokens<'a> {
 pub type MatMul = unsafe fn(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>);
 
 type Quantize = unsafe fn(block: usize, x: &[f32], out: &mut Chunk);
+type Widen = unsafe fn(q: &[i8], d: &[f16], out: &mut [f32]);
 type Attend<T> = unsafe fn(queries: &mut [Query<'_>], k: &[T], v: &[T]);
 
 /// The loop nest of what has no kernel of its own: rows outside, so that a row is read from memory
@@ -219,6 +220,8 @@ pub struct Kernels {
     rope: unsafe fn(&mut [f32], &[f32], &[f32]),
     attend_f32: Attend<f32>,
     attend_f16: Attend<f16>,
+    widen_keys: Widen,
+    widen_values: Widen,
     products: unsafe fn(&[u8], &[[i8; 4]; 8]) -> i32,
 }
 
@@ -316,6 +319,26 @@ impl Kernels {
     pub fn attend_f16(&self, queries: &mut [Query<'_>], k: &[f16], v: &[f16]) {
         // SAFETY: see above.
         unsafe { (self.attend_f16)(queries, k, v) }
+    }
+
+    /// [`float::widen_keys`].
+    ///
+    /// # Panics
+    /// If lengths do not belong together.
+    pub fn widen_keys(&self, q: &[i8], d: &[f16], out: &mut [f32]) {
+        assert!(q.len() == out.len() && q.len() == 32 * d.len());
+        // SAFETY: see above.
+        unsafe { (self.widen_keys)(q, d, out) }
+    }
+
+    /// [`float::widen_values`].
+    ///
+    /// # Panics
+    /// If lengths do not belong together.
+    pub fn widen_values(&self, q: &[i8], d: &[f16], out: &mut [f32]) {
+        assert!(q.len() == out.len() && q.len() == 32 * d.len());
+        // SAFETY: see above.
+        unsafe { (self.widen_values)(q, d, out) }
     }
 
     /// `Σ_t Σ_i w[i] · x[t][i % 4]`, wrapping: the products that [`Kernels::matmul`] is made of, from the L1 cache and

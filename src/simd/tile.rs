@@ -309,7 +309,10 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
         match B::WEIGHTS {
             CHUNK => tile_of_256::<T, B, N, R>(panels, x, &mut y),
             _ => {
-                let starts = x.map(starts_of_32::<T, B>);
+                let mut starts = [[0; CHUNK / 32]; N];
+                for t in 0..N {
+                    starts[t] = starts_of_32::<T, B>(x[t]);
+                }
                 for b in 0..width / 32 {
                     tile_of_32::<T, B, N, R>(panels, b, x, &starts, &mut y);
                 }
@@ -376,7 +379,10 @@ unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
                 }
             }
         }
-        let sums = x.map(sums_of_subs::<B>);
+        let mut sums = [[0; CHUNK / SUM]; N];
+        for t in 0..N {
+            sums[t] = sums_of_subs::<B>(x[t]);
+        }
         for r in 0..R {
             let mut other = [zero; N];
             if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
@@ -425,7 +431,11 @@ unsafe fn dot16_at<T: Tile, B: IntBlock, const N: usize, const R: usize>(
                 w[r][j] = T::load(from.cast::<i32>().add(j * T::ROWS));
             }
         }
-        dot16::<T, B, N, R>(sums, w, x.map(|x| x.qs[first..][..16].as_ptr()));
+        let mut at = [std::ptr::null(); N];
+        for t in 0..N {
+            at[t] = x[t].qs[first..][..16].as_ptr();
+        }
+        dot16::<T, B, N, R>(sums, w, at);
     }
 }
 
