@@ -8,8 +8,9 @@
 //! |---|---|---|
 //! | [`error`] | one error type: what, where, expected, found | |
 //! | [`disk`] | files that survive a crash, whole or not at all | `error` |
-//! | [`memory`] | how much memory there is, and how much is taken | |
-//! | [`pool`] | how threads are made and woken | `error` |
+//! | [`cgroup`] | which control groups limit this process | |
+//! | [`memory`] | how much memory there is, and how much is taken | `cgroup` |
+//! | [`pool`] | how threads are made and woken, and on which cores | `error`, `cgroup` |
 //! | [`quant`] | what the bytes of a weight mean: layout, decode, encode, exact dot products | |
 //! | [`simd`] | faster ways to say what `quant` says, one file per CPU tier | `quant`, `pool` |
 //! | [`gguf`] | the container of weights: read in place, written as a stream | `quant`, `error` |
@@ -33,6 +34,7 @@
 //! of threads and every split into batches. [`quant`] says how; `simd/check.rs` and `tests/model.rs`
 //! test it by equality.
 
+pub mod cgroup;
 pub mod chat;
 pub mod cli;
 pub mod disk;

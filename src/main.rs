@@ -55,7 +55,8 @@ fn dispatch(octet: &Octet) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    match dispatch(&Octet::parse()) {
+    let args = cli::options::long_forms(std::env::args_os().collect());
+    match dispatch(&Octet::parse_from(args)) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough (`octet run … | head -1`).
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {

@@ -4,17 +4,49 @@
 //! over a sum, so that results do not depend on the number of threads. Every function here hands each
 //! piece of work out exactly once, in small dynamic shares, and returns when all are done.
 
+mod cores;
+
 use crate::error::{Error, Result};
+use cores::Cores;
 use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 use std::fmt::Display;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A fixed number of threads.
+/// How many threads a [`Pool`] has, and where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Threads {
+    /// Threads; 0 means one for each core ([`default_threads`]).
+    pub n: usize,
+    /// Threads of [`Pool::enter_batch`]; 0 means the same ones.
+    pub batch: usize,
+    /// Whether each stays on a core of its own: where there are enough cores, and nobody keeps this process from some of
+    /// the machine. (Who keeps it from them knows more than we do.)
+    pub pin: bool,
+}
+
+/// A fixed number of threads, or two: one for what waits for the memory and one for what waits for the arithmetic.
 pub struct Pool {
+    crew: Crew,
+    batch: Option<Crew>,
+}
+
+/// Threads that work together.
+struct Crew {
     threads: usize,
     rayon: rayon::ThreadPool,
+}
+
+impl Crew {
+    fn new(threads: usize, pin: bool) -> Result<Crew> {
+        let cpus = Cores::here().filter(|c| pin && c.free && threads <= c.cpus.len());
+        let rayon = build(threads, "octet", |builder| match cpus {
+            Some(Cores { cpus, .. }) => builder.start_handler(move |i| cores::stay_on(cpus[i])),
+            None => builder,
+        })?;
+        Ok(Crew { threads, rayon })
+    }
 }
 
 impl Pool {
@@ -23,23 +55,53 @@ impl Pool {
     /// # Errors
     /// If the operating system refuses to start them.
     pub fn new(threads: usize) -> Result<Pool> {
-        let threads = if threads == 0 {
-            default_threads()
-        } else {
-            threads
+        Pool::with(Threads {
+            n: threads,
+            ..Threads::default()
+        })
+    }
+
+    /// A pool of such threads.
+    ///
+    /// # Errors
+    /// If the operating system refuses to start them.
+    pub fn with(threads: Threads) -> Result<Pool> {
+        let n = match threads.n {
+            0 => default_threads(),
+            n => n,
         };
-        let rayon = start(threads, "octet")?;
-        Ok(Pool { threads, rayon })
+        let batch = Some(threads.batch).filter(|batch| ![0, n].contains(batch));
+        Ok(Pool {
+            crew: Crew::new(n, threads.pin)?,
+            batch: batch.map(|n| Crew::new(n, threads.pin)).transpose()?,
+        })
     }
 
     /// Threads in the pool.
     pub fn threads(&self) -> usize {
-        self.threads
+        self.crew.threads
+    }
+
+    /// Threads for [`Pool::enter_batch`].
+    pub fn batch_threads(&self) -> usize {
+        self.batch.as_ref().unwrap_or(&self.crew).threads
     }
 
     /// Runs `f` on one of the pool's threads. Parallel calls inside it then start faster than from outside.
     pub fn enter<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.rayon.install(f)
+        self.crew.rayon.install(f)
+    }
+
+    /// The same for many tokens at once, which wait for the arithmetic and may want another number of threads: parallel
+    /// calls inside it use these.
+    pub fn enter_batch<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.batch.as_ref().unwrap_or(&self.crew).rayon.install(f)
+    }
+
+    /// The threads that this is called on, if they are the pool's.
+    fn here(&self) -> &Crew {
+        let inside = |crew: &&Crew| crew.rayon.current_thread_index().is_some();
+        self.batch.as_ref().filter(inside).unwrap_or(&self.crew)
     }
 
     /// Calls `f(0)` … `f(n - 1)`, each once, on any thread, in any order.
@@ -47,11 +109,12 @@ impl Pool {
     /// Every thread begins with a range of its own, in ascending order, so that what it fetches ahead of its
     /// work is for itself; one that has finished helps the others.
     pub fn tasks(&self, n: usize, f: impl Fn(usize) + Sync) {
-        if self.threads == 1 || n <= 1 {
+        let crew = self.here();
+        if crew.threads == 1 || n <= 1 {
             (0..n).for_each(f);
             return;
         }
-        let ranges = self.threads.min(MAX_RANGES);
+        let ranges = crew.threads.min(MAX_RANGES);
         let start = |r: usize| r * n / ranges;
         let next: [Line; MAX_RANGES] =
             std::array::from_fn(|r| Line(AtomicUsize::new(start(r.min(ranges)))));
@@ -70,8 +133,8 @@ impl Pool {
         // Not a broadcast, which waits until every thread has come: on a busy machine that takes long. What
         // nobody has come for, this thread does itself.
         let work = &work;
-        self.rayon.scope(|scope| {
-            for first in 1..self.threads {
+        crew.rayon.scope(|scope| {
+            for first in 1..crew.threads {
                 scope.spawn(move |_| work(first % ranges));
             }
             work(0);
@@ -163,7 +226,7 @@ impl Background {
     /// # Errors
     /// If the operating system refuses to start them.
     pub fn new(threads: usize, name: &'static str) -> Result<Background> {
-        start(threads, name).map(Background)
+        build(threads, name, |builder| builder).map(Background)
     }
 
     /// Runs `f` on one of the threads, where [`try_each`] uses them all, and waits for it.
@@ -190,12 +253,15 @@ pub fn try_each<T: Send>(items: Vec<T>, f: impl Fn(T) -> Result<()> + Sync + Sen
     items.into_par_iter().with_max_len(1).try_for_each(f)
 }
 
-fn start(threads: usize, name: &'static str) -> Result<rayon::ThreadPool> {
-    rayon::ThreadPoolBuilder::new()
+fn build(
+    threads: usize,
+    name: &'static str,
+    more: impl FnOnce(rayon::ThreadPoolBuilder) -> rayon::ThreadPoolBuilder,
+) -> Result<rayon::ThreadPool> {
+    let builder = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
-        .thread_name(move |i| format!("{name}-{i}"))
-        .build()
-        .map_err(no_threads(threads))
+        .thread_name(move |i| format!("{name}-{i}"));
+    more(builder).build().map_err(no_threads(threads))
 }
 
 fn no_threads<E: Display>(threads: usize) -> impl FnOnce(E) -> Error {
@@ -288,9 +354,11 @@ impl<T> Shared<T> {
 // SAFETY: only used above, where tasks touch disjoint items or read plain data.
 unsafe impl<T: Send> Sync for Shared<T> {}
 
-/// Threads to use when nobody says: the cores that this process may run on.
+/// Threads to use when nobody says: one for each large core that this process may run on, fewer where a control group
+/// grants less CPU time. Where the system does not tell, as many as it has CPUs for this process.
 pub fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
+    let cpus = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    Cores::here().map_or_else(cpus, |cores| cores.threads)
 }
 
 /// Bytes per second that the pool's threads can read from memory: the best of some passes over 256 MiB.
@@ -337,6 +405,32 @@ mod tests {
             let mut hits = vec![0usize; 1000];
             pool.enter(|| pool.each(&mut hits, |i, h| *h += i + 1));
             assert!(hits.iter().enumerate().all(|(i, h)| *h == i + 1));
+        }
+    }
+
+    /// Work for batches is done by their threads, all other by the others.
+    #[test]
+    fn batches_have_their_own_threads() {
+        for (n, batch, want) in [(2, 3, 3), (3, 1, 1), (2, 0, 2), (2, 2, 2)] {
+            let threads = Threads {
+                n,
+                batch,
+                pin: true,
+            };
+            let pool = Pool::with(threads).unwrap();
+            assert_eq!((pool.threads(), pool.batch_threads()), (n, want));
+            let mut hits = vec![0usize; 100];
+            let mut work = |inside: usize| {
+                assert_eq!(rayon::current_num_threads(), inside);
+                pool.each(&mut hits, |i, h| {
+                    assert_eq!(rayon::current_num_threads(), inside);
+                    *h += i + 1;
+                });
+            };
+            pool.enter(|| work(n));
+            pool.enter_batch(|| work(want));
+            pool.each(&mut hits, |i, h| *h += i + 1);
+            assert!(hits.iter().enumerate().all(|(i, h)| *h == 3 * (i + 1)));
         }
     }
 

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("disk", &["error"]),
-    ("memory", &[]),
-    ("pool", &["error"]),
+    ("cgroup", &[]),
+    ("memory", &["cgroup"]),
+    ("pool", &["error", "cgroup"]),
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
     ("gguf", &["quant", "error"]),

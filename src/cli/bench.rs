@@ -8,7 +8,7 @@ use crate::chat::repl::show;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::moe::{Config, Kv, KvType, Machine, Model, Run, Scratch, Want};
-use crate::pool::{default_threads, read_bandwidth};
+use crate::pool::{Threads, default_threads, read_bandwidth};
 use crate::simd::{Tier, best};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -56,14 +56,21 @@ pub struct Args {
     /// Element type of the KV cache
     #[arg(long, value_name = "TYPE,…", value_delimiter = ',', value_parser = parse_kv, default_value = "f16")]
     pub kv: Vec<KvType>,
-    /// CPU threads [default: one for each core]
+    /// CPU threads [default: one for each large core]
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Vec<u16>,
-    /// Highest CPU tier to use: scalar, avx2 or avx512, on aarch64 scalar or neon [default: $OCTET_ISA, else the best there is]
+    /// CPU threads for prefill; also -tb N,…; 0: as --threads
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub threads_batch: Vec<u16>,
+    /// Keep each thread on a core of its own, where there are enough
+    #[arg(long)]
+    pub pin: bool,
+    /// Highest CPU tier to use: scalar, avx2, avxvnni, avx512bw or avx512, on aarch64 scalar, neon or dotprod
+    /// [default: $OCTET_ISA, else the best there is]
     #[arg(long, value_name = "TIER,…", value_delimiter = ',', value_parser = parse_tier)]
     pub isa: Vec<Tier>,
-    /// Prompt tokens that go through the layers together
-    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    /// Prompt tokens that go through the layers together; also -ub TOKENS,…
+    #[arg(long, alias = "ubatch-size", value_name = "TOKENS,…", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub ubatch: Vec<u32>,
     /// Memory to keep within, such as 12G, auto or all
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
@@ -97,7 +104,7 @@ impl Args {
 struct Case {
     model: usize,
     tier: Tier,
-    threads: usize,
+    threads: Threads,
     ubatch: u32,
     kv: KvType,
     depth: u32,
@@ -106,18 +113,35 @@ struct Case {
 }
 
 /// What a case is made of, as the tables say it.
-const SETTINGS: [&str; 6] = ["model", "isa", "threads", "ubatch", "kv", "depth"];
+const SETTINGS: [&str; 7] = [
+    "model",
+    "isa",
+    "threads",
+    "threads-batch",
+    "ubatch",
+    "kv",
+    "depth",
+];
 
 impl Case {
     fn settings(&self, models: &[String]) -> Vec<String> {
         vec![
             models[self.model].clone(),
             self.tier.name().to_string(),
-            self.threads.to_string(),
+            self.threads.n.to_string(),
+            self.batch().to_string(),
             self.ubatch.to_string(),
             self.kv.name().to_string(),
             self.depth.to_string(),
         ]
+    }
+
+    /// Threads for prefill.
+    fn batch(&self) -> usize {
+        match self.threads.batch {
+            0 => self.threads.n,
+            n => n,
+        }
     }
 
     /// Most tokens in the cache.
@@ -153,7 +177,11 @@ fn cases(args: &Args, models: usize) -> Result<Vec<Case>> {
     let mut cases = vec![Case {
         model: 0,
         tier: best(tier_cap(None)?),
-        threads: default_threads(),
+        threads: Threads {
+            n: default_threads(),
+            batch: 0,
+            pin: args.pin,
+        },
         ubatch: 0,
         kv: KvType::F16,
         depth: 0,
@@ -168,8 +196,13 @@ fn cases(args: &Args, models: usize) -> Result<Vec<Case>> {
         });
     }
     if !args.threads.is_empty() {
-        each(&mut cases, &args.threads, |case, n| case.threads = n.into());
+        each(&mut cases, &args.threads, |case, n| {
+            case.threads.n = n.into()
+        });
     }
+    each(&mut cases, &args.threads_batch, |case, n| {
+        case.threads.batch = n.into()
+    });
     each(&mut cases, &args.ubatch, |case, n| case.ubatch = n);
     each(&mut cases, &args.kv, |case, kv| case.kv = kv);
     each(&mut cases, &args.depth, |case, n| case.depth = n);
@@ -283,7 +316,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut done = 0;
     let same = |a: &Case, b: &Case| (a.model, a.tier, a.threads) == (b.model, b.tier, b.threads);
     for cases in cases.chunk_by(same) {
-        let machine = Machine::new(cases[0].threads, Some(cases[0].tier))?;
+        let machine = Machine::with(cases[0].threads, Some(cases[0].tier))?;
         let limits = limits(&machine);
         let file = &files[cases[0].model];
         let ram = ram(file, args.ram, None, cases[0].kv, None)?;
@@ -333,8 +366,12 @@ pub(super) fn limits(machine: &Machine) -> Limits {
 /// `--bandwidth`.
 fn machines(args: &Args) -> Result<()> {
     let mut cases = cases(args, 1)?;
+    // Both are of the same threads: those of --threads.
+    for case in &mut cases {
+        case.threads.batch = 0;
+    }
     cases.dedup_by_key(|case| (case.tier, case.threads));
-    let settings = |case: &Case| vec![case.tier.name().to_string(), case.threads.to_string()];
+    let settings = |case: &Case| vec![case.tier.name().to_string(), case.threads.n.to_string()];
     let all: Vec<_> = cases.iter().map(settings).collect();
     let table = Table::new(
         args.form(),
@@ -347,12 +384,12 @@ fn machines(args: &Args) -> Result<()> {
     }
     let mut documents = Vec::new();
     for case in &cases {
-        let machine = Machine::new(case.threads, Some(case.tier))?;
+        let machine = Machine::with(case.threads, Some(case.tier))?;
         let read = read_bandwidth(&machine.pool) / 1e9;
         let int8 = machine.int8_peak() / 1e9;
         if args.json {
             documents.push(json!({
-                "isa": case.tier.name(), "threads": case.threads,
+                "isa": case.tier.name(), "threads": case.threads.n,
                 "read_gb_s": read, "int8_gmac_s": int8,
             }));
         } else {
@@ -371,8 +408,8 @@ fn machines(args: &Args) -> Result<()> {
 
 fn document(case: &Case, names: &[String], limits: Limits, measured: &Measured) -> Value {
     let mut document = json!({
-        "model": names[case.model], "isa": case.tier.name(), "threads": case.threads,
-        "ubatch": case.ubatch, "kv": case.kv.name(),
+        "model": names[case.model], "isa": case.tier.name(), "threads": case.threads.n,
+        "threads_batch": case.batch(), "ubatch": case.ubatch, "kv": case.kv.name(),
         "p": case.p, "n": case.n, "depth": case.depth,
         "read_gb_s": limits.read_gb_s, "int8_gmac_s": limits.int8_gmac_s,
     });

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::memory;
 use crate::moe::{Config, Kv, KvType, Machine, Model, Profile, Ram};
-use crate::pool::apart;
+use crate::pool::{Threads, apart};
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -224,10 +224,12 @@ fn open_parts(file: &Gguf, options: &MachineOptions, ram: Ram) -> Result<(Model,
 /// # Errors
 /// See [`tier_cap`] and [`Machine::new`].
 pub fn machine(options: &MachineOptions) -> Result<Machine> {
-    Machine::new(
-        options.threads.map_or(0, usize::from),
-        tier_cap(options.isa)?,
-    )
+    let threads = Threads {
+        n: options.threads.map_or(0, usize::from),
+        batch: options.threads_batch.map_or(0, usize::from),
+        pin: options.pin,
+    };
+    Machine::with(threads, tier_cap(options.isa)?)
 }
 
 /// The highest tier to use: what the option says, else what `OCTET_ISA` says.

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::moe::KvType;
 use crate::simd::{TIERS, Tier};
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -32,10 +33,17 @@ pub struct ModelOptions {
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Machine")]
 pub struct MachineOptions {
-    /// CPU threads [default: one for each core]
+    /// CPU threads [default: one for each large core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Highest CPU tier to use: scalar, avx2 or avx512, on aarch64 scalar or neon [default: $OCTET_ISA, else the best there is]
+    /// CPU threads for several tokens at once, as in prompts; also -tb N [default: as --threads]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub threads_batch: Option<u16>,
+    /// Keep each thread on a core of its own, where there are enough
+    #[arg(long)]
+    pub pin: bool,
+    /// Highest CPU tier to use: scalar, avx2, avxvnni, avx512bw or avx512, on aarch64 scalar, neon or dotprod
+    /// [default: $OCTET_ISA, else the best there is]
     #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     pub isa: Option<Tier>,
     /// Memory to keep within, such as 12G: of a larger model, experts are read from the disk when they are wanted; auto: what is
@@ -45,12 +53,34 @@ pub struct MachineOptions {
     /// What octet profile recorded with this model: the experts to keep in memory at first, where it does not hold all
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
-    /// Prompt tokens that go through the layers together
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    /// Prompt tokens that go through the layers together; also -ub TOKENS
+    #[arg(long, alias = "ubatch-size", value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub ubatch: u32,
     /// Tell more on stderr
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+/// Options that llama.cpp gives a short form of two letters, which clap would take for two options.
+const TWO_LETTERS: [(&str, &str); 2] = [("-tb", "--threads-batch"), ("-ub", "--ubatch")];
+
+/// A command line with the long form of every [`TWO_LETTERS`] that stands before a number: what else looks like one is
+/// some other option's text.
+pub fn long_forms(mut args: Vec<OsString>) -> Vec<OsString> {
+    for i in 1..args.len() {
+        let [option, value] = &args[i - 1..=i] else {
+            continue;
+        };
+        let number = value
+            .as_encoded_bytes()
+            .first()
+            .is_some_and(u8::is_ascii_digit);
+        let long = TWO_LETTERS.iter().find(|(short, _)| option == short);
+        if let Some((_, long)) = long.filter(|_| number) {
+            args[i - 1] = long.into();
+        }
+    }
+    args
 }
 
 /// How much memory a model may take.
@@ -349,4 +379,29 @@ pub fn parse_tier(text: &str) -> std::result::Result<Tier, String> {
         .find(|row| row.name == text)
         .map(|row| row.tier)
         .ok_or_else(|| format!("expected one of {}", names.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_letters_before_a_number() {
+        let long = |args: &[&str]| long_forms(args.iter().map(OsString::from).collect());
+        assert_eq!(
+            long(&["octet", "-tb", "4", "-ub", "8,16", "-p", "-tb", "-n", "-ub"]),
+            [
+                "octet",
+                "--threads-batch",
+                "4",
+                "--ubatch",
+                "8,16",
+                "-p",
+                "-tb",
+                "-n",
+                "-ub"
+            ]
+        );
+        assert!(long(&[]).is_empty());
+    }
 }

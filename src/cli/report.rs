@@ -181,7 +181,7 @@ pub fn bandwidth(pool: &Pool, seen: f64) -> f64 {
 
 /// Products of int8 per second ([`Machine::int8_peak`]), remembered like [`bandwidth`].
 pub fn int8_peak(machine: &Machine, seen: f64) -> f64 {
-    let (tier, threads) = (machine.kernels.tier().name(), machine.pool.threads());
+    let (tier, threads) = (machine.kernels.tier().name(), machine.pool.batch_threads());
     let name = format!("int8-{tier}-{threads}");
     remembered(&name, seen, || machine.int8_peak())
 }

@@ -256,9 +256,12 @@ impl Model {
         for run in runs.iter_mut() {
             run.kv.reserve(run.tokens.len())?;
         }
-        self.machine
-            .pool
-            .enter(|| self.layers(runs, n_tok, scratch, observer))?;
+        let pool = &self.machine.pool;
+        let layers = || self.layers(runs, n_tok, scratch, observer);
+        match n_tok {
+            ..=1 => pool.enter(layers),
+            _ => pool.enter_batch(layers),
+        }?;
         Ok(&scratch.logits)
     }
 

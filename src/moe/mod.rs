@@ -28,7 +28,7 @@ pub use routes::Routes;
 pub use store::{Reads, Store};
 
 use crate::error::Result;
-use crate::pool::Pool;
+use crate::pool::{Pool, Threads};
 use crate::simd::{Kernels, Tier, best};
 use std::hint::black_box;
 use std::time::Instant;
@@ -47,31 +47,44 @@ impl Machine {
     /// # Errors
     /// If the threads cannot be started.
     pub fn new(threads: usize, cap: Option<Tier>) -> Result<Machine> {
+        let threads = Threads {
+            n: threads,
+            ..Threads::default()
+        };
+        Machine::with(threads, cap)
+    }
+
+    /// Such threads and the best tier that this CPU has, at most `cap`.
+    ///
+    /// # Errors
+    /// If the threads cannot be started.
+    pub fn with(threads: Threads, cap: Option<Tier>) -> Result<Machine> {
         Ok(Machine {
-            pool: Pool::new(threads)?,
+            pool: Pool::with(threads)?,
             kernels: Kernels::of(best(cap)),
         })
     }
 
-    /// Products of int8 per second that the machine can do at most, as its kernels do them: the best of some
-    /// passes over weights in the L1 cache ([`Kernels::products`]). Takes about 0.1 s.
+    /// Products of int8 per second that the machine can do at most with its threads for batches, as its kernels do
+    /// them: the best of some passes over weights in the L1 cache ([`Kernels::products`]). Takes about 0.1 s.
     pub fn int8_peak(&self) -> f64 {
         const W: usize = 32 << 10;
         let (w, x) = ([7u8; W], [[5i8; 4]; 8]);
+        let tasks = 16 * self.pool.batch_threads();
         let calls = |n: usize| {
             let started = Instant::now();
-            self.pool.tasks(16 * self.pool.threads(), |_| {
+            self.pool.tasks(tasks, |_| {
                 for _ in 0..n {
                     black_box(self.kernels.products(black_box(&w), black_box(&x)));
                 }
             });
-            let macs = 16 * self.pool.threads() * n * 8 * W;
+            let macs = tasks * n * 8 * W;
             (
                 macs as f64 / started.elapsed().as_secs_f64(),
                 started.elapsed(),
             )
         };
-        self.pool.enter(|| {
+        self.pool.enter_batch(|| {
             // So many that a pass takes some milliseconds in any tier.
             let mut n = 1;
             while calls(n).1.as_millis() < 5 {

@@ -1,17 +1,16 @@
 //! AVX2 with FMA and F16C: 8 rows at a time.
-//!
-//! Products go through `vpmaddubsw` (u8 × i8, pairs added in i16): every format keeps the pair within
-//! i16, so nothing saturates and the sums are exact.
 
 // Every `unsafe fn` of this file has one contract: the caller has this tier's features enabled and
 // passes pointers that lead to as much as the trait says.
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::float::float_doors;
-use super::tile::{Tile, tile_doors};
+use super::tile::{Dot, Tile, tile_doors};
+use super::x86::{Maddubs, Pairs, Register};
 use crate::quant::float::Lanes;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 /// Whether the CPU has everything this file is compiled with.
 pub(super) fn detect() -> bool {
@@ -93,21 +92,20 @@ pub(super) unsafe fn fold_8(s: __m256) -> f32 {
 
 float_doors!(Pair, #[target_feature(enable = "avx2,fma,f16c")]);
 
-/// [`Tile`] with `vpmaddubsw`.
+/// [`Tile`] in registers of 256 bits.
 #[derive(Clone, Copy)]
-struct Maddubs;
+pub(super) struct Ymm<D>(PhantomData<D>);
 
-impl Tile for Maddubs {
+impl<D: Dot<__m256i>> Tile for Ymm<D> {
     const ROWS: usize = 8;
-    const TOKENS: usize = 4;
-    const PANELS: usize = 1;
+    const TOKENS: usize = D::TOKENS;
+    const PANELS: usize = D::PANELS;
     type I = __m256i;
     type F = __m256;
 
-    /// 8-bit weights stay signed: as unsigned ones they would saturate.
     #[inline(always)]
     fn bias(offset: i32) -> i32 {
-        if offset == 128 { 0 } else { offset }
+        D::bias(offset)
     }
     #[inline(always)]
     unsafe fn splat(x: i32) -> __m256i {
@@ -195,42 +193,11 @@ impl Tile for Maddubs {
         w: [[__m256i; 4]; R],
         x: [*const i8; N],
     ) {
-        // Pairs that fit i16 together: 15 · 127 · 2 eight times, 63 · 127 · 2 twice, 128 · 127 · 2 once.
-        let together = match BITS {
-            ..=4 => 4,
-            5..=6 => 2,
-            _ => 1,
-        };
-        for (sums, w) in sums.iter_mut().zip(w) {
-            for first in (0..4).step_by(together) {
-                let mut pairs = [_mm256_setzero_si256(); N];
-                for j in first..first + together {
-                    let w = w[j];
-                    for t in 0..N {
-                        let x = _mm256_set1_epi32(x[t].cast::<i32>().add(j).read_unaligned());
-                        // |w| · (x with the sign of w), where w is signed; -128 becomes 128 as a u8.
-                        let p = match BITS {
-                            8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
-                            _ => _mm256_maddubs_epi16(w, x),
-                        };
-                        pairs[t] = if j == first {
-                            p
-                        } else {
-                            _mm256_add_epi16(pairs[t], p)
-                        };
-                    }
-                }
-                let one = _mm256_set1_epi16(1);
-                for t in 0..N {
-                    sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs[t], one));
-                }
-            }
-        }
+        D::dot16::<N, R, BITS>(sums, w, x)
     }
     #[inline(always)]
     unsafe fn pair(acc: __m256i, m: __m256i, x: *const i16) -> __m256i {
-        let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-        _mm256_add_epi32(acc, _mm256_madd_epi16(m, x))
+        D::pair(acc, m, x)
     }
     #[inline(always)]
     unsafe fn halves(x: __m256i) -> __m256 {
@@ -253,7 +220,36 @@ impl Tile for Maddubs {
     }
 }
 
-tile_doors!(Maddubs, #[target_feature(enable = "avx2,fma,f16c")]);
+impl Register for __m256i {
+    #[inline(always)]
+    unsafe fn spread(x: *const u8) -> __m256i {
+        _mm256_set1_epi32(x.cast::<i32>().read_unaligned())
+    }
+}
+
+impl Pairs for __m256i {
+    const TOKENS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn maddubs(w: __m256i, x: __m256i) -> __m256i {
+        _mm256_maddubs_epi16(w, x)
+    }
+    #[inline(always)]
+    unsafe fn signed(w: __m256i, x: __m256i) -> __m256i {
+        // |w| · (x with the sign of w); -128 becomes 128 as a u8.
+        _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+    }
+    #[inline(always)]
+    unsafe fn add_i16(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_add_epi16(a, b)
+    }
+    #[inline(always)]
+    unsafe fn madd(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+    }
+}
+
+tile_doors!(Ymm<Maddubs>, #[target_feature(enable = "avx2,fma,f16c")]);
 
 /// Overlays what this tier does better.
 pub(super) fn install(k: &mut Kernels) {

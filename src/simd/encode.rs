@@ -42,10 +42,10 @@ impl Encoder {
                     decode: avx2::decode,
                 }),
                 #[cfg(target_arch = "x86_64")]
-                Tier::Avx512 => Some(Encoder {
+                Tier::Avx512Bw => Some(Encoder {
                     tier,
-                    encode: avx512::encode,
-                    decode: avx512::decode,
+                    encode: avx512bw::encode,
+                    decode: avx512bw::decode,
                 }),
                 _ => None,
             })
@@ -199,7 +199,7 @@ macro_rules! doors {
 #[cfg(target_arch = "x86_64")]
 doors!(avx2, "avx2,f16c");
 #[cfg(target_arch = "x86_64")]
-doors!(avx512, "avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq");
+doors!(avx512bw, "avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq");
 
 #[cfg(test)]
 mod tests {

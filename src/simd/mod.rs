@@ -8,8 +8,14 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512bw;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 #[cfg(test)]
 mod check;
+#[cfg(target_arch = "aarch64")]
+mod dotprod;
 pub mod encode;
 pub mod float;
 #[cfg(target_arch = "aarch64")]
@@ -19,6 +25,8 @@ mod scalar;
 mod tile;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use crate::pool::Stripe;
 use crate::quant::Format;
@@ -34,10 +42,16 @@ pub enum Tier {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C (2013 and later).
     Avx2,
-    /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI (Ice Lake, Zen 4 and later).
+    /// The same with AVX-VNNI (Alder Lake, Zen 5 and later).
+    AvxVnni,
+    /// x86-64 with AVX-512 F, BW, VL and DQ (Skylake-X).
+    Avx512Bw,
+    /// The same with VNNI (Cascade Lake, Ice Lake, Zen 4 and later).
     Avx512,
     /// aarch64.
     Neon,
+    /// The same with DotProd (ARMv8.2: Cortex-A75, Neoverse N1, Apple M1 and later).
+    DotProd,
 }
 
 /// What [`TIERS`] says of a tier.
@@ -69,6 +83,20 @@ pub const TIERS: &[TierRow] = &[
     },
     #[cfg(target_arch = "x86_64")]
     TierRow {
+        tier: Tier::AvxVnni,
+        name: "avxvnni",
+        detect: avxvnni::detect,
+        install: avxvnni::install,
+    },
+    #[cfg(target_arch = "x86_64")]
+    TierRow {
+        tier: Tier::Avx512Bw,
+        name: "avx512bw",
+        detect: avx512bw::detect,
+        install: avx512bw::install,
+    },
+    #[cfg(target_arch = "x86_64")]
+    TierRow {
         tier: Tier::Avx512,
         name: "avx512",
         detect: avx512::detect,
@@ -80,6 +108,13 @@ pub const TIERS: &[TierRow] = &[
         name: "neon",
         detect: neon::detect,
         install: neon::install,
+    },
+    #[cfg(target_arch = "aarch64")]
+    TierRow {
+        tier: Tier::DotProd,
+        name: "dotprod",
+        detect: dotprod::detect,
+        install: dotprod::install,
     },
 ];
 

@@ -1,16 +1,16 @@
 //! aarch64 with NEON: 4 rows at a time.
-//!
-//! Products are i8 × i8, some of them added in i16, as many as fit, and then widened to i32.
 
 // Every `unsafe fn` of this file has one contract: the caller has this tier's features enabled and
 // passes pointers that lead to as much as the trait says.
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::float::float_doors;
-use super::tile::{Tile, tile_doors};
-use crate::quant::float::{Element, Lanes};
+use super::tile::{Dot, Tile, tile_doors};
+use crate::quant::float::Lanes;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
+use std::arch::asm;
+use std::marker::PhantomData;
 
 /// NEON is part of aarch64's baseline.
 pub(super) fn detect() -> bool {
@@ -42,7 +42,8 @@ impl Lanes for Quads {
     }
     #[inline(always)]
     fn load_f16(x: &[f16; 16]) -> Self {
-        Quads::load(&x.map(Element::widen))
+        // SAFETY: see above; f16 is a transparent u16.
+        Quads::make(|i| unsafe { widen(vld1_u16(x.as_ptr().cast::<u16>().add(4 * i))) })
     }
     #[inline(always)]
     fn load_bf16(x: &[bf16; 16]) -> Self {
@@ -67,22 +68,35 @@ impl Lanes for Quads {
     }
 }
 
+/// Four f16, exactly. (The intrinsic, `vcvt_f32_f16`, wants a type that is not stable.)
+#[inline(always)]
+unsafe fn widen(h: uint16x4_t) -> float32x4_t {
+    let x: float32x4_t;
+    asm!(
+        "fcvtl {x:v}.4s, {h:v}.4h",
+        x = lateout(vreg) x,
+        h = in(vreg) h,
+        options(pure, nomem, nostack, preserves_flags)
+    );
+    x
+}
+
 float_doors!(Quads, #[target_feature(enable = "neon")]);
 
-/// [`Tile`] with widening multiplications.
+/// [`Tile`] in registers of 128 bits.
 #[derive(Clone, Copy)]
-struct Widening;
+pub(super) struct Quad<D>(PhantomData<D>);
 
-impl Tile for Widening {
+impl<D: Dot<int32x4_t>> Tile for Quad<D> {
     const ROWS: usize = 4;
-    const TOKENS: usize = 4;
-    const PANELS: usize = 1;
+    const TOKENS: usize = D::TOKENS;
+    const PANELS: usize = D::PANELS;
     type I = int32x4_t;
     type F = float32x4_t;
 
     #[inline(always)]
-    fn bias(_offset: i32) -> i32 {
-        0
+    fn bias(offset: i32) -> i32 {
+        D::bias(offset)
     }
     #[inline(always)]
     unsafe fn splat(x: i32) -> int32x4_t {
@@ -156,6 +170,43 @@ impl Tile for Widening {
         w: [[int32x4_t; 4]; R],
         x: [*const i8; N],
     ) {
+        D::dot16::<N, R, BITS>(sums, w, x)
+    }
+    #[inline(always)]
+    unsafe fn pair(acc: int32x4_t, m: int32x4_t, x: *const i16) -> int32x4_t {
+        D::pair(acc, m, x)
+    }
+    #[inline(always)]
+    unsafe fn halves(x: int32x4_t) -> float32x4_t {
+        widen(vmovn_u32(vreinterpretq_u32_s32(x)))
+    }
+    #[inline(always)]
+    unsafe fn load_floats(x: *const f32) -> float32x4_t {
+        vld1q_f32(x)
+    }
+    #[inline(always)]
+    unsafe fn store_floats(to: *mut f32, x: float32x4_t) {
+        vst1q_f32(to, x)
+    }
+    #[inline(always)]
+    unsafe fn step(acc: float32x4_t, d: float32x4_t, dx: f32, sum: int32x4_t) -> float32x4_t {
+        vfmaq_f32(acc, vmulq_n_f32(d, dx), vcvtq_f32_s32(sum))
+    }
+}
+
+/// Products are i8 × i8, some of them added in i16, as many as fit, and then widened to i32.
+#[derive(Clone, Copy)]
+struct Widening;
+
+impl Dot<int32x4_t> for Widening {
+    const TOKENS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+        sums: &mut [[int32x4_t; N]; R],
+        w: [[int32x4_t; 4]; R],
+        x: [*const i8; N],
+    ) {
         // Products that fit i16 together: 32 · 127 eight times, 128 · 127 twice.
         let together = if BITS == 8 { 1 } else { 4 };
         for (sums, w) in sums.iter_mut().zip(w) {
@@ -176,33 +227,20 @@ impl Tile for Widening {
     }
     #[inline(always)]
     unsafe fn pair(acc: int32x4_t, m: int32x4_t, x: *const i16) -> int32x4_t {
-        let m = vreinterpretq_s16_s32(m);
-        let (even, odd) = (vuzp1q_s16(m, m), vuzp2q_s16(m, m));
-        let acc = vmlal_n_s16(acc, vget_low_s16(even), *x);
-        vmlal_n_s16(acc, vget_low_s16(odd), *x.add(1))
-    }
-    #[inline(always)]
-    unsafe fn halves(x: int32x4_t) -> float32x4_t {
-        let mut lanes = [0; 4];
-        vst1q_s32(lanes.as_mut_ptr(), x);
-        let floats = lanes.map(|x| f16::from_bits(x as u16).widen());
-        vld1q_f32(floats.as_ptr())
-    }
-    #[inline(always)]
-    unsafe fn load_floats(x: *const f32) -> float32x4_t {
-        vld1q_f32(x)
-    }
-    #[inline(always)]
-    unsafe fn store_floats(to: *mut f32, x: float32x4_t) {
-        vst1q_f32(to, x)
-    }
-    #[inline(always)]
-    unsafe fn step(acc: float32x4_t, d: float32x4_t, dx: f32, sum: int32x4_t) -> float32x4_t {
-        vfmaq_f32(acc, vmulq_n_f32(d, dx), vcvtq_f32_s32(sum))
+        pair(acc, m, x)
     }
 }
 
-tile_doors!(Widening, #[target_feature(enable = "neon")]);
+/// [`Tile::pair`]
+#[inline(always)]
+pub(super) unsafe fn pair(acc: int32x4_t, m: int32x4_t, x: *const i16) -> int32x4_t {
+    let m = vreinterpretq_s16_s32(m);
+    let (even, odd) = (vuzp1q_s16(m, m), vuzp2q_s16(m, m));
+    let acc = vmlal_n_s16(acc, vget_low_s16(even), *x);
+    vmlal_n_s16(acc, vget_low_s16(odd), *x.add(1))
+}
+
+tile_doors!(Quad<Widening>, #[target_feature(enable = "neon")]);
 
 /// Overlays what this tier does better.
 pub(super) fn install(k: &mut Kernels) {

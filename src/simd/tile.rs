@@ -96,6 +96,30 @@ pub(super) trait Tile: Copy {
     unsafe fn step(acc: Self::F, d: Self::F, dx: f32, sum: Self::I) -> Self::F;
 }
 
+/// What differs in a [`Tile`] between CPUs with the same registers: how they multiply bytes. `I`: [`Tile::I`].
+///
+/// # Safety
+/// Of every function: as of [`Tile`]'s.
+pub(super) trait Dot<I>: Copy {
+    /// [`Tile::TOKENS`].
+    const TOKENS: usize;
+    /// [`Tile::PANELS`].
+    const PANELS: usize = 1;
+    /// [`Tile::bias`]: nothing, where both sides may be signed.
+    #[inline(always)]
+    fn bias(_offset: i32) -> i32 {
+        0
+    }
+    /// [`Tile::dot16`].
+    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+        sums: &mut [[I; N]; R],
+        w: [[I; 4]; R],
+        x: [*const i8; N],
+    );
+    /// [`Tile::pair`].
+    unsafe fn pair(acc: I, m: I, x: *const i16) -> I;
+}
+
 /// Most rows of a panel in any tier.
 const MAX_ROWS: usize = 16;
 /// Most panels side by side in any tier.

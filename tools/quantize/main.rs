@@ -85,7 +85,7 @@ struct Args {
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Highest CPU tier to use: scalar, avx2 or avx512 [default: $OCTET_ISA, else the best there is]
+    /// Highest CPU tier to use: scalar, avx2 or avx512bw [default: $OCTET_ISA, else the best there is]
     #[arg(long, value_name = "TIER", value_parser = parse_tier)]
     isa: Option<Tier>,
 }
