@@ -4,7 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 runs=${2:-1000000} seconds=${3:-0}
-cargo run --quiet --release --example seeds
 targets=${1:-$(cargo +nightly fuzz list --fuzz-dir .)}
 for target in $targets; do
   left=$runs

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use octet::bounded::{self, Exceeded, Limits};
 use octet::chat::jinja::JinjaTemplate;
-use octet::chat::template::{Message, Role, Template};
 use octet::chat::tokenizer::{Tokenizer, Vocab};
-use octet::error::{Error, Result};
+use octet::error::Error;
 use octet::gguf::Safetensors;
 use octet::moe::Profile;
 
 use crate::alloc::peak;
+use crate::cli::Home;
 use crate::data;
 
 #[test]
@@ -34,18 +34,8 @@ fn work_that_wants_too_much_memory_is_stopped() {
     assert_eq!(slowly, Err(Exceeded::Memory));
 }
 
-/// The demo model's vocabulary.
-fn tokenizer() -> Tokenizer {
-    Tokenizer::from_path(&data("tokenizers/demo.tokenizer.model")).unwrap()
-}
-
-fn render(tokenizer: &Tokenizer, template: &str) -> Result<Vec<u32>> {
-    let template = Template::Jinja(Box::new(JinjaTemplate::new(template, tokenizer)?));
-    template.encode(tokenizer, &[Message::new(Role::User, "Hi")], None)
-}
-
-/// Templates that no count of instructions stops, with a word of the error that they get, or none where an engine may
-/// also find a way.
+/// Templates that no count of instructions stops, with a word of the error that they get; none where that depends on the machine
+/// or on the engine.
 const HOSTILE: &[(&str, &str)] = &[
     // Doubling a text, which takes few steps.
     (
@@ -102,11 +92,11 @@ const HOSTILE: &[(&str, &str)] = &[
     // Functions that call themselves.
     (
         "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-        "valid",
+        "recursion limit",
     ),
     (
         "{% macro f(x) %}{% if x %}{{ f(x - 1) }}{{ f(x - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
-        "valid",
+        "recursion limit",
     ),
     (
         "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
@@ -120,29 +110,46 @@ const HOSTILE: &[(&str, &str)] = &[
 
 #[test]
 fn hostile_templates_are_refused_in_time() {
-    let tokenizer = tokenizer();
+    // By the program, as only its own allocator counts, and as a template that is stopped stays where it is.
+    let home = Home::new();
+    let folder = home.path("model");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy(
+        data("tokenizers/demo.tokenizer.model"),
+        folder.join("tokenizer.model"),
+    )
+    .unwrap();
+    let args = [
+        "tokenize",
+        "--chat",
+        "--json",
+        "-m",
+        folder.to_str().unwrap(),
+    ];
     for (template, word) in HOSTILE {
+        std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
         let started = Instant::now();
-        let (done, most) = peak(|| render(&tokenizer, template));
+        let line = "{\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]}\n";
+        let out = home.octet_with(&args, line);
         let took = started.elapsed();
-        eprintln!(
-            "{took:?} {most} {template}: {:?}",
-            done.as_ref().map(Vec::len).map_err(Error::to_string)
-        );
         assert!(took < Duration::from_secs(20), "{took:?}: {template}");
-        assert!(most < 64 << 20, "{most} bytes: {template}");
-        if let (Err(e), false) = (&done, word.is_empty()) {
-            let said = e.to_string();
-            assert!(
-                said.contains(word) || *word == "valid",
-                "{template}: {said}"
-            );
-        }
         assert!(
-            done.is_err() || word.is_empty() || *word == "valid",
+            matches!(out.code, Some(0 | 1)),
+            "{template}: {}",
+            out.stderr
+        );
+        assert_eq!(
+            out.stdout.iter().filter(|b| **b == b'\n').count(),
+            1,
+            "{template}"
+        );
+        assert!(out.stderr.contains(word), "{template}: {}", out.stderr);
+        assert!(
+            out.code == Some(1) || word.is_empty(),
             "{template} gives a prompt"
         );
     }
+    let tokenizer = Tokenizer::from_path(&data("tokenizers/demo.tokenizer.model")).unwrap();
     // Depth in the text itself.
     for part in [
         "{% if a %}",
@@ -175,7 +182,7 @@ fn memory_stays_in_proportion_to_documents() {
         );
         assert!(most <= (64 << 20) + 4 * bytes.len(), "{what}: {most} bytes");
     };
-    const LEN: usize = 12 << 20;
+    const LEN: usize = 6 << 20;
     let fill = |start: &str, part: &str, end: &str| {
         let parts = part.repeat(LEN / part.len());
         format!("{start}{}{end}", &parts[..parts.len() - 1]).into_bytes()
@@ -224,5 +231,5 @@ fn memory_stays_in_proportion_to_documents() {
         [&[0x0a, text.len() as u8][..], text.as_bytes()].concat()
     };
     check("short pieces", &spm(&text, 1 << 20), &read);
-    check("as many pieces as may be", &spm(&text, 1 << 18), &read);
+    check("as many pieces as may be", &spm(&text, 100_000), &read);
 }

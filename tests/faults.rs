@@ -125,7 +125,7 @@ fn a_batch_whose_disk_is_full_goes_on_when_there_is_room() {
 #[test]
 fn measurements_that_cannot_be_written_leave_nothing() {
     let home = Home::new();
-    let text = home.write("text", "Once upon a time there was a fox. ".repeat(40));
+    let text = home.write("text", "Once upon a time there was a fox. ".repeat(200));
     for command in ["imatrix", "profile"] {
         let out = home.path("out").to_str().unwrap().to_string();
         let args = [command, "-f", &text, "-o", &out];
@@ -158,14 +158,15 @@ fn quantize_is_ended_at_any_moment() {
     let (took, whole) = (started.elapsed(), fs::read(whole).unwrap());
     fs::write(&dst, "old").unwrap();
     let mut ended = 0;
+    let unfinished = || home.path("out.gguf.resume").exists();
     for turn in 0..kills(6) {
-        let more = if turn % 3 == 0 { "--force" } else { "--resume" };
-        let more = if home.path("out.gguf.part").exists() {
-            more
+        // Goes on, or begins anew over what is there.
+        let more: &[&str] = if unfinished() && turn % 3 != 0 {
+            &["--resume"]
         } else {
-            "--force"
+            &[]
         };
-        let mut child = run(&dst, &[more]).spawn().unwrap();
+        let mut child = run(&dst, more).spawn().unwrap();
         std::thread::sleep(took.mul_f64(turn as f64 * 0.618 % 1.0));
         if child.try_wait().unwrap().is_none() {
             ended += 1;
@@ -180,14 +181,50 @@ fn quantize_is_ended_at_any_moment() {
         fs::write(&dst, "old").unwrap();
     }
     assert!(ended > 0);
-    let more = if home.path("out.gguf.part").exists() {
-        "--resume"
-    } else {
-        "--force"
-    };
-    assert!(run(&dst, &[more]).status().unwrap().success());
+    let more: &[&str] = if unfinished() { &["--resume"] } else { &[] };
+    assert!(run(&dst, more).status().unwrap().success());
     assert!(fs::read(&dst).unwrap() == whole);
-    assert!(!home.path("out.gguf.part").exists() && !home.path("out.gguf.resume").exists());
+    assert!(!home.path("out.gguf.part").exists() && !unfinished());
+    println!("ended {ended} times");
+}
+
+/// What one process writes, another does not.
+#[test]
+fn outputs_are_for_one_process_at_a_time() {
+    let home = Home::new();
+    let input = home.write("in.jsonl", "{\"prompt\":\"Once\",\"max_tokens\":2}\n");
+    let (out, dst) = (home.path("out.jsonl"), home.path("out.gguf"));
+    // As another octet has them.
+    let lock = |name: &str| {
+        let file = fs::File::create(home.path(name)).unwrap();
+        file.lock().unwrap();
+        file
+    };
+    let (batch, quantize) = (lock("out.jsonl"), lock("out.gguf.resume"));
+    let refused = home.octet(&["batch", &input, "-o", out.to_str().unwrap(), "--force"]);
+    let said = refused.error(2);
+    assert!(
+        said.contains("another octet is writing this file"),
+        "{said}"
+    );
+    let run = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantize"));
+        command
+            .args([Path::new(DEMO), &dst])
+            .args(["Q8_0", "--allow-requantize"]);
+        command.output().unwrap()
+    };
+    let refused = run();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("another quantize is writing this file"),
+        "{said}"
+    );
+    drop((batch, quantize));
+    let out = home.octet(&["batch", &input, "-o", out.to_str().unwrap(), "--force"]);
+    assert_eq!(out.code, Some(0), "{}", out.stderr);
+    assert!(run().status.success());
 }
 
 /// A name that is no UTF-8.

@@ -3,4 +3,4 @@
 #[path = "target.rs"]
 mod target;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| target::run("chat_template", bytes));
+libfuzzer_sys::fuzz_target!(init: target::begin("chat_template"), |bytes: &[u8]| target::run(bytes));

@@ -3,4 +3,4 @@
 #[path = "target.rs"]
 mod target;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| target::run("grammar", bytes));
+libfuzzer_sys::fuzz_target!(init: target::begin("grammar"), |bytes: &[u8]| target::run(bytes));

@@ -3,4 +3,4 @@
 #[path = "target.rs"]
 mod target;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| target::run("kv_cache", bytes));
+libfuzzer_sys::fuzz_target!(init: target::begin("kv_cache"), |bytes: &[u8]| target::run(bytes));

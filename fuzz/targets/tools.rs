@@ -3,4 +3,4 @@
 #[path = "target.rs"]
 mod target;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| target::run("tools", bytes));
+libfuzzer_sys::fuzz_target!(init: target::begin("tools"), |bytes: &[u8]| target::run(bytes));

@@ -39,8 +39,8 @@ use crate::error::{Error, Result};
 pub(super) const SPACE: &str = "\u{2581}";
 /// What SentencePiece prints for the unknown piece (its default `unk_surface`).
 const UNKNOWN_SURFACE: &str = " \u{2047} ";
-/// As many pieces as the largest published vocabularies have, eight times Mixtral's; bounds the memory a file can ask for.
-const MAX_PIECES: usize = 1 << 18;
+/// Three times Mixtral's pieces. A piece may be two bytes of a file and takes some 600 in memory.
+const MAX_PIECES: usize = 100_000;
 /// The longest piece in bytes. Published vocabularies stay under 200; rebuilding merges is quadratic in it.
 const MAX_PIECE_BYTES: usize = 512;
 /// The largest tokenizer file that is read, in bytes (a Hugging Face `tokenizer.json` has about 20 MB).
