@@ -198,42 +198,73 @@ impl Error {
     }
 }
 
-/// One line, whatever a file's own strings contain.
+/// A part of a line, without line breaks and terminal escapes, which names inside a hostile file may hold; of a long
+/// one its beginning and its end.
+fn short(part: impl fmt::Display) -> String {
+    const KEPT: usize = 300;
+    let mut line = String::new();
+    for c in part.to_string().chars() {
+        match c.is_control() {
+            true => line.extend(c.escape_default()),
+            false => line.push(c),
+        }
+    }
+    if line.len() <= 2 * KEPT {
+        return line;
+    }
+    let fits = |at: &usize| line.is_char_boundary(*at);
+    let head = (0..=KEPT).rev().find(fits).unwrap_or(0);
+    let tail = (line.len() - KEPT..line.len())
+        .find(fits)
+        .unwrap_or(line.len());
+    format!("{}…{}", &line[..head], &line[tail..])
+}
+
+/// One line that fits on a screen, whatever a file's own strings contain.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let line = match self {
+        match self {
             Error::Io {
                 file,
                 action,
                 source,
-            } => format!("{}: cannot {action}: {source}", file.display()),
+            } => {
+                let (file, source) = (short(file.display()), short(source));
+                write!(f, "{file}: cannot {action}: {source}")
+            }
             Error::Truncated {
                 file,
                 what,
                 at,
                 want,
                 have,
-            } => format!(
-                "{}: the file ends inside {what} at byte {at} (expected {want} bytes, found {have}); \
-                 the download may be incomplete",
-                file.display()
-            ),
+            } => {
+                let (file, what) = (short(file.display()), short(what));
+                write!(
+                    f,
+                    "{file}: the file ends inside {what} at byte {at} (expected {want} bytes, found {have}); \
+                     the download may be incomplete"
+                )
+            }
             Error::Invalid {
                 file,
                 what,
                 expected,
                 found,
             } => {
-                format!(
-                    "{}: {what} is wrong (expected {expected}, found {found})",
-                    file.display()
+                let (file, what) = (short(file.display()), short(what));
+                let (expected, found) = (short(expected), short(found));
+                write!(
+                    f,
+                    "{file}: {what} is wrong (expected {expected}, found {found})"
                 )
             }
-            Error::Missing { file, what, hint } if hint.is_empty() => {
-                format!("{}: {what} is missing", file.display())
-            }
             Error::Missing { file, what, hint } => {
-                format!("{}: {what} is missing; {hint}", file.display())
+                let (file, what, hint) = (short(file.display()), short(what), short(hint));
+                match hint.is_empty() {
+                    true => write!(f, "{file}: {what} is missing"),
+                    false => write!(f, "{file}: {what} is missing; {hint}"),
+                }
             }
             Error::Unsupported {
                 file,
@@ -241,9 +272,11 @@ impl fmt::Display for Error {
                 expected,
                 found,
             } => {
-                format!(
-                    "{}: {what} is not supported (expected {expected}, found {found})",
-                    file.display()
+                let (file, what) = (short(file.display()), short(what));
+                let (expected, found) = (short(expected), short(found));
+                write!(
+                    f,
+                    "{file}: {what} is not supported (expected {expected}, found {found})"
                 )
             }
             Error::Prompt {
@@ -251,40 +284,37 @@ impl fmt::Display for Error {
                 expected,
                 found,
             } => {
-                format!("the prompt: {what} (expected {expected}, found {found})")
+                let (what, expected, found) = (short(what), short(expected), short(found));
+                write!(f, "the prompt: {what} (expected {expected}, found {found})")
             }
             Error::Request {
                 what,
                 expected,
                 found,
             } => {
-                format!("the request: {what} (expected {expected}, found {found})")
+                let (what, expected, found) = (short(what), short(expected), short(found));
+                write!(
+                    f,
+                    "the request: {what} (expected {expected}, found {found})"
+                )
             }
             Error::Lines {
                 file,
                 failed,
                 of,
                 reasons,
-            } => format!(
-                "{}: {failed} of {of} lines failed; {reasons}",
-                file.display()
-            ),
-            Error::ContextFull { limit, want } => format!(
+            } => {
+                let file = short(file.display());
+                write!(f, "{file}: {failed} of {of} lines failed; {reasons}")
+            }
+            Error::ContextFull { limit, want } => write!(
+                f,
                 "the context is full (expected at most {limit} tokens, found {want}); \
                  a shorter text helps, or a larger --ctx where the model allows it"
             ),
-            Error::Usage(what) => what.clone(),
-            Error::Interrupted => "interrupted".to_string(),
-        };
-        // Names inside a hostile file may hold line breaks or terminal escapes.
-        for c in line.chars() {
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())?
-            } else {
-                write!(f, "{c}")?
-            }
+            Error::Usage(what) => write!(f, "{}", short(what)),
+            Error::Interrupted => write!(f, "interrupted"),
         }
-        Ok(())
     }
 }
 

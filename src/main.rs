@@ -5,6 +5,10 @@ use octet::cli;
 use octet::error::{Error, Result};
 use std::process::ExitCode;
 
+/// Strangers' templates have budgets of memory.
+#[global_allocator]
+static ALLOCATOR: octet::bounded::Allocator = octet::bounded::Allocator;
+
 /// Runs Mixtral from a GGUF file, on the CPU.
 #[derive(Parser)]
 #[command(

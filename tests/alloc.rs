@@ -1,6 +1,7 @@
 //! A counting allocator: how much memory a piece of a test takes at most.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+use octet::bounded::Allocator;
+use std::alloc::{GlobalAlloc, Layout};
 use std::cell::Cell;
 
 thread_local! {
@@ -20,33 +21,33 @@ fn count(bytes: isize) {
     PEAK.set(PEAK.get().max(now));
 }
 
-// SAFETY: every call goes on to the system's allocator with the caller's own arguments, and the
+// SAFETY: every call goes on to the program's allocator with the caller's own arguments, and the
 // counters neither allocate nor panic.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
         // SAFETY: the caller's promise, handed on.
-        unsafe { System.alloc(layout) }
+        unsafe { Allocator.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
         // SAFETY: the caller's promise, handed on.
-        unsafe { System.alloc_zeroed(layout) }
+        unsafe { Allocator.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
         count(-(layout.size() as isize));
         // SAFETY: the caller's promise, handed on.
-        unsafe { System.dealloc(ptr, layout) }
+        unsafe { Allocator.dealloc(ptr, layout) }
     }
 
     unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // The system may have to hold both for a moment.
+        // It may have to hold both for a moment.
         count(size as isize);
         count(-(layout.size() as isize));
         // SAFETY: the caller's promise, handed on.
-        unsafe { System.realloc(ptr, layout, size) }
+        unsafe { Allocator.realloc(ptr, layout, size) }
     }
 }
 

@@ -550,8 +550,7 @@ fn killed_at_any_moment_nothing_is_lost_or_doubled() {
             // A line is torn in a moment that waiting seldom meets: the test tears one sometimes.
             std::thread::sleep(Duration::from_secs_f64(whole * 0.7 * luck.next().unwrap()));
             let ended = child.try_wait().unwrap();
-            child.kill().unwrap();
-            child.wait().unwrap();
+            crate::faults::end(&mut child, runs);
             if let Some(status) = ended {
                 assert_eq!(status.code(), Some(0));
                 break;

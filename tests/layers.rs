@@ -5,22 +5,25 @@ use std::path::{Path, PathBuf};
 /// Each room and the rooms it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
+    ("bounded", &[]),
     ("disk", &["error"]),
     ("cgroup", &[]),
     ("memory", &["cgroup"]),
     ("pool", &["error", "cgroup"]),
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
-    ("gguf", &["quant", "error"]),
+    ("gguf", &["quant", "error", "bounded"]),
     (
         "moe",
-        &["error", "disk", "memory", "pool", "quant", "simd", "gguf"],
+        &[
+            "error", "bounded", "disk", "memory", "pool", "quant", "simd", "gguf",
+        ],
     ),
-    ("chat", &["error", "disk", "gguf", "moe"]),
+    ("chat", &["error", "bounded", "disk", "gguf", "moe"]),
     (
         "cli",
         &[
-            "error", "disk", "memory", "pool", "quant", "simd", "gguf", "moe", "chat",
+            "error", "bounded", "disk", "memory", "pool", "quant", "simd", "gguf", "moe", "chat",
         ],
     ),
 ];

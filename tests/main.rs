@@ -3,19 +3,25 @@
 mod alloc;
 mod batch;
 mod bench;
+mod bounded;
 mod chat;
 mod cli;
 mod constraint;
 mod draft;
+mod entries;
+mod faults;
 mod generation;
 mod gguf;
 mod hostile_model;
 mod imatrix;
 mod layers;
 mod model;
+mod mutate;
 mod paging;
+mod privacy;
 mod profile;
 mod quantize;
+mod safety;
 mod scripted;
 mod sessions;
 #[cfg(unix)]

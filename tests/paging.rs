@@ -208,13 +208,15 @@ fn a_file_that_is_written_to_is_an_error() {
 }
 
 #[test]
-fn a_file_that_is_replaced_is_still_there() {
+fn a_file_that_is_replaced_or_deleted_is_still_there() {
     for ram in mapped_and_paged() {
         let out = while_it_runs(&ram, "60", |model| {
             let other = model.with_extension("other");
             fs::write(&other, "not a model").unwrap();
             fs::rename(&other, model).unwrap();
         });
+        assert_eq!(out.code, Some(0), "{}", out.stderr);
+        let out = while_it_runs(&ram, "60", |model| fs::remove_file(model).unwrap());
         assert_eq!(out.code, Some(0), "{}", out.stderr);
     }
 }

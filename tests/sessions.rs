@@ -545,8 +545,7 @@ fn kill_and_go_on(times: u64) {
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_micros(round * 7919 % 20_000));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        crate::faults::end(&mut child, round as usize);
         let kept = messages(&file);
         let text = fs::read_to_string(&file).unwrap();
         assert!(text.ends_with("\"}\n") && kept.len().is_multiple_of(2) && kept.len() / 2 > turns);

@@ -204,6 +204,8 @@ fn the_history_is_kept_for_its_owner() {
     let file = home.path("state/octet/history");
     let mode = fs::metadata(&file).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
+    let folder = fs::metadata(home.path("state/octet")).unwrap();
+    assert_eq!(folder.permissions().mode() & 0o777, 0o700);
     let kept = fs::read_to_string(&file).unwrap();
     assert!(kept.contains("Hello fox\n/clear\n"), "{kept}");
 
@@ -518,6 +520,42 @@ fn settings_are_shown_and_changed() {
     );
     person.type_keys("\x04");
     assert_eq!(person.end().1, 0);
+}
+
+/// Twenty columns, a terminal that can do nothing, one of which nothing is known: the same conversation.
+#[test]
+fn narrow_dumb_and_unknown_terminals() {
+    let home = Home::new();
+    let want = answer(&home, &["-p", "Hello fox"]);
+    for (term, columns) in [(Some("xterm"), 20), (Some("dumb"), 80), (None, 20)] {
+        let mut command = home.command(&CHAT);
+        match term {
+            Some(term) => command.env("TERM", term),
+            None => command.env_remove("TERM"),
+        };
+        let mut session = Session::spawn(command).unwrap();
+        let process = session.get_process_mut();
+        process.set_window_size(columns, 5).unwrap();
+        let mut person = Person(session);
+        let mut said = String::new();
+        for line in ["Hello fox", "/help", "/stats", "/exit"] {
+            said += &person.until("> ");
+            person.type_keys(&format!("{line}\r"));
+            // Narrow, the prompt is drawn again where a line goes on.
+            said += &person.until("\n");
+        }
+        let (rest, code) = person.end();
+        said += &rest;
+        assert_eq!(code, 0, "{term:?}, {columns} columns: {said}");
+        assert!(
+            said.contains(want.trim()),
+            "{term:?}, {columns} columns: {said}"
+        );
+        assert!(said.contains("conversation 1 turn"), "{said}");
+        if term == Some("dumb") {
+            assert!(!said.contains('\x1b'), "{said:?}");
+        }
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 use super::tokenizer::{PieceKind, SPACE, Tokenizer};
 use super::{gbnf, schema};
+use crate::bounded;
 use crate::error::{Error, Result};
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
@@ -150,8 +151,8 @@ impl Compiler {
             }
             Form::Grammar => TopLevelGrammar::from_lark(text.to_string()),
             Form::JsonSchema => {
-                let schema: Value =
-                    serde_json::from_str(text).map_err(|e| wrong("JSON", e.to_string()))?;
+                let schema =
+                    bounded::json(text.as_bytes()).map_err(|e| wrong("JSON", e.to_string()))?;
                 schema::check(&schema, "schema").map_err(|(place, expected, found)| {
                     wrong(&format!("{expected} at {place}"), found)
                 })?;

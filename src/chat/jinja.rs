@@ -1,8 +1,8 @@
 //! Prompts by a file's own chat template.
 //!
 //! Templates are programs by strangers, written for Python's Jinja as `transformers` sets it up: block tags swallow their line, and
-//! there are `tojson` (without HTML escapes), `raise_exception` and `strftime_now`. Here they run with bounded instructions
-//! and bounded output.
+//! there are `tojson` (without HTML escapes), `raise_exception` and `strftime_now`. Here they run with bounds for instructions,
+//! output, time and memory.
 //!
 //! **What a user typed never becomes a control token.** A template gives one string in which its own marks and
 //! the user's text look alike. So before rendering, every string that comes from the conversation is *guarded*: a private-use character that occurs
@@ -17,30 +17,41 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io;
-use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, ErrorKind, context};
 use serde_json::Value;
 
+use crate::bounded::{self, Exceeded, Limits};
 use crate::chat::json::Json;
 use crate::chat::template::{Message, Role};
 use crate::chat::tokenizer::{Matcher, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 
-/// Instructions a template may execute: a conversation of thousands of messages needs less, an endless loop ends within seconds.
-const FUEL: u64 = 10_000_000;
-/// Bytes a template may write.
-const MAX_OUTPUT: usize = 64 << 20;
+/// Instructions a template may execute: a conversation of thousands of messages needs less, an endless loop ends within a
+/// second.
+const FUEL: u64 = 2_000_000;
+/// Bytes that a template may write of its own, beside four times what the conversation has.
+const OWN_OUTPUT: usize = 256 << 10;
+/// What compiling and rendering may take. One instruction of a template can do much work, which costs no fuel: compare
+/// or join values that contain each other many times. And in so many instructions it can nest values so deep that
+/// dropping them takes this much stack.
+const LIMITS: Limits = Limits {
+    time: Duration::from_secs(1),
+    memory: 64 << 20,
+    stack: 512 << 20,
+};
 /// The longest template that is compiled, in bytes. Published ones have at most 20 KB.
 const MAX_TEMPLATE: usize = 1 << 20;
 const NAME: &str = "chat template";
 
 /// A compiled chat template and the vocabulary's marks.
 pub struct JinjaTemplate {
-    env: Environment<'static>,
+    env: Arc<Environment<'static>>,
     text: String,
     source: PathBuf,
     marks: Marks,
@@ -81,36 +92,20 @@ impl JinjaTemplate {
                 text.len(),
             ));
         }
-        let invalid = |e: minijinja::Error| {
-            Error::invalid(&source, "the chat template", "valid Jinja", one_line(&e))
-        };
-        let mut env = Environment::new();
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()
-            .map_err(invalid)?;
-        env.set_syntax(syntax);
-        env.set_fuel(Some(FUEL));
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.add_filter("tojson", to_json);
-        env.add_function(
-            "raise_exception",
-            |message: String| -> Result<minijinja::Value, minijinja::Error> {
-                Err(minijinja::Error::new(ErrorKind::InvalidOperation, "raised")
-                    .with_source(Raised(message)))
-            },
-        );
-        env.add_function("strftime_now", |format: String| strftime(&format, now()));
-        env.add_template_owned(NAME, plain_generation_tags(text))
-            .map_err(invalid)?;
+        let (owned, file) = (text.to_string(), source.clone());
+        let env = bounded::run(LIMITS, move || {
+            environment(&owned).map_err(|e| {
+                Error::invalid(&file, "the chat template", "valid Jinja", one_line(&e))
+            })
+        });
+        let env = env.map_err(|why| exceeded(&source, why))??;
         let name = |id: Option<u32>| {
             id.and_then(|id| tok.piece(id))
                 .map(|p| p.text.clone())
                 .unwrap_or_default()
         };
         Ok(JinjaTemplate {
-            env,
+            env: Arc::new(env),
             text: text.to_string(),
             marks: Marks::new(tok),
             bos: name(tok.bos()),
@@ -144,8 +139,8 @@ impl JinjaTemplate {
                 "an assistant message",
             ));
         }
-        let guard = self.guard_for(messages, tools)?;
-        let rendered = match self.render(messages, tools, guard) {
+        let (guard, bytes) = self.guard_for(messages, tools)?;
+        let rendered = match self.render(messages, tools, guard, bytes) {
             Err(Error::Prompt {
                 what,
                 expected,
@@ -157,7 +152,7 @@ impl JinjaTemplate {
                     found,
                 };
                 let folded = fold_system(messages).ok_or(refused)?;
-                self.render(&folded, tools, guard)?
+                self.render(&folded, tools, guard, bytes)?
             }
             rendered => rendered?,
         };
@@ -171,11 +166,14 @@ impl JinjaTemplate {
         Ok(out)
     }
 
-    /// A private-use character that neither the conversation nor the template contains.
-    fn guard_for(&self, messages: &[Message], tools: Option<&[Value]>) -> Result<char> {
-        let mut used = HashSet::new();
-        let mut see = |text: &str| used.extend(text.chars().filter(|&c| c >= '\u{F0000}'));
-        see(&self.text);
+    /// A private-use character that neither the conversation nor the template contains; and the conversation's length.
+    fn guard_for(&self, messages: &[Message], tools: Option<&[Value]>) -> Result<(char, usize)> {
+        let (mut used, mut bytes) = (HashSet::new(), 0);
+        used.extend(self.text.chars().filter(|&c| c >= '\u{F0000}'));
+        let mut see = |text: &str| {
+            bytes += text.len();
+            used.extend(text.chars().filter(|&c| c >= '\u{F0000}'));
+        };
         for message in messages {
             // The JSON form has every string of the message, escaped; private-use characters are never escaped.
             see(&message.to_json().to_string());
@@ -185,6 +183,7 @@ impl JinjaTemplate {
         }
         ('\u{F0000}'..='\u{FFFFD}')
             .find(|c| !used.contains(c))
+            .map(|guard| (guard, bytes))
             .ok_or_else(|| {
                 Error::prompt(
                     "the conversation",
@@ -194,7 +193,14 @@ impl JinjaTemplate {
             })
     }
 
-    fn render(&self, messages: &[Message], tools: Option<&[Value]>, guard: char) -> Result<String> {
+    /// `bytes`: of the conversation.
+    fn render(
+        &self,
+        messages: &[Message],
+        tools: Option<&[Value]>,
+        guard: char,
+        bytes: usize,
+    ) -> Result<String> {
         let list: Vec<Value> = messages
             .iter()
             .map(|m| self.marks.guard_message(m, guard))
@@ -203,20 +209,34 @@ impl JinjaTemplate {
             .filter(|t| !t.is_empty())
             .map(|t| t.iter().map(|v| self.marks.guard_value(v, guard)).collect());
         let prefix = messages.last().filter(|m| m.prefix);
-        let context = context! {
-            messages => minijinja::Value::from(Serde(&list)),
-            tools => minijinja::Value::from(Serde(&tools)),
-            bos_token => self.bos.as_str(),
-            eos_token => self.eos.as_str(),
-            add_generation_prompt => prefix.is_none(),
+        let add_generation_prompt = prefix.is_none();
+        let (env, source) = (Arc::clone(&self.env), self.source.clone());
+        let (bos, eos) = (self.bos.clone(), self.eos.clone());
+        // A long conversation may take longer; the tree of its values takes many times the bytes of its text.
+        let limits = Limits {
+            time: LIMITS.time * (1 + u32::try_from(bytes >> 20).unwrap_or(u32::MAX >> 1)),
+            memory: LIMITS.memory + 16 * bytes,
+            ..LIMITS
         };
-        let mut out = Bounded(Vec::new());
-        let done = self
-            .env
-            .get_template(NAME)
-            .and_then(|t| t.render_captured_to(context, &mut out).map(|_| ()));
-        done.map_err(|e| self.failure(e, out.0.len() >= MAX_OUTPUT))?;
-        let mut text = String::from_utf8_lossy(&out.0).into_owned();
+        let rendered = bounded::run(limits, move || {
+            let context = context! {
+                messages => minijinja::Value::from(Serde(&list)),
+                tools => minijinja::Value::from(Serde(&tools)),
+                bos_token => bos,
+                eos_token => eos,
+                add_generation_prompt,
+            };
+            let mut out = Bounded {
+                bytes: Vec::new(),
+                most: OWN_OUTPUT + 4 * bytes,
+                full: false,
+            };
+            env.get_template(NAME)
+                .and_then(|t| t.render_captured_to(context, &mut out).map(|_| ()))
+                .map_err(|e| failure(&source, &e, &out))?;
+            Ok(String::from_utf8_lossy(&out.bytes).into_owned())
+        });
+        let mut text = rendered.map_err(|why| exceeded(&self.source, why))??;
         if let Some(message) = prefix {
             // The answer goes on where the message ends: what the template writes after it is cut off.
             let content = self.marks.guard_text(&message.content, guard);
@@ -232,26 +252,67 @@ impl JinjaTemplate {
         }
         Ok(text)
     }
+}
 
-    fn failure(&self, error: minijinja::Error, too_long: bool) -> Error {
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-        while let Some(e) = cause {
-            if let Some(Raised(message)) = e.downcast_ref::<Raised>() {
-                return Error::prompt(
-                    "the chat template refuses it",
-                    "what the template allows",
-                    message,
-                );
-            }
-            cause = e.source();
+/// A template, ready to run.
+fn environment(text: &str) -> Result<Environment<'static>, minijinja::Error> {
+    let mut env = Environment::new();
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()?;
+    env.set_syntax(syntax);
+    env.set_fuel(Some(FUEL));
+    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.add_filter("tojson", to_json);
+    env.add_function(
+        "raise_exception",
+        |message: String| -> Result<minijinja::Value, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, "raised")
+                .with_source(Raised(message)))
+        },
+    );
+    env.add_function("strftime_now", |format: String| strftime(&format, now()));
+    env.add_template_owned(NAME, plain_generation_tags(text))?;
+    Ok(env)
+}
+
+/// What to say of a template that exceeded its limits.
+fn exceeded(source: &Path, why: Exceeded) -> Error {
+    let (expected, found) = match why {
+        Exceeded::Time => ("an end within a second", "none"),
+        Exceeded::Memory => (
+            "one that gets by with 64 MiB of memory",
+            "one that does not",
+        ),
+        Exceeded::Panic => ("a template that runs", "one that its engine breaks at"),
+        Exceeded::Refused => ("one that keeps to its limits", "that others did not before"),
+    };
+    Error::invalid(source, "the chat template", expected, found)
+}
+
+/// What to say of a template that failed.
+fn failure(source: &Path, error: &minijinja::Error, out: &Bounded) -> Error {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(e) = cause {
+        if let Some(Raised(message)) = e.downcast_ref::<Raised>() {
+            return Error::prompt(
+                "the chat template refuses it",
+                "what the template allows",
+                message,
+            );
         }
-        let (expected, found) = match error.kind() {
-            _ if too_long => ("a prompt of at most 64 MiB", "more".to_string()),
-            ErrorKind::OutOfFuel => ("an end within 10 million steps", "none".to_string()),
-            _ => ("a template that runs", one_line(&error)),
-        };
-        Error::invalid(&self.source, "the chat template", expected, found)
+        cause = e.source();
     }
+    let (expected, found) = match error.kind() {
+        _ if out.full => {
+            let expected = format!("a prompt of at most {} bytes", out.most);
+            (expected, "more".to_string())
+        }
+        ErrorKind::OutOfFuel => (format!("an end within {FUEL} steps"), "none".to_string()),
+        _ => ("a template that runs".to_string(), one_line(error)),
+    };
+    Error::invalid(source, "the chat template", expected, found)
 }
 
 /// A template error with its detail and line, without the source excerpt.
@@ -301,17 +362,22 @@ fn plain_generation_tags(text: &str) -> String {
     out + rest
 }
 
-/// Collects output up to [`MAX_OUTPUT`].
-struct Bounded(Vec<u8>);
+/// Collects output.
+struct Bounded {
+    bytes: Vec<u8>,
+    /// So much of it.
+    most: usize,
+    /// There was more.
+    full: bool,
+}
 
 impl io::Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let room = MAX_OUTPUT - self.0.len();
-        if bytes.len() > room {
-            self.0.resize(MAX_OUTPUT, b' '); // marks the reason for `failure`
+        if bytes.len() > self.most - self.bytes.len() {
+            self.full = true;
             return Err(io::Error::other("the prompt is too long"));
         }
-        self.0.extend_from_slice(bytes);
+        self.bytes.extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -462,7 +528,7 @@ impl Marks {
             {
                 let object = arguments
                     .as_str()
-                    .and_then(|text| serde_json::from_str::<Value>(text).ok());
+                    .and_then(|text| bounded::json(text.as_bytes()).ok());
                 if let Some(object) = object.filter(Value::is_object) {
                     *arguments = object;
                 }
@@ -796,11 +862,11 @@ mod tests {
             ),
             (
                 "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-                "10 million steps",
+                "2000000 steps",
             ),
             (
                 "{% for a in range(99) %}{{ 'x' * 9999999 }}{% endfor %}",
-                "64 MiB",
+                "at most",
             ),
         ] {
             let error = encode(template, &tok, &[user("x")])

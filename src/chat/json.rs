@@ -9,6 +9,8 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
+use crate::bounded;
+
 /// A JSON value, as Python sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Json {
@@ -39,6 +41,9 @@ const MAX_DIGITS: usize = 4300;
 
 /// `json.loads`.
 pub(super) fn parse(text: &str) -> Result<Json, NotJson> {
+    if bounded::is_too_much(text.as_bytes()) {
+        return Err(NotJson::Refused(bounded::TOO_MUCH));
+    }
     let mut parser = Parser { text, at: 0 };
     parser.space();
     let value = parser.value(0)?;

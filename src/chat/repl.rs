@@ -293,11 +293,16 @@ impl Talk<'_> {
 
     /// Saves the conversation if it has a place. That it cannot be saved does not end it.
     fn save(&mut self) {
-        if let Some(saved) = &mut self.saved
-            && let Err(e) = saved.save(&self.conversation, &self.repl.session)
-        {
-            self.failed += 1;
-            note(format!("octet: the conversation is not saved: {e}"));
+        let Some(saved) = &mut self.saved else { return };
+        match saved.save(&self.conversation, &self.repl.session) {
+            Ok(None) => {}
+            Ok(Some(e)) => note(format!(
+                "octet: from here on the conversation is saved without its KV cache: {e}"
+            )),
+            Err(e) => {
+                self.failed += 1;
+                note(format!("octet: the conversation is not saved: {e}"));
+            }
         }
     }
 

@@ -8,6 +8,7 @@
 use super::conversation::Conversation;
 use super::session::Session;
 use super::template::{Message, Role};
+use crate::bounded;
 use crate::disk::{self, WholeFile};
 use crate::error::{Error, Result};
 use crate::gguf::hex;
@@ -39,6 +40,8 @@ pub struct Saved {
     path: PathBuf,
     kv: KvFile,
     model: ModelId,
+    /// The disk had no room for the KV cache.
+    no_room: bool,
 }
 
 /// What a session held.
@@ -109,6 +112,7 @@ impl Saved {
             path: path.to_path_buf(),
             kv,
             model: model.clone(),
+            no_room: false,
         };
         Ok((saved, resumed))
     }
@@ -122,6 +126,7 @@ impl Saved {
             path: path.to_path_buf(),
             kv: KvFile::open(&kv_path(path), session.cache().0, &model.hash)?,
             model: model.clone(),
+            no_room: false,
         })
     }
 
@@ -130,18 +135,56 @@ impl Saved {
         &self.path
     }
 
-    /// Makes the files hold the conversation and the session's KV cache.
+    /// Makes the files hold the conversation and the session's KV cache. Where the disk has no room for both, the cache goes:
+    /// nothing is lost with it but time. That is said once; it is not tried again.
     ///
     /// # Errors
     /// If a file cannot be written. The text is written first, and is whole in any case.
-    pub fn save(&mut self, conversation: &Conversation, session: &Session<'_>) -> Result<()> {
-        let mut file = WholeFile::create_private(&self.path)?;
-        file.write_all(&write(conversation, &self.model))
-            .map_err(Error::io(&self.path, "write"))?;
-        file.finish()?;
+    pub fn save(
+        &mut self,
+        conversation: &Conversation,
+        session: &Session<'_>,
+    ) -> Result<Option<Error>> {
+        let text = write(conversation, &self.model);
+        let mut dropped = None;
+        match self.put(&text) {
+            Err(e) if is_full(&e) && !self.no_room => {
+                self.drop_cache()?;
+                self.put(&text)?;
+                dropped = Some(e);
+            }
+            put => put?,
+        }
         let (kv, tokens) = session.cache();
-        self.kv.save(kv, tokens)
+        if !self.no_room
+            && let Err(e) = self.kv.save(kv, tokens)
+        {
+            if !is_full(&e) {
+                return Err(e);
+            }
+            self.drop_cache()?;
+            dropped = Some(e);
+        }
+        Ok(dropped)
     }
+
+    fn put(&self, text: &[u8]) -> Result<()> {
+        let mut file = WholeFile::create_private(&self.path)?;
+        let written = file.write_all(text);
+        written.map_err(Error::io(&self.path, "write"))?;
+        file.finish()
+    }
+
+    fn drop_cache(&mut self) -> Result<()> {
+        self.no_room = true;
+        self.kv.clear()
+    }
+}
+
+/// Whether a disk or a quota is full.
+fn is_full(e: &Error) -> bool {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(e, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
 }
 
 /// The text of a session's file.
@@ -193,13 +236,13 @@ fn read(path: &Path) -> Result<Option<Text>> {
         ));
     }
     let body = &bytes[..bytes.len() - last.len()];
-    let end: Value = serde_json::from_slice(last).unwrap_or_default();
+    let end = bounded::json(last).unwrap_or_default();
     let sum = format!("{:016x}", disk::checksum(0, body));
     let whole = end["sum"] == sum.as_str();
     let mut lines = body.split(|b| *b == b'\n').filter(|line| !line.is_empty());
     let head: Value = lines
         .next()
-        .and_then(|line| serde_json::from_slice(line).ok())
+        .and_then(|line| bounded::json(line).ok())
         .unwrap_or_default();
     if whole && head["version"] != VERSION {
         let what = "the session's version";
@@ -208,7 +251,7 @@ fn read(path: &Path) -> Result<Option<Text>> {
     let mut conversation = Conversation::default();
     let mut lost = 0;
     for line in lines {
-        let message = serde_json::from_slice(line).ok();
+        let message = bounded::json(line).ok();
         match message.as_ref().and_then(|m| Message::from_json(m).ok()) {
             Some(m) if m.role == Role::System => conversation.system = Some(m.content),
             Some(m) => conversation.messages.push(m),

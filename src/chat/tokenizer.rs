@@ -32,14 +32,15 @@ use serde_json::Value;
 use tokenizers::Model;
 use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
+use crate::bounded;
 use crate::error::{Error, Result};
 
 /// What SentencePiece writes for a space.
 pub(super) const SPACE: &str = "\u{2581}";
 /// What SentencePiece prints for the unknown piece (its default `unk_surface`).
 const UNKNOWN_SURFACE: &str = " \u{2047} ";
-/// More pieces than any published vocabulary (256k) by a wide margin; bounds the memory a file can ask for.
-const MAX_PIECES: usize = 1 << 22;
+/// Three times Mixtral's pieces. A piece may be two bytes of a file and takes some 600 in memory.
+const MAX_PIECES: usize = 100_000;
 /// The longest piece in bytes. Published vocabularies stay under 200; rebuilding merges is quadratic in it.
 const MAX_PIECE_BYTES: usize = 512;
 /// The largest tokenizer file that is read, in bytes (a Hugging Face `tokenizer.json` has about 20 MB).
@@ -932,7 +933,7 @@ mod hf {
     use super::*;
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Value> {
-        serde_json::from_slice(bytes).map_err(|e| Error::invalid(path, "the file", "JSON", e))
+        bounded::json(bytes).map_err(|e| Error::invalid(path, "the file", "JSON", e))
     }
 
     /// Whether any object inside `value` (a normalizer, perhaps a sequence of them) has this type; `Some(object)`.

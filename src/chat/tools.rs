@@ -2,6 +2,7 @@
 
 use super::json::{self, Json};
 use super::template::{ToolCall, check_name, check_tool};
+use crate::bounded;
 use crate::disk;
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -20,7 +21,7 @@ pub fn read_tools(path: &Path) -> Result<Vec<Value>> {
         let expected = "a JSON list of {\"type\": \"function\", \"function\": {\"name\": …}}";
         Error::invalid(path, "the list of tools", expected, found)
     };
-    let value: Value = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
+    let value = bounded::json(text.as_bytes()).map_err(|e| wrong(&e))?;
     let Value::Array(tools) = value else {
         return Err(wrong(&"another value"));
     };

@@ -6,6 +6,7 @@ use super::journal::{Finished, Id, Journal, LineSum, Mode};
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, PromptOptions, parse_size};
 use super::report::{Progress, batch_closing_line};
+use crate::bounded;
 use crate::chat::batch::{Batch, Done, Room};
 use crate::chat::constraint::{Compiler, Constraint, Form};
 use crate::chat::request::{Answerer, Body, Defaults, Line, Object, Request, Told};
@@ -132,7 +133,15 @@ pub fn run(args: &Args) -> Result<()> {
     let mut line = Vec::new();
     let mut number = 0;
     let mut more = true;
+    let resumable = args.output != Path::new("-") && args.input != Path::new("-");
     let stopped = || interrupted.load(Ordering::Relaxed);
+    // Whatever is wrong with the files, such as a full disk, what is written stays written.
+    let hint = |e: Error| {
+        if matches!(e, Error::Io { .. }) && resumable {
+            note("the results so far are kept; the same command with --resume goes on from here");
+        }
+        e
+    };
     while (more || !work.batch.is_empty()) && !stopped() {
         // Not too many at once: lines without work must not keep the others waiting.
         for _ in 0..args.parallel {
@@ -145,14 +154,15 @@ pub fn run(args: &Args) -> Result<()> {
                 Next::Line(bytes) => {
                     number += 1;
                     if !is_blank(&line) {
-                        work.take(number, &line, bytes, finished.has(number))?;
+                        let taken = work.take(number, &line, bytes, finished.has(number));
+                        taken.map_err(hint)?;
                     }
                 }
                 Next::NotYet => break,
                 Next::End => more = false,
             }
         }
-        work.step()?;
+        work.step().map_err(hint)?;
         progress.set(work.done as usize, total.map_or(usize::MAX, |n| n as usize));
         progress.tell(|| format!("{:.1} tok/s", work.batch.totals().answer_rate()));
     }
@@ -173,9 +183,9 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if more || !work.batch.is_empty() {
         let of = total.map_or(String::new(), |n| format!(" of {n}"));
-        let how = match args.output == Path::new("-") || args.input == Path::new("-") {
-            true => "",
-            false => "; the same command with --resume goes on from here",
+        let how = match resumable {
+            false => "",
+            true => "; the same command with --resume goes on from here",
         };
         note(format!("{done}{of} results are kept{how}"));
         return Err(Error::Interrupted);
@@ -397,7 +407,7 @@ fn parse(line: &[u8], bytes: u64) -> Result<Value, Refusal> {
     })?;
     // Some editors begin a file with a mark of its encoding.
     let text = text.trim_start_matches('\u{feff}');
-    serde_json::from_str(text).map_err(|e| {
+    bounded::json(text.as_bytes()).map_err(|e| {
         // Every line is line 1 of its own.
         let why = e.to_string().replace(" at line 1 column ", " at column ");
         Refusal::new("invalid_json", format!("it is no JSON ({why})"))

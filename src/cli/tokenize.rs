@@ -3,6 +3,7 @@
 use super::input::{lines, read_text};
 use super::load::model_path;
 use super::options::ModelOptions;
+use crate::bounded;
 use crate::chat::repl::show;
 use crate::chat::template::{Message, Role, Template};
 use crate::chat::tokenizer::Tokenizer;
@@ -91,7 +92,7 @@ pub fn run(args: &Args) -> Result<()> {
         let invalid = |expected: &str, found: String| {
             Error::invalid("<stdin>", format!("line {}", i + 1), expected, found)
         };
-        let result = serde_json::from_str::<Value>(&line)
+        let result = bounded::json(line.as_bytes())
             .map_err(|e| invalid("JSON", e.to_string()))
             .and_then(|value| match (&template, &value) {
                 (Some(t), value) => {

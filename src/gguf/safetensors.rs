@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::shown;
+use crate::bounded;
 use crate::error::{Error, Result};
 use crate::quant::Format;
 
@@ -184,7 +185,7 @@ pub fn read_json(path: &Path, limit: u64) -> Result<Value> {
         let expected = format!("at most {limit} bytes");
         return Err(Error::invalid(path, "the file", expected, "a larger file"));
     }
-    serde_json::from_slice(&bytes).map_err(|e| Error::invalid(path, "the file", "JSON", e))
+    bounded::json(&bytes).map_err(|e| Error::invalid(path, "the file", "JSON", e))
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
@@ -266,8 +267,7 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<(String, Entry)>> {
         .take(length)
         .read_to_end(&mut header)
         .map_err(Error::io(path, "read"))?;
-    let json: Value = serde_json::from_slice(&header)
-        .map_err(|e| Error::invalid(path, "the header", "JSON", e))?;
+    let json = bounded::json(&header).map_err(|e| Error::invalid(path, "the header", "JSON", e))?;
     let object = json
         .as_object()
         .ok_or_else(|| Error::invalid(path, "the header", "an object", kind_of(&json)))?;

@@ -186,7 +186,7 @@ fn watch(path: &Path) {
             path,
             "the model file, while it was in use,",
             "all of its bytes",
-            "that it was cut short",
+            "that it was cut short, or that its disk fails",
         );
         format!("octet: {error}\n")
     });
@@ -239,6 +239,16 @@ fn read_at(file: &File, out: &mut [u8], at: u64) -> io::Result<usize> {
     std::os::windows::fs::FileExt::seek_read(file, out, at)
 }
 
+/// An open file like the one at `path`, every read of which fails as on a disk that is broken (`EIO`).
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) fn broken(path: &Path) -> Source {
+    Source {
+        // Nothing can be mapped at address 0 of a process, and reading there is an input/output error.
+        direct: File::open("/proc/self/mem").ok(),
+        ..Source::open(path).unwrap()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -265,6 +275,22 @@ mod tests {
         file.set_len(100).unwrap();
         let said = source.unchanged().unwrap_err().to_string();
         assert!(said.contains("cut short"), "{said}");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_disk_that_fails_is_asked_again_and_then_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, [1; PAGE]).unwrap();
+        let mut out = MmapMut::map_anon(PAGE).unwrap();
+        let begun = std::time::Instant::now();
+        let e = broken(&path).read(0, &mut out[..], PAGE).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::EIO));
+        assert!(
+            begun.elapsed() >= PAUSE * ((1 << (TRIES - 1)) - 1),
+            "it was not tried again"
+        );
     }
 
     #[test]

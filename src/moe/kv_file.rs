@@ -173,6 +173,16 @@ impl KvFile {
             .map_err(Error::io(&self.path, "write"))
     }
 
+    /// Empties the file.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn clear(&mut self) -> Result<()> {
+        self.blocks = None;
+        let emptied = self.file.set_len(0);
+        emptied.map_err(Error::io(&self.path, "write"))
+    }
+
     fn write(&mut self, kv: &Kv, tokens: &[u32]) -> io::Result<()> {
         if self.blocks.is_none() {
             self.file.set_len(0)?;

@@ -5,6 +5,7 @@ use super::linear::Input;
 use super::observe::Observer;
 use super::router::{Choice, choose};
 use super::{Model, Routes};
+use crate::bounded;
 use crate::disk::{self, WholeFile};
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, hex};
@@ -57,7 +58,7 @@ impl Profile {
         let bad = |expected: &str, found: String| {
             Err(Error::invalid(path, "the routing profile", expected, found))
         };
-        let document: Value = match serde_json::from_slice(&bytes) {
+        let document = match bounded::json(&bytes) {
             Ok(document) => document,
             Err(e) => return bad("JSON", e.to_string()),
         };

@@ -360,7 +360,9 @@ fn save_to(talk: &mut Talk<'_>, path: &Path) -> Result<()> {
     }
     let model = (talk.repl.model)();
     let mut saved = Saved::create(path, &talk.repl.session, &model)?;
-    saved.save(&talk.conversation, &talk.repl.session)?;
+    if let Some(e) = saved.save(&talk.conversation, &talk.repl.session)? {
+        note(format!("without its KV cache: {e}"));
+    }
     note(format!(
         "saved to {}, and again after each answer",
         path.display()

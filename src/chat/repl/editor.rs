@@ -116,7 +116,7 @@ impl Terminal {
             return;
         }
         let Some(file) = &self.history else { return };
-        let _ = file.parent().map(std::fs::create_dir_all);
+        let _ = file.parent().map(disk::private_folder);
         // Appends, so that two conversations at a time keep each other's lines.
         let _ = self.editor.append_history(file);
         #[cfg(unix)]

@@ -189,3 +189,33 @@ pub(super) fn make_resident(weights: &mut Weights) -> Result<()> {
 fn is_tied(weights: &Weights) -> bool {
     weights.head.bytes.as_ptr() == weights.embed.bytes.as_ptr()
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::gguf::source::broken;
+
+    #[test]
+    fn a_read_that_fails_names_the_tensor() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        std::fs::write(&path, [1; 2 * PAGE]).unwrap();
+        let mut memory = MmapMut::map_anon(PAGE).unwrap();
+        let piece = Piece {
+            name: "blk.3.ffn_up_exps.weight",
+            source: &broken(&path),
+            at: 0,
+            want: 100,
+            out: &mut memory,
+        };
+        let said = piece.read().unwrap_err().to_string();
+        for word in [
+            "model.gguf",
+            "blk.3.ffn_up_exps.weight",
+            "100 bytes at byte 0",
+            "os error 5",
+        ] {
+            assert!(said.contains(word), "{said}");
+        }
+    }
+}

@@ -1,0 +1,6 @@
+#![no_main]
+
+#[path = "target.rs"]
+mod target;
+
+libfuzzer_sys::fuzz_target!(init: target::begin("gguf"), |bytes: &[u8]| target::run(bytes));
