@@ -5,6 +5,7 @@ use super::experts::{ExpertScratch, choose, experts};
 use super::kv::Kv;
 use super::linear::{Input, Job, matmul};
 use super::observe::{Observer, Site};
+use super::offload::Plan;
 use super::router::{self, Choice};
 use super::store::Store;
 use super::weights::{Layer, Weights};
@@ -176,6 +177,21 @@ impl Model {
         }
         self.store = Store::mapped(file.sources().cloned().collect(), &self.weights);
         self
+    }
+
+    /// Has a device compute with the experts that it has memory for ([`super::offload`]): the most popular ones, which come
+    /// in the background.
+    pub fn offload_to(&mut self, plan: Plan) {
+        let c = &self.config;
+        let even = c.n_used as f32 / c.n_expert as f32;
+        self.store.offload_to(plan, even);
+    }
+
+    /// Waits until everything that a device has memory for is there: for measurements.
+    pub fn settle(&self) {
+        if let Some(offload) = self.store.offload() {
+            offload.settle();
+        }
     }
 
     /// Bytes of the buffers for a pass of `n_tok` tokens.
