@@ -1,7 +1,8 @@
 //! `octet bench`: how fast this machine runs a model, and how fast it could.
 
+use super::gpu;
 use super::load::{model_path, ram, tier_cap};
-use super::options::{ModelOptions, RamLimit, parse_kv, parse_ram, parse_tier};
+use super::options::{GpuOptions, ModelOptions, RamLimit, parse_kv, parse_ram, parse_tier};
 use super::report::{Progress, bandwidth, int8_peak};
 use super::table::{Form, Table};
 use crate::chat::repl::show;
@@ -68,6 +69,9 @@ pub struct Args {
     /// Memory to keep within, such as 12G, auto or all
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
     pub ram: RamLimit,
+    /// What else computes.
+    #[command(flatten)]
+    pub gpu: GpuOptions,
     /// Measure the machine alone, now: memory bandwidth and int8 peak, without a model
     #[arg(long)]
     pub bandwidth: bool,
@@ -287,7 +291,9 @@ pub fn run(args: &Args) -> Result<()> {
         let limits = limits(&machine);
         let file = &files[cases[0].model];
         let ram = ram(file, args.ram, None, cases[0].kv, None)?;
-        let model = Model::open_in(file, machine, ram)?;
+        let mut model = Model::open_in(file, machine, ram)?;
+        gpu::offload(&mut model, &args.gpu, None, false)?;
+        model.settle();
         for case in cases {
             model.config.check_kv(case.kv)?;
             let measured = measure(&model, case, args.repetitions, |tokens| {

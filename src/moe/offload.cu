@@ -42,12 +42,11 @@ struct __align__(64) Chunk {
     short sums[CHUNK / 16];
 };
 
-// One row of work: a token and the expert that it goes through. `Row` of offload/gpu.rs.
+// One row of work: a token and what it is multiplied with. `Row` of offload/gpu.rs.
 struct Row {
     const u8 *gate, *up, *down;
-    // Where the token is in the input.
-    u32 token;
-    u32 unused;
+    // Where the token is in the input of `gate` and `up`, and in that of `down`.
+    u32 token, inner;
 };
 
 // f16 to f32, exact: what `Element::widen` of quant/float.rs does.
@@ -336,21 +335,22 @@ __device__ __forceinline__ void expert_up(const Row *table, const Chunk *x, floa
     if (lane < R && first + lane < d_ff) inner[(u64)blockIdx.y * d_ff + first + lane] = silu_mul(sum, up);
 }
 
-// out[i][r] = down_i[r] . inner[i]. inner: chunks (d_ff / 256, n); row i's are at first_row + i. out: (rows, d).
+// out[i][r] = w_i[r] . x_i for work row i = blockIdx.y and the 4 output rows of each warp; w is `down` of the row, x its token
+// `inner`. x: chunks (k / 256, n_tok); out: (rows, m).
 template <class F>
-__device__ __forceinline__ void expert_down(const Row *table, const Chunk *inner, float *out, int n, int d_ff, int d) {
+__device__ __forceinline__ void gemv(const Row *table, const Chunk *x, float *out, int n_tok, int k, int m) {
     const int R = 4;
     __shared__ Term<F> shared[WARPS][R * TERMS * (F::MIN ? 2 : 1)];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int first = (blockIdx.x * WARPS + warp) * R;
-    if (first >= d) return;
-    const u8 *down = table[blockIdx.y].down;
-    u64 bytes = (u64)(d_ff / F::WEIGHTS) * F::BYTES;
+    if (first >= m) return;
+    Row row = table[blockIdx.y];
+    u64 bytes = (u64)(k / F::WEIGHTS) * F::BYTES;
     const u8 *rows[R];
 #pragma unroll
-    for (int c = 0; c < R; c++) rows[c] = down + (u64)(first + c < d ? first + c : d - 1) * bytes;
-    float sum = chains<F, R>(rows, inner + blockIdx.y, n, d_ff, shared[warp]);
-    if (lane < R && first + lane < d) out[(u64)blockIdx.y * d + first + lane] = sum;
+    for (int c = 0; c < R; c++) rows[c] = row.down + (u64)(first + c < m ? first + c : m - 1) * bytes;
+    float sum = chains<F, R>(rows, x + row.inner, n_tok, k, shared[warp]);
+    if (lane < R && first + lane < m) out[(u64)blockIdx.y * m + first + lane] = sum;
 }
 
 // c += a . b for a tile of 16 rows, 8 tokens and K = 16 or 32 products each, in int8: rows of a (16) and of b (8) are K / 4
@@ -479,8 +479,8 @@ KERNEL(silu_mul_all, float *gate, const float *up, u64 n) {
     KERNEL(expert_up_##F, const Row *table, const Chunk *x, float *inner, int n_tok, int d, int d_ff) {                  \
         expert_up<F>(table, x, inner, n_tok, d, d_ff);                                                                   \
     }                                                                                                                    \
-    KERNEL(expert_down_##F, const Row *table, const Chunk *inner, float *out, int n, int d_ff, int d) {                  \
-        expert_down<F>(table, inner, out, n, d_ff, d);                                                                   \
+    KERNEL(gemv_##F, const Row *table, const Chunk *x, float *out, int n_tok, int k, int m) {                            \
+        gemv<F>(table, x, out, n_tok, k, m);                                                                             \
     }                                                                                                                    \
     KERNEL(gemm_##F, const u8 *w, const Chunk *x, const u32 *pick, int base, float *y, int n_tok, int n, int m, int k) { \
         gemm<F>(w, x, pick, base, y, n_tok, n, m, k);                                                                    \

@@ -1,4 +1,5 @@
-//! Experts on a GPU: the most popular ones are there, the others where they were, and both work at once.
+//! A GPU beside the CPU: what every token reads and the most popular experts are there, the others where they were, and both
+//! work at once.
 //!
 //! A layer's tokens are gathered by expert (`experts.rs`); those of experts on the device go there (`Offload::start`),
 //! the CPU computes the others meanwhile, and the rows that come back (`Running::finish`) are added up where all rows are:
@@ -16,18 +17,22 @@
 pub mod cuda;
 #[cfg(all(test, unix))]
 mod emulated;
-#[cfg(any(test, feature = "cuda"))]
+#[cfg(any(all(test, unix), feature = "cuda"))]
 mod gpu;
+#[cfg(all(test, unix))]
+mod nvrtc;
 mod placement;
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod software;
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests;
 
-use super::linear::Input;
+use super::Machine;
+use super::linear::{Input, Job, Weight, matmul};
 use super::store::Chosen;
 use super::weights::Expert;
 use placement::{Placement, Step, Where};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Why a device did not do something.
@@ -49,7 +54,17 @@ pub struct Share<'a> {
     pub pick: &'a [u32],
 }
 
-/// Something that has memory for experts and computes beside the CPU.
+/// A matrix on the device that is to be multiplied with some tokens.
+pub struct Product<'a> {
+    /// Its slot.
+    pub slot: usize,
+    /// The matrix as the file has it.
+    pub weight: &'a Weight,
+    /// The tokens of the input.
+    pub pick: &'a [u32],
+}
+
+/// Something that has memory for weights and computes beside the CPU.
 ///
 /// Slots are numbers that it gives out. All calls come from one thread at a time.
 pub trait Device: Send {
@@ -65,8 +80,8 @@ pub trait Device: Send {
     /// Bytes that it takes beside the slots, for passes of usual length of a model with such experts.
     fn scratch(&self, d_model: usize, d_ff: usize) -> u64;
 
-    /// Bytes of a slot for this expert; nothing if it has no kernels for it.
-    fn bytes(&self, expert: &Expert) -> Option<u64>;
+    /// Bytes of a slot for an expert (gate, up, down) or another matrix; nothing if it has no kernels for it.
+    fn bytes(&self, weights: &[&Weight]) -> Option<u64>;
 
     /// A new slot.
     ///
@@ -77,11 +92,11 @@ pub trait Device: Send {
     /// Takes a slot that is not being filled back.
     fn unmake(&mut self, slot: usize);
 
-    /// Begins to copy an expert into a slot that is large enough, and returns. Nobody uses the slot meanwhile.
+    /// Begins to copy an expert or a matrix into a slot that is large enough, and returns. Nobody uses the slot meanwhile.
     ///
     /// # Errors
     /// If it is lost.
-    fn fill(&mut self, slot: usize, expert: &Arc<Expert>) -> Result<(), Fault>;
+    fn fill(&mut self, slot: usize, weights: &[&Weight]) -> Result<(), Fault>;
 
     /// The slots whose copies have ended since the last call; `wait`: after all have.
     ///
@@ -95,7 +110,14 @@ pub trait Device: Send {
     /// [`Fault::Full`] if there is no memory for the rows; if it is lost.
     fn start(&mut self, input: &Input, shares: &[Share<'_>]) -> Result<(), Fault>;
 
-    /// Waits for what was started: `out (rows, d_model)`, share by share, in the order of their tokens.
+    /// Begins to multiply matrices, which are in their slots, with tokens of the same input, and returns; `input` is not needed
+    /// any more then.
+    ///
+    /// # Errors
+    /// As for [`Device::start`].
+    fn multiply(&mut self, input: &Input, products: &[Product<'_>]) -> Result<(), Fault>;
+
+    /// Waits for what was begun: share by share, or product by product, a row for each token in their order.
     ///
     /// # Errors
     /// If it is lost.
@@ -130,6 +152,8 @@ pub struct Held {
     pub of: u64,
     /// … which take so many bytes there.
     pub bytes: u64,
+    /// Bytes of matrices there that every token reads.
+    pub dense: u64,
 }
 
 impl Held {
@@ -137,7 +161,8 @@ impl Held {
     pub fn told(&self) -> Option<String> {
         (self.choices > 0).then(|| {
             format!(
-                "GPU: {} of {} experts in {:.1} GB, {:.0}% of choices",
+                "GPU: {:.1} GB that every token reads, {} of {} experts in {:.1} GB, {:.0}% of choices",
+                self.dense as f64 / 1e9,
                 self.experts,
                 self.of,
                 self.bytes as f64 / 1e9,
@@ -159,9 +184,21 @@ pub(super) struct Offload {
 struct State {
     /// Nothing, once it is lost.
     device: Option<Box<dyn Device>>,
+    /// What every token reads, by the address of its bytes.
+    dense: HashMap<usize, Dense>,
     placement: Placement,
     choices: u64,
     there: u64,
+}
+
+/// A matrix that every token reads.
+struct Dense {
+    slot: usize,
+    /// Bytes in the file, and of the slot.
+    in_file: u64,
+    bytes: u64,
+    /// It has arrived.
+    here: bool,
 }
 
 /// Rows that the device works on.
@@ -173,9 +210,11 @@ pub(super) struct Running<'a, T> {
 }
 
 impl Offload {
-    /// Begins to bring experts to the device. `even`: the share of tokens that take an expert, where nothing is known.
+    /// Begins to bring weights to the device: those of `dense` in their order, as far as there is room, then experts. `even`: the
+    /// share of tokens that take an expert, where nothing is known.
     pub(super) fn new(
         plan: Plan,
+        dense: &[&Weight],
         experts: Vec<Arc<Expert>>,
         n_expert: usize,
         even: f32,
@@ -190,7 +229,7 @@ impl Offload {
         let scratch = expert.map_or(0, |e| device.scratch(e.gate.n_in, e.gate.n_out));
         let free = device.free();
         let room = free.clone().unwrap_or(0).min(memory);
-        let bytes = experts.iter().map(|e| device.bytes(e)).collect();
+        let bytes = experts.iter().map(|e| device.bytes(&e.weights())).collect();
         let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
         let room = room.saturating_sub(scratch);
         let offload = Offload {
@@ -199,6 +238,7 @@ impl Offload {
             tell,
             state: Mutex::new(State {
                 device: Some(device),
+                dense: HashMap::new(),
                 placement: Placement::new(n_expert, bytes, shares, room),
                 choices: 0,
                 there: 0,
@@ -206,7 +246,10 @@ impl Offload {
         };
         let mut state = offload.lock();
         match free {
-            Ok(_) => offload.bring(&mut state),
+            Ok(_) => {
+                offload.bring_dense(&mut state, dense);
+                offload.bring(&mut state);
+            }
             Err(fault) => offload.fault(&mut state, fault),
         }
         drop(state);
@@ -238,10 +281,110 @@ impl Offload {
         };
         match device.filled(wait) {
             Ok(slots) => {
-                slots.iter().for_each(|s| state.placement.arrived(*s));
+                for slot in slots {
+                    match state.dense.values_mut().find(|d| d.slot == slot) {
+                        Some(dense) => dense.here = true,
+                        None => state.placement.arrived(slot),
+                    }
+                }
                 self.bring(state);
             }
             Err(fault) => self.fault(state, fault),
+        }
+    }
+
+    /// Begins to bring what every token reads.
+    fn bring_dense(&self, state: &mut State, weights: &[&Weight]) {
+        for weight in weights {
+            let Some(device) = &mut state.device else {
+                return;
+            };
+            let key = weight.bytes.as_ptr() as usize;
+            let Some(bytes) = device.bytes(&[weight]) else {
+                continue;
+            };
+            // A tied head is the embedding, which may be there twice.
+            if state.dense.contains_key(&key) || !state.placement.reserve(bytes) {
+                continue;
+            }
+            let slot = device.make(bytes);
+            match slot.and_then(|slot| device.fill(slot, &[weight]).map(|()| slot)) {
+                Ok(slot) => {
+                    let dense = Dense {
+                        slot,
+                        in_file: weight.bytes.len() as u64,
+                        bytes,
+                        here: false,
+                    };
+                    state.dense.insert(key, dense);
+                }
+                Err(fault) => {
+                    state.placement.release(bytes);
+                    return self.fault(state, fault);
+                }
+            }
+        }
+    }
+
+    /// Computes `jobs`, which have one input: the device those whose weights it has, the CPU the others meanwhile.
+    pub(super) fn multiply(&self, machine: &Machine, jobs: Vec<Job<'_>>) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let dense = &state.dense;
+        let slot = |job: &Job<'_>| {
+            let dense = dense.get(&(job.w.bytes.as_ptr() as usize))?;
+            dense.here.then_some(dense.slot)
+        };
+        let there = |job: &Job<'_>| slot(job).is_some() && !job.pick.is_empty();
+        let (mut gone, mut rest): (Vec<_>, Vec<_>) = jobs.into_iter().partition(there);
+        let products: Vec<Product<'_>> = gone
+            .iter()
+            .filter_map(|job| {
+                Some(Product {
+                    slot: slot(job)?,
+                    weight: job.w,
+                    pick: job.pick,
+                })
+            })
+            .collect();
+        let begun = match (&mut state.device, gone.first()) {
+            (Some(device), Some(first)) => device.multiply(first.x, &products),
+            _ => {
+                rest.append(&mut gone);
+                Ok(())
+            }
+        };
+        if let Err(fault) = begun {
+            rest.append(&mut gone);
+            match fault {
+                // There is room for it the next time.
+                Fault::Full => self.shrink(state),
+                lost => self.fault(state, lost),
+            }
+        }
+        if !rest.is_empty() {
+            matmul(machine, &mut rest);
+        }
+        if gone.is_empty() {
+            return;
+        }
+        let Some(device) = &mut state.device else {
+            return matmul(machine, &mut gone);
+        };
+        let mut out = vec![0.0; gone.iter().map(|job| job.y.len()).sum()];
+        match device.finish(&mut out) {
+            Ok(()) => {
+                let mut out = &out[..];
+                for job in &mut gone {
+                    let (its, more) = out.split_at(job.y.len());
+                    job.y.copy_from_slice(its);
+                    out = more;
+                }
+            }
+            Err(fault) => {
+                self.fault(state, fault);
+                matmul(machine, &mut gone);
+            }
         }
     }
 
@@ -261,7 +404,11 @@ impl Offload {
                     _ => unreachable!("only what is there can go"),
                 },
             };
-            let begun = slot.and_then(|slot| device.fill(slot, &self.experts[key]).map(|()| slot));
+            let begun = slot.and_then(|slot| {
+                device
+                    .fill(slot, &self.experts[key].weights())
+                    .map(|()| slot)
+            });
             match begun {
                 Ok(slot) => state.placement.begun(step, slot),
                 Err(fault) => self.fault(state, fault),
@@ -276,13 +423,21 @@ impl Offload {
                 state.placement.full();
                 let gb = state.placement.taken() as f64 / 1e9;
                 (self.tell)(format!(
-                    "the GPU has memory for {gb:.1} GB of experts only; the others stay with the CPU"
+                    "the GPU has memory for {gb:.1} GB of weights only; the others stay with the CPU"
                 ));
             }
             Fault::Lost(why) => {
                 state.device = None;
                 (self.tell)(format!("the GPU is lost, the CPU goes on alone: {why}"));
             }
+        }
+    }
+
+    /// What a device computes with matters more than one expert more: the least popular one goes.
+    fn shrink(&self, state: &mut State) {
+        if let (Some(slot), Some(device)) = (state.placement.shrink(), &mut state.device) {
+            device.unmake(slot);
+            self.fault(state, Fault::Full);
         }
     }
 
@@ -293,17 +448,35 @@ impl Offload {
         state.device.is_some() && matches!(place, Where::Here(_))
     }
 
+    /// Bytes of the file that every token reads, and that the device reads.
+    pub(super) fn dense(&self) -> u64 {
+        let state = self.lock();
+        let here = state
+            .dense
+            .values()
+            .filter(|d| d.here && state.device.is_some());
+        here.map(|d| d.in_file).sum()
+    }
+
     /// What is on the device, and what it did.
     pub(super) fn held(&self) -> Held {
         let state = self.lock();
         let (here, _) = state.placement.here();
         let lost = state.device.is_none();
+        let here_too = state.dense.values().filter(|d| d.here && !lost);
+        let dense = here_too.map(|d| d.bytes).sum();
+        let slots: u64 = state.dense.values().map(|d| d.bytes).sum();
         Held {
+            dense,
             choices: state.choices,
             there: state.there,
             experts: if lost { 0 } else { here as u64 },
             of: self.experts.len() as u64,
-            bytes: if lost { 0 } else { state.placement.taken() },
+            bytes: if lost {
+                0
+            } else {
+                state.placement.taken() - slots
+            },
         }
     }
 
@@ -362,13 +535,7 @@ impl Offload {
                         rows,
                     });
                 }
-                Err(Fault::Full) => {
-                    // What it computes with matters more than one expert more.
-                    let slot = state.placement.shrink()?;
-                    let device = state.device.as_mut()?;
-                    device.unmake(slot);
-                    self.fault(state, Fault::Full);
-                }
+                Err(Fault::Full) => self.shrink(state),
                 Err(fault) => {
                     self.fault(state, fault);
                     return None;

@@ -13,6 +13,7 @@ mod popularity;
 mod reads;
 
 use super::Config;
+use super::linear::Weight;
 use super::offload::{Held, Offload, Plan};
 use super::weights::{Expert, Weights};
 use crate::error::{Error, Result};
@@ -270,16 +271,21 @@ impl Store {
         }
     }
 
-    /// Has a device compute with the experts that it has memory for; they come in the background. `even`: the share of tokens
-    /// that take an expert, where nothing is known.
-    pub(super) fn offload_to(&mut self, plan: Plan, even: f32) {
+    /// Has a device compute with what it has memory for: `dense` first, then experts; they come in the background. `even`: the
+    /// share of tokens that take an expert, where nothing is known.
+    pub(super) fn offload_to(&mut self, plan: Plan, dense: &[&Weight], even: f32) {
         let experts = self.experts.clone();
-        self.offload = Some(Offload::new(plan, experts, self.n_expert, even));
+        self.offload = Some(Offload::new(plan, dense, experts, self.n_expert, even));
     }
 
     /// The device.
     pub(super) fn offload(&self) -> Option<&Offload> {
         self.offload.as_ref()
+    }
+
+    /// Bytes of what every token reads that a device reads instead of the CPU.
+    pub(super) fn dense_elsewhere(&self) -> u64 {
+        self.offload.as_ref().map_or(0, Offload::dense)
     }
 
     /// Whether a device has this expert, so that no other memory has to.

@@ -1,7 +1,8 @@
 //! A device with CUDA's kernels (`offload.cu`): where its buffers are, and which kernels run in which order.
 
-use super::{Device, Fault, Share};
-use crate::moe::linear::Input;
+use super::{Device, Fault, Product, Share};
+use crate::gguf::Bytes;
+use crate::moe::linear::{Input, Weight};
 use crate::moe::weights::Expert;
 use crate::pool::apart;
 use crate::quant::Format;
@@ -9,14 +10,13 @@ use crate::quant::act::{ActKind, CHUNK, Chunk};
 use bytemuck::{Pod, Zeroable};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::Arc;
 
 /// The kernels.
 pub(super) const SOURCE: &str = include_str!("../offload.cu");
 /// Without these their results are not the CPU's.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(super) const OPTIONS: [&str; 2] = ["--fmad=false", "--std=c++17"];
 /// Threads of a block, in every kernel.
 pub(super) const THREADS: u32 = 128;
@@ -28,7 +28,7 @@ const FEW: usize = 8;
 const WAVE: usize = 1024;
 /// Matrices of a slot begin at multiples of this.
 const ALIGN: usize = 256;
-/// Outputs of a block: rows of `expert_up` and `expert_down`, rows and tokens of `gemm`, chunks of `quantize`.
+/// Outputs of a block: rows of `expert_up` and `gemv`, rows and tokens of `gemm`, chunks of `quantize`.
 const ROWS: usize = 16;
 const TILE: usize = 64;
 const CHUNKS: usize = 4;
@@ -80,7 +80,7 @@ struct Row {
     up: u64,
     down: u64,
     token: u32,
-    unused: u32,
+    inner: u32,
 }
 
 /// A device of some driver.
@@ -106,22 +106,22 @@ struct Slot {
     bytes: u64,
 }
 
-/// An expert on its way.
+/// Matrices on their way, and where to.
 struct Copy {
     slot: usize,
-    at: u64,
-    expert: Arc<Expert>,
+    parts: Vec<(u64, Bytes)>,
 }
 
 /// Buffers that grow when they have to.
 #[derive(Default)]
-struct Buffers([(u64, usize); 8]);
+struct Buffers([(u64, usize); For::Out as usize + 1]);
 
 /// What [`Buffers`] are for.
 #[derive(Clone, Copy)]
 enum For {
-    /// Activations of the input.
-    Input,
+    /// Activations of the input, with a scale for 32 values and with one for 256.
+    Input32,
+    Input256,
     /// [`Row`]s.
     Table,
     /// Tokens of each row.
@@ -159,18 +159,33 @@ struct Group {
     large: Option<usize>,
 }
 
-/// Where a matrix of an expert is in its slot: gate, up, down.
-fn parts(expert: &Expert) -> [u64; 3] {
-    let [gate, up, _] = expert
-        .weights()
-        .map(|w| w.bytes.len().next_multiple_of(ALIGN) as u64);
-    [0, gate, gate + up]
+/// Where matrices are in their slot, one behind the other, and bytes of all.
+fn parts(weights: &[&Weight]) -> (Vec<u64>, u64) {
+    let mut at = 0;
+    let starts = weights.iter().map(|w| {
+        let start = at;
+        at += w.bytes.len().next_multiple_of(ALIGN) as u64;
+        start
+    });
+    (starts.collect(), at)
 }
 
-/// Whether there are kernels for a format.
-fn runs(format: Format) -> bool {
-    use Format::*;
-    matches!(format, Q4_0 | Q8_0 | Q4_K | Q5_K | Q6_K)
+/// Formats that there are kernels for; experts of others stay with the CPU.
+const FORMATS: [Format; 5] = [
+    Format::Q4_0,
+    Format::Q8_0,
+    Format::Q4_K,
+    Format::Q5_K,
+    Format::Q6_K,
+];
+
+/// The names of all kernels.
+pub(super) fn kernels() -> Vec<String> {
+    let plain = ["quantize_32", "quantize_256", "silu_mul_all"];
+    let by_format = ["expert_up", "gemv", "gemm"];
+    let of = |kernel: &&str| FORMATS.map(|format| format!("{kernel}_{}", format.name()));
+    let all = by_format.iter().flat_map(of);
+    plain.map(String::from).into_iter().chain(all).collect()
 }
 
 fn blocks(n: usize, of: usize) -> u32 {
@@ -191,10 +206,10 @@ impl<D: Driver> Gpu<D> {
                 if its_closing.load(Ordering::Relaxed) {
                     return;
                 }
-                let Copy { slot, at, expert } = job;
-                let parts = expert.weights().into_iter().zip(parts(&expert));
+                let Copy { slot, parts } = job;
+                let parts = parts.into_iter();
                 let copied = parts
-                    .map(|(w, part)| its_driver.stage(at + part, &w.bytes))
+                    .map(|(at, bytes)| its_driver.stage(at, &bytes))
                     .collect();
                 if done.send((slot, copied)).is_err() {
                     return;
@@ -215,24 +230,38 @@ impl<D: Driver> Gpu<D> {
         })
     }
 
-    /// What the kernels of one layer need to know, and all rows as they want them.
-    fn rows(&self, shares: &[Share<'_>]) -> (Vec<Row>, Vec<u32>) {
-        let (mut table, mut picks) = (Vec::new(), Vec::new());
+    /// What the kernels of one layer need to know of each row; where a wave begins, its inner rows begin.
+    fn rows(&self, shares: &[Share<'_>]) -> Vec<Row> {
+        let mut table: Vec<Row> = Vec::new();
         for share in shares {
             let at = self.slots[&share.slot].at;
-            let [gate, up, down] = parts(share.expert).map(|part| at + part);
+            let (starts, _) = parts(&share.expert.weights());
             for token in share.pick {
                 table.push(Row {
-                    gate,
-                    up,
-                    down,
+                    gate: at + starts[0],
+                    up: at + starts[1],
+                    down: at + starts[2],
                     token: *token,
-                    unused: 0,
+                    inner: (table.len() % WAVE) as u32,
                 });
             }
-            picks.extend_from_slice(share.pick);
         }
-        (table, picks)
+        table
+    }
+
+    /// Brings the input to the device as weights of `format` want it. Returns where it is, and its tokens.
+    fn write_input(&mut self, input: &Input, format: Format) -> Result<(u64, usize), Fault> {
+        let acts = input.of(format);
+        let what = match acts.kind() {
+            ActKind::Q8 => For::Input32,
+            _ => For::Input256,
+        };
+        let chunks = acts.all_chunks();
+        let x = self
+            .buffers
+            .room(&*self.driver, what, size_of_val(chunks))?;
+        self.driver.write(x, bytemuck::cast_slice(chunks))?;
+        Ok((x, acts.n_tok()))
     }
 
     /// # Safety
@@ -291,10 +320,11 @@ impl<D: Driver> Device for Gpu<D> {
         (wave + rows + (64 << 20)) as u64
     }
 
-    fn bytes(&self, expert: &Expert) -> Option<u64> {
-        let Expert { gate, up, down } = expert;
-        let known = gate.format == up.format && runs(gate.format) && runs(down.format);
-        known.then(|| parts(expert)[2] + down.bytes.len().next_multiple_of(ALIGN) as u64)
+    fn bytes(&self, weights: &[&Weight]) -> Option<u64> {
+        let known = weights.iter().all(|w| FORMATS.contains(&w.format));
+        // Gate and up go through one kernel.
+        let same = weights.len() < 2 || weights[0].format == weights[1].format;
+        (known && same).then(|| parts(weights).1)
     }
 
     fn make(&mut self, bytes: u64) -> Result<usize, Fault> {
@@ -310,13 +340,15 @@ impl<D: Driver> Device for Gpu<D> {
         }
     }
 
-    fn fill(&mut self, slot: usize, expert: &Arc<Expert>) -> Result<(), Fault> {
+    fn fill(&mut self, slot: usize, weights: &[&Weight]) -> Result<(), Fault> {
         let Slot { at, bytes } = self.slots[&slot];
-        assert!(self.bytes(expert).is_some_and(|need| need <= bytes));
-        let expert = Arc::clone(expert);
+        let (starts, need) = parts(weights);
+        assert!(need <= bytes);
+        let to = |(start, w): (u64, &&Weight)| (at + start, w.bytes.clone());
+        let parts = starts.into_iter().zip(weights).map(to).collect();
         self.copying += 1;
         self.copies
-            .send(Copy { slot, at, expert })
+            .send(Copy { slot, parts })
             .map_err(|_| Fault::Lost("the thread that copies has ended".into()))
     }
 
@@ -344,10 +376,8 @@ impl<D: Driver> Device for Gpu<D> {
             assert!(gate.format == up_format && up.format == up_format);
             assert!(down.format == down_format && (gate.n_in, down.n_in) == (d, d_ff));
         }
-        let acts = input.of(up_format);
-        let (n_tok, chunks) = (acts.n_tok(), acts.all_chunks());
-        let (table, picks) = self.rows(shares);
-        assert!(picks.iter().all(|t| (*t as usize) < n_tok));
+        let table = self.rows(shares);
+        let picks: Vec<u32> = table.iter().map(|row| row.token).collect();
         let n_rows = table.len();
         let wave = n_rows.min(WAVE);
         let inner_chunks = d_ff.div_ceil(CHUNK);
@@ -355,15 +385,15 @@ impl<D: Driver> Device for Gpu<D> {
         let driver = Arc::clone(&self.driver);
         let driver = &*driver;
         let b = &mut self.buffers;
-        let x = b.room(driver, For::Input, size_of_val(chunks))?;
         let rows = b.room(driver, For::Table, n_rows * size_of::<Row>())?;
         let pick = b.room(driver, For::Pick, 4 * n_rows)?;
         let gate = b.room(driver, For::Gate, 4 * wave * d_ff)?;
         let up = b.room(driver, For::Up, 4 * wave * d_ff)?;
         let inner = b.room(driver, For::Inner, wave * inner_chunks * size_of::<Chunk>())?;
         let out = b.room(driver, For::Out, 4 * n_rows * d)?;
+        let (x, n_tok) = self.write_input(input, up_format)?;
+        assert!(picks.iter().all(|t| (*t as usize) < n_tok));
         self.out = out;
-        driver.write(x, bytemuck::cast_slice(chunks))?;
         driver.write(rows, bytemuck::cast_slice(&table))?;
         driver.write(pick, bytemuck::cast_slice(&picks))?;
 
@@ -424,10 +454,9 @@ impl<D: Driver> Device for Gpu<D> {
                     match large {
                         None => {
                             let table_row = at(rows, r.start, size_of::<Row>());
-                            let its_inner = at(inner, inside, size_of::<Chunk>());
-                            let args = [table_row, its_inner, y, int(n), int(d_ff), int(d)];
+                            let args = [table_row, Long(inner), y, int(n), int(d_ff), int(d)];
                             let grid = [blocks(d, ROWS), count as u32];
-                            self.launch("expert_down", down_format, grid, &args)?;
+                            self.launch("gemv", down_format, grid, &args)?;
                         }
                         Some(_) => {
                             let w = Long(table[r.start].down);
@@ -440,6 +469,80 @@ impl<D: Driver> Device for Gpu<D> {
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn multiply(&mut self, input: &Input, products: &[Product<'_>]) -> Result<(), Fault> {
+        let mut table = Vec::new();
+        let mut outs = 0;
+        for Product { slot, weight, pick } in products {
+            let down = self.slots[slot].at;
+            table.extend(pick.iter().map(|token| Row {
+                gate: 0,
+                up: 0,
+                down,
+                token: *token,
+                inner: *token,
+            }));
+            outs += pick.len() * weight.n_out;
+        }
+        let picks: Vec<u32> = table.iter().map(|row| row.token).collect();
+        let driver = Arc::clone(&self.driver);
+        let driver = &*driver;
+        let b = &mut self.buffers;
+        let rows = b.room(driver, For::Table, table.len() * size_of::<Row>())?;
+        let pick = b.room(driver, For::Pick, 4 * picks.len())?;
+        let out = b.room(driver, For::Out, 4 * outs)?;
+        let mut inputs: Vec<(ActKind, (u64, usize))> = Vec::new();
+        for Product { weight, .. } in products {
+            let kind = weight.format.act();
+            if inputs.iter().all(|(known, _)| *known != kind) {
+                inputs.push((kind, self.write_input(input, weight.format)?));
+            }
+        }
+        self.out = out;
+        driver.write(rows, bytemuck::cast_slice(&table))?;
+        driver.write(pick, bytemuck::cast_slice(&picks))?;
+
+        use Arg::{Int, Long};
+        let int = |n: usize| Int(i32::try_from(n).expect("sizes of a model"));
+        let (mut row, mut y) = (0, out);
+        for Product {
+            weight: w,
+            pick: its,
+            ..
+        } in products
+        {
+            let input = inputs.iter().find(|(kind, _)| *kind == w.format.act());
+            let (x, n_tok) = input.expect("one of each kind was made").1;
+            assert!(its.iter().all(|t| (*t as usize) < n_tok));
+            let (count, m, k) = (its.len(), w.n_out, w.n_in);
+            let table_row = rows + (row * size_of::<Row>()) as u64;
+            // SAFETY: the arguments are those of `offload.cu`; the slot holds this weight, tokens are below `n_tok`, and the
+            // buffers were made large enough above.
+            unsafe {
+                if count < FEW {
+                    let args = [
+                        Long(table_row),
+                        Long(x),
+                        Long(y),
+                        int(n_tok),
+                        int(k),
+                        int(m),
+                    ];
+                    let grid = [blocks(m, ROWS), count as u32];
+                    self.launch("gemv", w.format, grid, &args)?;
+                } else {
+                    let (weights, pick) = (Long(table[row].down), Long(pick + 4 * row as u64));
+                    let sizes = [int(n_tok), int(count), int(m), int(k)];
+                    let args = [&[weights, Long(x), pick, Int(0), Long(y)][..], &sizes].concat();
+                    let grid = [blocks(m, TILE), blocks(count, TILE)];
+                    self.launch("gemm", w.format, grid, &args)?;
+                }
+            }
+            row += count;
+            y += (4 * count * m) as u64;
         }
         Ok(())
     }

@@ -102,6 +102,20 @@ impl Placement {
         )
     }
 
+    /// Sets room aside for something else than experts; false if there is not so much left.
+    pub(super) fn reserve(&mut self, bytes: u64) -> bool {
+        let fits = bytes <= self.room.saturating_sub(self.taken);
+        if fits {
+            self.taken += bytes;
+        }
+        fits
+    }
+
+    /// Gives back what was reserved.
+    pub(super) fn release(&mut self, bytes: u64) {
+        self.taken -= bytes;
+    }
+
     /// Takes in that `n` tokens went through `layer`, `counts[e]` of them to expert `e`.
     pub(super) fn learn(&mut self, layer: usize, counts: &[usize], n: usize) {
         let kept = (1.0 - 1.0 / self.seen).powf(n as f32);

@@ -1,10 +1,9 @@
 //! A device for tests: memory of its own, the CPU's kernels, and faults on demand.
 
-use super::{Device, Fault, Share};
+use super::{Device, Fault, Product, Share};
 use crate::gguf::Bytes;
 use crate::moe::Machine;
 use crate::moe::linear::{Input, Job, Weight, matmul};
-use crate::moe::weights::Expert;
 use memmap2::MmapMut;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -22,7 +21,7 @@ pub(super) struct Script {
     pub(super) lives: Option<usize>,
     /// The next calls of `start` find no memory for their rows.
     pub(super) no_room: usize,
-    /// What was called: `make`, `unmake`, `fill`, `start`, `finish`.
+    /// What was called: `make`, `unmake`, `fill`, `filled`, `start`, `multiply`, `finish`.
     pub(super) calls: Vec<&'static str>,
     /// Rows that it computed.
     pub(super) rows: usize,
@@ -41,7 +40,7 @@ pub(super) struct Software {
 
 struct Slot {
     bytes: u64,
-    expert: Option<Expert>,
+    weights: Vec<Weight>,
 }
 
 impl Software {
@@ -69,20 +68,13 @@ impl Software {
     }
 }
 
-/// A copy of an expert.
-fn copied(expert: &Expert) -> Expert {
-    let copy = |w: &Weight| {
-        let mut memory = MmapMut::map_anon(w.bytes.len()).unwrap();
-        memory.copy_from_slice(&w.bytes);
-        Weight {
-            bytes: Bytes::in_memory(&Arc::new(memory), 0..w.bytes.len()),
-            ..w.clone()
-        }
-    };
-    Expert {
-        gate: copy(&expert.gate),
-        up: copy(&expert.up),
-        down: copy(&expert.down),
+/// A copy of a matrix.
+fn copied(w: &Weight) -> Weight {
+    let mut memory = MmapMut::map_anon(w.bytes.len()).unwrap();
+    memory.copy_from_slice(&w.bytes);
+    Weight {
+        bytes: Bytes::in_memory(&Arc::new(memory), 0..w.bytes.len()),
+        ..w.clone()
     }
 }
 
@@ -102,8 +94,10 @@ impl Device for Software {
         0
     }
 
-    fn bytes(&self, expert: &Expert) -> Option<u64> {
-        Some(expert.bytes())
+    fn bytes(&self, weights: &[&Weight]) -> Option<u64> {
+        // As a device that has no kernels for floats.
+        let integers = weights.iter().all(|w| w.format.block_weights() > 1);
+        integers.then(|| weights.iter().map(|w| w.bytes.len() as u64).sum())
     }
 
     fn make(&mut self, bytes: u64) -> Result<usize, Fault> {
@@ -113,8 +107,8 @@ impl Device for Software {
             return Err(Fault::Full);
         }
         self.next += 1;
-        let expert = None;
-        self.slots.insert(self.next, Slot { bytes, expert });
+        let weights = Vec::new();
+        self.slots.insert(self.next, Slot { bytes, weights });
         Ok(self.next)
     }
 
@@ -124,12 +118,12 @@ impl Device for Software {
         self.slots.remove(&slot).expect("a slot that there is");
     }
 
-    fn fill(&mut self, slot: usize, expert: &Arc<Expert>) -> Result<(), Fault> {
+    fn fill(&mut self, slot: usize, weights: &[&Weight]) -> Result<(), Fault> {
         self.call("fill")?;
         assert!(self.coming.iter().all(|(s, _)| *s != slot));
         let into = self.slots.get_mut(&slot).expect("a slot that there is");
-        assert!(expert.bytes() <= into.bytes);
-        into.expert = Some(copied(expert));
+        assert!(weights.iter().map(|w| w.bytes.len() as u64).sum::<u64>() <= into.bytes);
+        into.weights = weights.iter().map(|w| copied(w)).collect();
         let slowness = self.script.lock().unwrap().slowness;
         self.coming.push_back((slot, slowness));
         Ok(())
@@ -160,8 +154,9 @@ impl Device for Software {
         for share in shares {
             let on_its_way = self.coming.iter().any(|(s, _)| *s == share.slot);
             assert!(!on_its_way, "only what has arrived is used");
-            let slot = &self.slots[&share.slot];
-            let Expert { gate, up, down } = slot.expert.as_ref().expect("it was filled");
+            let [gate, up, down] = &self.slots[&share.slot].weights[..] else {
+                panic!("it was filled with an expert");
+            };
             assert_eq!(*gate.bytes, *share.expert.gate.bytes);
             let (n, pick) = (share.pick.len(), share.pick);
             let mut g = vec![0.0; n * gate.n_out];
@@ -188,6 +183,31 @@ impl Device for Software {
                 }],
             );
             self.out.extend(y);
+        }
+        Ok(())
+    }
+
+    fn multiply(&mut self, input: &Input, products: &[Product<'_>]) -> Result<(), Fault> {
+        self.call("multiply")?;
+        self.out.clear();
+        for Product { slot, weight, pick } in products {
+            assert!(self.coming.iter().all(|(s, _)| s != slot));
+            let [w] = &self.slots[slot].weights[..] else {
+                panic!("it was filled with one matrix");
+            };
+            assert_eq!(*w.bytes, *weight.bytes);
+            let (x, mut y) = (input, vec![0.0; pick.len() * w.n_out]);
+            let y = &mut y[..];
+            matmul(
+                &self.machine,
+                &mut [Job {
+                    w,
+                    x,
+                    pick,
+                    y: &mut *y,
+                }],
+            );
+            self.out.extend_from_slice(y);
         }
         Ok(())
     }

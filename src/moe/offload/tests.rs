@@ -3,7 +3,7 @@
 use super::emulated::Emulated;
 use super::gpu::{Driver, Gpu};
 use super::software::{Script, Software};
-use super::{Device, Fault, Held, Plan, Share};
+use super::{Device, Fault, Plan, Product, Share};
 use crate::gguf::{Bytes, Gguf};
 use crate::moe::linear::{Input, Weight};
 use crate::moe::weights::Expert;
@@ -41,6 +41,16 @@ fn demo(threads: usize, ram: Ram) -> Model {
 fn expert_bytes(model: &Model) -> u64 {
     let layers = model.weights.layers.iter();
     layers.flat_map(|l| &l.experts).map(|e| e.bytes()).sum()
+}
+
+/// Bytes of everything else that a device takes: all that is not floats.
+fn dense_bytes(model: &Model) -> u64 {
+    let dense = model.weights.dense();
+    let integers = dense
+        .iter()
+        .skip(1)
+        .filter(|w| w.format.block_weights() > 1);
+    integers.map(|w| w.bytes.len() as u64).sum()
 }
 
 const PROMPT: usize = 24;
@@ -94,7 +104,9 @@ fn the_same_bits_for_any_split() {
     let alone = answer(&demo(2, Ram::Mapped), PROMPT, 8);
     for (percent, threads) in [(0, 2), (25, 1), (50, 3), (100, 2)] {
         let mut model = demo(threads, Ram::Mapped);
-        let memory = expert_bytes(&model) * percent / 100;
+        // The dense part comes first.
+        let experts = expert_bytes(&model) * percent / 100;
+        let memory = dense_bytes(&model) + experts;
         let (device, script) = scripted(Script {
             memory,
             ..Script::default()
@@ -115,12 +127,13 @@ fn the_same_bits_for_any_split() {
             "{share}% of choices with {percent}%"
         );
         assert!(percent != 100 || rows == choices);
-        let experts = (c.n_layer * c.n_expert) as u64;
-        assert_eq!(held.of, experts);
-        assert!((100 * held.experts / experts).abs_diff(percent) <= 5);
-        assert!(held.bytes <= memory);
-        let bytes = if percent == 100 { memory } else { held.bytes };
-        assert_eq!(held.bytes, bytes);
+        let of = (c.n_layer * c.n_expert) as u64;
+        assert_eq!((held.of, held.dense), (of, dense_bytes(&model)));
+        assert!((100 * held.experts / of).abs_diff(percent) <= 5);
+        assert!(held.bytes <= experts && (percent != 100 || held.bytes == experts));
+        let calls = &script.lock().unwrap().calls;
+        let multiplied = calls.iter().filter(|c| **c == "multiply").count();
+        assert_eq!(multiplied, 9 * (2 * c.n_layer + 1), "qkv, o, and the head");
         assert!(heard.lock().unwrap().is_empty());
     }
 }
@@ -129,7 +142,7 @@ fn the_same_bits_for_any_split() {
 fn experts_are_used_when_they_have_arrived_and_nobody_waits_for_them() {
     let alone = answer(&demo(2, Ram::Mapped), PROMPT, 8);
     let mut model = demo(2, Ram::Mapped);
-    let memory = expert_bytes(&model);
+    let memory = expert_bytes(&model) + dense_bytes(&model);
     let (device, script) = scripted(Script {
         memory,
         slowness: 4,
@@ -159,9 +172,10 @@ fn experts_are_used_when_they_have_arrived_and_nobody_waits_for_them() {
 fn a_device_with_less_memory_than_it_says_holds_fewer() {
     let alone = answer(&demo(2, Ram::Mapped), PROMPT, 4);
     let mut model = demo(2, Ram::Mapped);
-    let all = expert_bytes(&model);
+    let all = expert_bytes(&model) + dense_bytes(&model);
+    let third = dense_bytes(&model) + expert_bytes(&model) / 3;
     let (device, script) = scripted(Script {
-        memory: all / 3,
+        memory: third,
         says: Some(all),
         no_room: 5,
         ..Script::default()
@@ -170,7 +184,7 @@ fn a_device_with_less_memory_than_it_says_holds_fewer() {
     model.offload_to(plan);
     model.settle();
     let before = model.store().reads().gpu;
-    assert!(before.experts > 0 && before.bytes <= all / 3);
+    assert!(before.experts > 0 && before.bytes <= expert_bytes(&model) / 3);
     assert!(answer(&model, PROMPT, 4) == alone);
     // Five times there was no memory for the rows, and an expert went each time.
     let after = model.store().reads().gpu;
@@ -186,7 +200,7 @@ fn a_device_that_is_lost_at_any_time_changes_no_bit() {
     let alone = answer(&demo(2, Ram::Mapped), 3, 3);
     let run = |lives: Option<usize>, ram: Ram| {
         let mut model = demo(2, ram);
-        let memory = expert_bytes(&model) / 2;
+        let memory = dense_bytes(&model) + expert_bytes(&model) / 2;
         let (device, script) = scripted(Script {
             memory,
             lives,
@@ -202,8 +216,8 @@ fn a_device_that_is_lost_at_any_time_changes_no_bit() {
             Some(_) => {
                 assert_eq!(heard.len(), 1, "said once: {heard:?}");
                 assert!(heard[0].contains("the test took it away"), "{heard:?}");
-                let Held { experts, bytes, .. } = model.store().reads().gpu;
-                assert_eq!((experts, bytes), (0, 0));
+                let held = model.store().reads().gpu;
+                assert_eq!((held.experts, held.bytes, held.dense), (0, 0, 0));
             }
         }
         script.lock().unwrap().calls.len()
@@ -235,11 +249,11 @@ fn the_hottest_by_a_profile_come_first() {
         .map(|k| if hot(k) { 0.9 } else { 0.1 })
         .collect();
     let (device, _) = scripted(Script {
-        memory: all,
+        memory: 2 * all,
         ..Script::default()
     });
     // One expert of each layer, and a little more.
-    let memory = all / c.n_expert as u64 + 100;
+    let memory = dense_bytes(&model) + all / c.n_expert as u64 + 100;
     let plan = Plan {
         shares: Some(shares),
         ..plan(device, memory).0
@@ -281,8 +295,9 @@ fn run_on(
 ) -> Vec<u32> {
     let mut slots = Vec::new();
     for expert in experts {
-        let slot = device.make(device.bytes(expert).unwrap()).unwrap();
-        device.fill(slot, expert).unwrap();
+        let bytes = device.bytes(&expert.weights()).unwrap();
+        let slot = device.make(bytes).unwrap();
+        device.fill(slot, &expert.weights()).unwrap();
         slots.push(slot);
     }
     let mut filled = device.filled(true).unwrap();
@@ -369,6 +384,52 @@ fn the_kernels_give_the_cpus_bits() {
     }
 }
 
+/// Matrices of several formats with the same tokens: a few, one by one, and many.
+#[test]
+fn products_give_the_cpus_bits() {
+    use Format::*;
+    let machine = Machine::new(1, None).unwrap();
+    let mut random = Random(11);
+    let d = 512;
+    let formats = [Q4_K, Q8_0, Q6_K, Q5_K, Q4_0];
+    let sizes = [70, 5, 256, 130, 33];
+    let weights: Vec<_> = (formats.iter().zip(sizes))
+        .map(|(format, n_out)| weight(*format, n_out, d, &mut random))
+        .collect();
+    let x: Vec<f32> = (0..100 * d).map(|_| random.float()).collect();
+    let mut input = Input::default();
+    input.prepare(&machine, &x, d, &weights);
+    let mut pick = |n: usize| -> Vec<u32> { (0..n).map(|_| random.next() as u32 % 100).collect() };
+    for n in [1, 3, 8, 75] {
+        let picks = pick(n);
+        let run = |device: &mut dyn Device| -> Vec<u32> {
+            let mut products = Vec::new();
+            for weight in &weights {
+                let slot = device.make(device.bytes(&[weight]).unwrap()).unwrap();
+                device.fill(slot, &[weight]).unwrap();
+                let pick = &picks[..];
+                products.push(Product { slot, weight, pick });
+            }
+            assert_eq!(device.filled(true).unwrap().len(), weights.len());
+            device.multiply(&input, &products).unwrap();
+            let mut out = vec![f32::NAN; n * sizes.iter().sum::<usize>()];
+            device.finish(&mut out).unwrap();
+            out.iter().map(|x| x.to_bits()).collect()
+        };
+        let script = Script {
+            memory: 1 << 30,
+            ..Script::default()
+        };
+        let want = run(&mut scripted(script).0);
+        for tensor_cores in [false, true] {
+            let Some(driver) = Emulated::new(tensor_cores) else {
+                return;
+            };
+            assert!(run(&mut Gpu::new(driver).unwrap()) == want, "{n}");
+        }
+    }
+}
+
 /// More rows than go through the device's buffers together.
 #[test]
 fn rows_go_in_waves() {
@@ -411,8 +472,9 @@ fn the_demo_model_on_an_emulated_device() {
     model.offload_to(plan);
     model.settle();
     assert!(answer(&model, 40, 2) == alone);
-    let Held { choices, there, .. } = model.store().reads().gpu;
-    assert_eq!(choices, there);
+    let held = model.store().reads().gpu;
+    assert_eq!(held.choices, held.there);
+    assert!(held.dense >= dense_bytes(&model));
     assert!(heard.lock().unwrap().is_empty());
 }
 
@@ -432,8 +494,8 @@ fn a_buffer_that_finds_no_memory_is_a_fault_and_no_more() {
     let mut input = Input::default();
     input.prepare(&machine, &x, 32, [&expert.gate]);
     let mut gpu = Gpu::new(driver).unwrap();
-    let slot = gpu.make(gpu.bytes(&expert).unwrap()).unwrap();
-    gpu.fill(slot, &expert).unwrap();
+    let slot = gpu.make(gpu.bytes(&expert.weights()).unwrap()).unwrap();
+    gpu.fill(slot, &expert.weights()).unwrap();
     assert_eq!(gpu.filled(true).unwrap(), [slot]);
     let share = Share {
         slot,
