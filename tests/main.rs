@@ -9,6 +9,7 @@ mod constraint;
 mod draft;
 mod generation;
 mod gguf;
+mod gpu;
 mod hostile_model;
 mod imatrix;
 mod layers;

@@ -1,6 +1,7 @@
 //! `octet bench`: how fast this machine runs a model, and how fast it could.
 
 use super::gpu;
+use super::input::note;
 use super::load::{model_path, ram, tier_cap};
 use super::options::{GpuOptions, ModelOptions, RamLimit, parse_kv, parse_ram, parse_tier};
 use super::report::{Progress, bandwidth, int8_peak};
@@ -301,10 +302,16 @@ pub fn run(args: &Args) -> Result<()> {
                 progress.set(done, total);
             })?;
             progress.clear();
+            let gpu = model.store().reads().gpu.told();
             if args.json {
-                documents.push(document(case, &names, limits, &measured));
+                let mut document = document(case, &names, limits, &measured);
+                if let Some(told) = gpu {
+                    document["gpu"] = json!(told);
+                }
+                documents.push(document);
                 continue;
             }
+            gpu.into_iter().for_each(note);
             let phases = [
                 ("prefill", case.p, &measured.prefill),
                 ("decode", case.n, &measured.decode),

@@ -67,7 +67,7 @@ pub fn offload(
         device,
         memory: bytes,
         shares,
-        tell: Box::new(|line| note(line)),
+        tell: Box::new(note),
     });
     Ok(())
 }

@@ -33,7 +33,7 @@ use super::store::Chosen;
 use super::weights::Expert;
 use placement::{Placement, Step, Where};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 /// Why a device did not do something.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -178,6 +178,10 @@ pub(super) struct Offload {
     /// As they lie in the file, `(n_layer, n_expert)`.
     experts: Vec<Arc<Expert>>,
     tell: Tell,
+    /// Held from the start of some work on the device to its end. Passes may come from several threads: one that finds the
+    /// device taken leaves it, as a thread of the pool that waits here could be the one that is waited for. `state` is held for
+    /// moments, and never while the CPU computes.
+    turn: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -204,7 +208,7 @@ struct Dense {
 /// Rows that the device works on.
 pub(super) struct Running<'a, T> {
     offload: &'a Offload,
-    state: MutexGuard<'a, State>,
+    _turn: MutexGuard<'a, ()>,
     chosen: Vec<T>,
     rows: usize,
 }
@@ -236,6 +240,7 @@ impl Offload {
             n_expert,
             experts,
             tell,
+            turn: Mutex::new(()),
             state: Mutex::new(State {
                 device: Some(device),
                 dense: HashMap::new(),
@@ -262,6 +267,15 @@ impl Offload {
             .unwrap_or_else(|broken| broken.into_inner())
     }
 
+    /// The device, if nobody else uses it just now.
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.turn.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(broken)) => Some(broken.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// A pass begins: what has arrived is used from now on, and what is worth it is brought. Between two calls the set of
     /// experts on the device only becomes smaller.
     pub(super) fn begin(&self) {
@@ -274,6 +288,7 @@ impl Offload {
     }
 
     fn take_in(&self, wait: bool) {
+        let Some(_turn) = self.turn() else { return };
         let mut guard = self.lock();
         let state = &mut *guard;
         let Some(device) = &mut state.device else {
@@ -327,17 +342,34 @@ impl Offload {
     }
 
     /// Computes `jobs`, which have one input: the device those whose weights it has, the CPU the others meanwhile.
-    pub(super) fn multiply(&self, machine: &Machine, jobs: Vec<Job<'_>>) {
+    pub(super) fn multiply(&self, machine: &Machine, mut jobs: Vec<Job<'_>>) {
+        let turn = self.turn();
+        let mut there = match &turn {
+            Some(_) => self.begin_products(&mut jobs),
+            None => Vec::new(),
+        };
+        if !jobs.is_empty() {
+            matmul(machine, &mut jobs);
+        }
+        if there.is_empty() || self.finish_products(&mut there) {
+            return;
+        }
+        matmul(machine, &mut there);
+    }
+
+    /// Has the device begin with those of `jobs` that it has, takes them off and returns them.
+    fn begin_products<'j>(&self, jobs: &mut Vec<Job<'j>>) -> Vec<Job<'j>> {
         let mut guard = self.lock();
         let state = &mut *guard;
+        let Some(device) = &mut state.device else {
+            return Vec::new();
+        };
         let dense = &state.dense;
         let slot = |job: &Job<'_>| {
             let dense = dense.get(&(job.w.bytes.as_ptr() as usize))?;
-            dense.here.then_some(dense.slot)
+            (dense.here && !job.pick.is_empty()).then_some(dense.slot)
         };
-        let there = |job: &Job<'_>| slot(job).is_some() && !job.pick.is_empty();
-        let (mut gone, mut rest): (Vec<_>, Vec<_>) = jobs.into_iter().partition(there);
-        let products: Vec<Product<'_>> = gone
+        let products: Vec<Product<'_>> = jobs
             .iter()
             .filter_map(|job| {
                 Some(Product {
@@ -347,43 +379,43 @@ impl Offload {
                 })
             })
             .collect();
-        let begun = match (&mut state.device, gone.first()) {
-            (Some(device), Some(first)) => device.multiply(first.x, &products),
-            _ => {
-                rest.append(&mut gone);
-                Ok(())
-            }
+        let Some(first) = jobs.first().filter(|_| !products.is_empty()) else {
+            return Vec::new();
         };
-        if let Err(fault) = begun {
-            rest.append(&mut gone);
-            match fault {
-                // There is room for it the next time.
-                Fault::Full => self.shrink(state),
-                lost => self.fault(state, lost),
+        match device.multiply(first.x, &products) {
+            Ok(()) => {
+                let all = std::mem::take(jobs).into_iter();
+                let (there, rest) = all.partition(|job| slot(job).is_some());
+                *jobs = rest;
+                return there;
             }
+            // There is room for it the next time.
+            Err(Fault::Full) => self.shrink(state),
+            Err(lost) => self.fault(state, lost),
         }
-        if !rest.is_empty() {
-            matmul(machine, &mut rest);
-        }
-        if gone.is_empty() {
-            return;
-        }
+        Vec::new()
+    }
+
+    /// Waits for the device and puts its results where they belong; false if it failed.
+    fn finish_products(&self, there: &mut [Job<'_>]) -> bool {
+        let mut state = self.lock();
         let Some(device) = &mut state.device else {
-            return matmul(machine, &mut gone);
+            return false;
         };
-        let mut out = vec![0.0; gone.iter().map(|job| job.y.len()).sum()];
+        let mut out = vec![0.0; there.iter().map(|job| job.y.len()).sum()];
         match device.finish(&mut out) {
             Ok(()) => {
                 let mut out = &out[..];
-                for job in &mut gone {
+                for job in there {
                     let (its, more) = out.split_at(job.y.len());
                     job.y.copy_from_slice(its);
                     out = more;
                 }
+                true
             }
             Err(fault) => {
-                self.fault(state, fault);
-                matmul(machine, &mut gone);
+                self.fault(&mut state, fault);
+                false
             }
         }
     }
@@ -490,6 +522,7 @@ impl Offload {
         rest: &mut Vec<T>,
         pick: impl Fn(&T) -> &'p [u32],
     ) -> Option<Running<'_, T>> {
+        let turn = self.turn()?;
         let mut guard = self.lock();
         let state = &mut *guard;
         state.device.as_ref()?;
@@ -530,7 +563,7 @@ impl Offload {
                     }
                     return Some(Running {
                         offload: self,
-                        state: guard,
+                        _turn: turn,
                         chosen,
                         rows,
                     });
@@ -553,10 +586,11 @@ impl<T> Running<'_, T> {
     pub(super) fn finish(self, d: usize, out: &mut Vec<f32>) -> Result<Vec<T>, Vec<T>> {
         let Running {
             offload,
-            mut state,
+            _turn,
             chosen,
             rows,
         } = self;
+        let mut state = offload.lock();
         out.resize(rows * d, 0.0);
         let Some(device) = &mut state.device else {
             return Err(chosen);

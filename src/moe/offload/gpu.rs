@@ -6,7 +6,7 @@ use crate::moe::linear::{Input, Weight};
 use crate::moe::weights::Expert;
 use crate::pool::apart;
 use crate::quant::Format;
-use crate::quant::act::{ActKind, CHUNK, Chunk};
+use crate::quant::act::{ActKind, Acts, CHUNK, Chunk};
 use bytemuck::{Pod, Zeroable};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -89,6 +89,8 @@ pub(super) struct Gpu<D> {
     slots: HashMap<usize, Slot>,
     next: usize,
     buffers: Buffers,
+    /// What goes to the device in one copy.
+    host: Vec<u8>,
     /// Where the rows of the last start are.
     out: u64,
     copies: Sender<Copy>,
@@ -119,13 +121,8 @@ struct Buffers([(u64, usize); For::Out as usize + 1]);
 /// What [`Buffers`] are for.
 #[derive(Clone, Copy)]
 enum For {
-    /// Activations of the input, with a scale for 32 values and with one for 256.
-    Input32,
-    Input256,
-    /// [`Row`]s.
-    Table,
-    /// Tokens of each row.
-    Pick,
+    /// What comes with a job ([`Sent`]).
+    Input,
     /// `(rows of a wave, d_ff)`
     Gate,
     Up,
@@ -150,6 +147,16 @@ impl Buffers {
         }
         Ok(*at)
     }
+}
+
+/// Where on the device the parts of a job are, which came in one copy: each copy takes some microseconds, however short.
+struct Sent {
+    /// [`Row`]s.
+    table: u64,
+    /// The token of each row.
+    picks: u64,
+    /// Activations.
+    inputs: Vec<u64>,
 }
 
 /// What is launched together: rows of one large share, or of several small ones, one behind the other.
@@ -207,10 +214,8 @@ impl<D: Driver> Gpu<D> {
                     return;
                 }
                 let Copy { slot, parts } = job;
-                let parts = parts.into_iter();
-                let copied = parts
-                    .map(|(at, bytes)| its_driver.stage(at, &bytes))
-                    .collect();
+                let mut parts = parts.into_iter();
+                let copied = parts.try_for_each(|(at, bytes)| its_driver.stage(at, &bytes));
                 if done.send((slot, copied)).is_err() {
                     return;
                 }
@@ -222,6 +227,7 @@ impl<D: Driver> Gpu<D> {
             slots: HashMap::new(),
             next: 0,
             buffers: Buffers::default(),
+            host: Vec::new(),
             out: 0,
             copies,
             copied,
@@ -249,19 +255,33 @@ impl<D: Driver> Gpu<D> {
         table
     }
 
-    /// Brings the input to the device as weights of `format` want it. Returns where it is, and its tokens.
-    fn write_input(&mut self, input: &Input, format: Format) -> Result<(u64, usize), Fault> {
-        let acts = input.of(format);
-        let what = match acts.kind() {
-            ActKind::Q8 => For::Input32,
-            _ => For::Input256,
+    /// Brings rows and activations to the device.
+    fn send(&mut self, table: &[Row], inputs: &[&Acts]) -> Result<Sent, Fault> {
+        let n_tok = inputs.iter().map(|acts| acts.n_tok()).min().unwrap_or(0);
+        assert!(table.iter().all(|row| (row.token as usize) < n_tok));
+        let picks: Vec<u32> = table.iter().map(|row| row.token).collect();
+        let host = &mut self.host;
+        host.clear();
+        let mut put = |bytes: &[u8]| {
+            host.resize(host.len().next_multiple_of(align_of::<Chunk>()), 0);
+            host.extend_from_slice(bytes);
+            (host.len() - bytes.len()) as u64
         };
-        let chunks = acts.all_chunks();
-        let x = self
+        let table = put(bytemuck::cast_slice(table));
+        let picks = put(bytemuck::cast_slice(&picks));
+        let input = inputs
+            .iter()
+            .map(|acts| put(bytemuck::cast_slice(acts.all_chunks())));
+        let inputs: Vec<u64> = input.collect();
+        let at = self
             .buffers
-            .room(&*self.driver, what, size_of_val(chunks))?;
-        self.driver.write(x, bytemuck::cast_slice(chunks))?;
-        Ok((x, acts.n_tok()))
+            .room(&*self.driver, For::Input, self.host.len())?;
+        self.driver.write(at, &self.host)?;
+        Ok(Sent {
+            table: at + table,
+            picks: at + picks,
+            inputs: inputs.into_iter().map(|input| at + input).collect(),
+        })
     }
 
     /// # Safety
@@ -377,7 +397,6 @@ impl<D: Driver> Device for Gpu<D> {
             assert!(down.format == down_format && (gate.n_in, down.n_in) == (d, d_ff));
         }
         let table = self.rows(shares);
-        let picks: Vec<u32> = table.iter().map(|row| row.token).collect();
         let n_rows = table.len();
         let wave = n_rows.min(WAVE);
         let inner_chunks = d_ff.div_ceil(CHUNK);
@@ -385,17 +404,14 @@ impl<D: Driver> Device for Gpu<D> {
         let driver = Arc::clone(&self.driver);
         let driver = &*driver;
         let b = &mut self.buffers;
-        let rows = b.room(driver, For::Table, n_rows * size_of::<Row>())?;
-        let pick = b.room(driver, For::Pick, 4 * n_rows)?;
         let gate = b.room(driver, For::Gate, 4 * wave * d_ff)?;
         let up = b.room(driver, For::Up, 4 * wave * d_ff)?;
         let inner = b.room(driver, For::Inner, wave * inner_chunks * size_of::<Chunk>())?;
         let out = b.room(driver, For::Out, 4 * n_rows * d)?;
-        let (x, n_tok) = self.write_input(input, up_format)?;
-        assert!(picks.iter().all(|t| (*t as usize) < n_tok));
         self.out = out;
-        driver.write(rows, bytemuck::cast_slice(&table))?;
-        driver.write(pick, bytemuck::cast_slice(&picks))?;
+        let acts = input.of(up_format);
+        let sent = self.send(&table, &[acts])?;
+        let (rows, pick, x, n_tok) = (sent.table, sent.picks, sent.inputs[0], acts.n_tok());
 
         use Arg::{Int, Long};
         let int = |n: usize| Int(i32::try_from(n).expect("sizes of a model"));
@@ -487,23 +503,16 @@ impl<D: Driver> Device for Gpu<D> {
             }));
             outs += pick.len() * weight.n_out;
         }
-        let picks: Vec<u32> = table.iter().map(|row| row.token).collect();
-        let driver = Arc::clone(&self.driver);
-        let driver = &*driver;
-        let b = &mut self.buffers;
-        let rows = b.room(driver, For::Table, table.len() * size_of::<Row>())?;
-        let pick = b.room(driver, For::Pick, 4 * picks.len())?;
-        let out = b.room(driver, For::Out, 4 * outs)?;
-        let mut inputs: Vec<(ActKind, (u64, usize))> = Vec::new();
+        let mut inputs: Vec<&Acts> = Vec::new();
         for Product { weight, .. } in products {
-            let kind = weight.format.act();
-            if inputs.iter().all(|(known, _)| *known != kind) {
-                inputs.push((kind, self.write_input(input, weight.format)?));
+            let acts = input.of(weight.format);
+            if inputs.iter().all(|known| known.kind() != acts.kind()) {
+                inputs.push(acts);
             }
         }
+        let out = self.buffers.room(&*self.driver, For::Out, 4 * outs)?;
+        let sent = self.send(&table, &inputs)?;
         self.out = out;
-        driver.write(rows, bytemuck::cast_slice(&table))?;
-        driver.write(pick, bytemuck::cast_slice(&picks))?;
 
         use Arg::{Int, Long};
         let int = |n: usize| Int(i32::try_from(n).expect("sizes of a model"));
@@ -514,11 +523,11 @@ impl<D: Driver> Device for Gpu<D> {
             ..
         } in products
         {
-            let input = inputs.iter().find(|(kind, _)| *kind == w.format.act());
-            let (x, n_tok) = input.expect("one of each kind was made").1;
-            assert!(its.iter().all(|t| (*t as usize) < n_tok));
+            let input = inputs.iter().position(|acts| acts.kind() == w.format.act());
+            let input = input.expect("one of each kind was sent");
+            let (x, n_tok) = (sent.inputs[input], inputs[input].n_tok());
             let (count, m, k) = (its.len(), w.n_out, w.n_in);
-            let table_row = rows + (row * size_of::<Row>()) as u64;
+            let table_row = sent.table + (row * size_of::<Row>()) as u64;
             // SAFETY: the arguments are those of `offload.cu`; the slot holds this weight, tokens are below `n_tok`, and the
             // buffers were made large enough above.
             unsafe {
@@ -534,7 +543,8 @@ impl<D: Driver> Device for Gpu<D> {
                     let grid = [blocks(m, ROWS), count as u32];
                     self.launch("gemv", w.format, grid, &args)?;
                 } else {
-                    let (weights, pick) = (Long(table[row].down), Long(pick + 4 * row as u64));
+                    let (weights, pick) =
+                        (Long(table[row].down), Long(sent.picks + 4 * row as u64));
                     let sizes = [int(n_tok), int(count), int(m), int(k)];
                     let args = [&[weights, Long(x), pick, Int(0), Long(y)][..], &sizes].concat();
                     let grid = [blocks(m, TILE), blocks(count, TILE)];

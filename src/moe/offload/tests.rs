@@ -237,6 +237,51 @@ fn a_device_that_is_lost_at_any_time_changes_no_bit() {
     }
 }
 
+/// What a device has, no other memory has to hold; what it has not, is read from the disk.
+#[test]
+fn a_device_and_a_budget_of_memory() {
+    let alone = answer(&demo(2, Ram::Mapped), PROMPT, 4);
+    for percent in [30, 100] {
+        let ram = Ram::Within {
+            bytes: crate::memory::resident().unwrap() + (64 << 20),
+            shares: None,
+        };
+        let mut model = demo(2, ram);
+        let memory = dense_bytes(&model) + expert_bytes(&model) * percent / 100;
+        let (device, _) = scripted(Script {
+            memory,
+            ..Script::default()
+        });
+        model.offload_to(plan(device, memory).0);
+        model.settle();
+        assert!(answer(&model, PROMPT, 4) == alone, "{percent}%");
+        let reads = model.store().reads();
+        let rest = reads.gpu.choices - reads.gpu.there;
+        assert_eq!(rest == 0, percent == 100);
+        assert!(reads.wanted <= rest, "{reads:?}");
+        assert!(reads.told().unwrap().contains("GPU: "));
+    }
+}
+
+/// Two threads, one device: whoever finds it taken does without.
+#[test]
+fn passes_from_several_threads_share_a_device() {
+    let alone = answer(&demo(2, Ram::Mapped), PROMPT, 4);
+    let mut model = demo(2, Ram::Mapped);
+    let memory = dense_bytes(&model) + expert_bytes(&model) / 2;
+    let (device, _) = scripted(Script {
+        memory,
+        ..Script::default()
+    });
+    model.offload_to(plan(device, memory).0);
+    let (model, alone) = (&model, &alone);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(move || assert!(answer(model, PROMPT, 4) == *alone));
+        }
+    });
+}
+
 /// The profile says which experts to begin with.
 #[test]
 fn the_hottest_by_a_profile_come_first() {
@@ -286,6 +331,28 @@ fn weight(format: Format, n_out: usize, n_in: usize, random: &mut Random) -> Wei
     }
 }
 
+/// Devices that run `offload.cu`: a CPU that takes itself for one, without and with tensor cores' instructions, its threads in
+/// two orders, and a GPU where there is one. No CPU without a C++ compiler.
+fn devices() -> Vec<(&'static str, Box<dyn Device>)> {
+    let mut devices: Vec<(_, Box<dyn Device>)> = Vec::new();
+    for (name, tensor_cores) in [("emulated", false), ("emulated with tensor cores", true)] {
+        if let Some(driver) = Emulated::new(tensor_cores) {
+            driver.reverse.store(tensor_cores, Ordering::Relaxed);
+            devices.push((name, Box::new(Gpu::new(driver).unwrap())));
+        }
+    }
+    #[cfg(feature = "cuda")]
+    match super::cuda::open(0, None) {
+        Ok(gpu) => devices.push(("GPU", gpu)),
+        Err(why) => {
+            // Said past the test harness, which hides what a test prints.
+            let word = format!("SKIPPED: the kernels on a GPU: {why}\n");
+            std::io::Write::write_all(&mut std::io::stderr(), word.as_bytes()).unwrap();
+        }
+    }
+    devices
+}
+
 /// Runs experts on a device, `picks[i]` tokens on the `i`-th.
 fn run_on(
     device: &mut dyn Device,
@@ -332,6 +399,7 @@ fn the_kernels_give_the_cpus_bits() {
         (Q4_K, Q8_0, 256, 96),
     ];
     let machine = Machine::new(1, None).unwrap();
+    let mut devices = devices();
     let mut random = Random(42);
     for (first, second, d, d_ff) in shapes {
         // Outputs that fill no tiles: 4 rows a warp, 64 a tile.
@@ -366,18 +434,13 @@ fn the_kernels_give_the_cpus_bits() {
                 ..Script::default()
             };
             let want = run_on(&mut scripted(script).0, experts, &input, picks);
-            for (tensor_cores, reverse) in [(false, false), (true, true)] {
-                let Some(driver) = Emulated::new(tensor_cores) else {
-                    return;
-                };
-                driver.reverse.store(reverse, Ordering::Relaxed);
-                let mut gpu = Gpu::new(driver).unwrap();
-                let got = run_on(&mut gpu, experts, &input, picks);
+            for (name, device) in &mut devices {
+                let got = run_on(&mut **device, experts, &input, picks);
                 let counts: Vec<_> = picks.iter().map(Vec::len).collect();
                 let first_wrong = got.iter().zip(&want).position(|(a, b)| a != b);
                 assert_eq!(
                     first_wrong, None,
-                    "{first:?} {second:?} {d} {d_ff}, {counts:?} tokens, tensor cores {tensor_cores}"
+                    "{name}: {first:?} {second:?} {d} {d_ff}, {counts:?} tokens"
                 );
             }
         }
@@ -454,28 +517,30 @@ fn rows_go_in_waves() {
         ..Script::default()
     };
     let want = run_on(&mut scripted(script).0, &experts, &input, &picks);
-    let Some(driver) = Emulated::new(true) else {
-        return;
-    };
-    assert!(run_on(&mut Gpu::new(driver).unwrap(), &experts, &input, &picks) == want);
+    for (name, mut device) in devices() {
+        assert!(
+            run_on(&mut *device, &experts, &input, &picks) == want,
+            "{name}"
+        );
+    }
 }
 
-/// The whole way: the demo model with experts on an emulated device.
+/// The whole way: the demo model with all of its weights on each.
 #[test]
-fn the_demo_model_on_an_emulated_device() {
+fn the_demo_model_on_a_device() {
     let alone = answer(&demo(2, Ram::Mapped), 40, 2);
-    let Some(driver) = Emulated::new(true) else {
-        return;
-    };
-    let mut model = demo(2, Ram::Mapped);
-    let (plan, heard) = plan(Gpu::new(driver).unwrap(), u64::MAX);
-    model.offload_to(plan);
-    model.settle();
-    assert!(answer(&model, 40, 2) == alone);
-    let held = model.store().reads().gpu;
-    assert_eq!(held.choices, held.there);
-    assert!(held.dense >= dense_bytes(&model));
-    assert!(heard.lock().unwrap().is_empty());
+    for (name, device) in devices() {
+        let mut model = demo(2, Ram::Mapped);
+        let (mut plan, heard) = plan(scripted(Script::default()).0, u64::MAX);
+        plan.device = device;
+        model.offload_to(plan);
+        model.settle();
+        assert!(answer(&model, 40, 2) == alone, "{name}");
+        let held = model.store().reads().gpu;
+        assert_eq!(held.choices, held.there);
+        assert!(held.dense >= dense_bytes(&model));
+        assert!(heard.lock().unwrap().is_empty());
+    }
 }
 
 #[test]
