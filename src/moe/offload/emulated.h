@@ -1,7 +1,8 @@
 // Runs `offload.cu` on a CPU, for the tests: every CUDA thread is a fiber, blocks go one after the other, and the lanes of a
 // warp meet at shuffles and barriers. Slow and strict: lanes that should meet and do not end the program.
 //
-// Shared memory is static, so that a block finds what the one before it left there, as on a device.
+// Shared memory is static, so that a block finds what the one before it left there, as on a device. Compiled with hidden symbols:
+// two libraries of this would share it otherwise.
 #pragma once
 #include <csetjmp>
 #include <cmath>
@@ -205,7 +206,8 @@ static inline void mma_16(int c[4], unsigned a0, unsigned a1, unsigned b0) {
 
 // Runs a kernel; 0 if there is none of this name. `reverse`: the last lanes and warps first, which shows what is not
 // guarded by a barrier.
-extern "C" int octet_launch(const char *name, unsigned x, unsigned y, unsigned z, unsigned threads, void **args, int reverse) {
+extern "C" __attribute__((visibility("default"))) int octet_launch(const char *name, unsigned x, unsigned y, unsigned z,
+                                                                   unsigned threads, void **args, int reverse) {
     emulated::Kernels::iterator found = emulated::kernels().find(name);
     if (found == emulated::kernels().end()) return 0;
     if (threads % 32 != 0 || threads > emulated::MOST) emulated::fail("blocks of whole warps only");

@@ -49,7 +49,7 @@ fn compiled(tensor_cores: bool) -> Option<Mutex<Launch>> {
     let folder = tempfile::tempdir().unwrap();
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/moe");
     let library = folder.path().join("kernels.so");
-    let options = "-std=c++17 -O2 -ffp-contract=off -U_FORTIFY_SOURCE -shared -fPIC -DEMULATED";
+    let options = "-std=c++17 -O2 -ffp-contract=off -U_FORTIFY_SOURCE -shared -fPIC -fvisibility=hidden -DEMULATED";
     // A device faults where an address is not aligned to what is read from it; so does this.
     let strict = "-fsanitize=alignment,bounds,shift -fsanitize-undefined-trap-on-error";
     let mut command = Command::new(&compiler);
