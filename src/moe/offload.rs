@@ -124,6 +124,10 @@ pub trait Device: Send {
     fn finish(&mut self, out: &mut [f32]) -> Result<(), Fault>;
 }
 
+/// Most numbers that a product brings back: the logits of 512 tokens. What all tokens of a long text are to be
+/// scored by would take the place of experts.
+const MOST_OUT: usize = 1 << 24;
+
 /// Who hears of what happened to the device: one line, for people.
 pub type Tell = Box<dyn Fn(String) + Send + Sync>;
 
@@ -213,6 +217,21 @@ pub(super) struct Running<'a, T> {
     rows: usize,
 }
 
+/// A device works on the experts of a layer together, which have the same formats in all usual files: of those that it has kernels
+/// for, those that differ from the first stay with the CPU.
+fn leave_out_others(bytes: &mut [Option<u64>], experts: &[Arc<Expert>]) {
+    let formats = |e: &Expert| e.weights().map(|w| w.format);
+    let first = bytes.iter().zip(experts).find(|(bytes, _)| bytes.is_some());
+    let Some(first) = first.map(|(_, e)| formats(e)) else {
+        return;
+    };
+    for (bytes, expert) in bytes.iter_mut().zip(experts) {
+        if formats(expert) != first {
+            *bytes = None;
+        }
+    }
+}
+
 impl Offload {
     /// Begins to bring weights to the device: those of `dense` in their order, as far as there is room, then experts. `even`: the
     /// share of tokens that take an expert, where nothing is known.
@@ -233,7 +252,9 @@ impl Offload {
         let scratch = expert.map_or(0, |e| device.scratch(e.gate.n_in, e.gate.n_out));
         let free = device.free();
         let room = free.clone().unwrap_or(0).min(memory);
-        let bytes = experts.iter().map(|e| device.bytes(&e.weights())).collect();
+        let mut bytes: Vec<_> = experts.iter().map(|e| device.bytes(&e.weights())).collect();
+        let layers = bytes.chunks_mut(n_expert).zip(experts.chunks(n_expert));
+        layers.for_each(|(bytes, experts)| leave_out_others(bytes, experts));
         let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
         let room = room.saturating_sub(scratch);
         let offload = Offload {
@@ -367,7 +388,8 @@ impl Offload {
         let dense = &state.dense;
         let slot = |job: &Job<'_>| {
             let dense = dense.get(&(job.w.bytes.as_ptr() as usize))?;
-            (dense.here && !job.pick.is_empty()).then_some(dense.slot)
+            let worth = !job.pick.is_empty() && job.y.len() <= MOST_OUT;
+            (dense.here && worth).then_some(dense.slot)
         };
         let products: Vec<Product<'_>> = jobs
             .iter()

@@ -1,6 +1,6 @@
 //! A device with CUDA's kernels (`offload.cu`): where its buffers are, and which kernels run in which order.
 
-use super::{Device, Fault, Product, Share};
+use super::{Device, Fault, MOST_OUT, Product, Share};
 use crate::gguf::Bytes;
 use crate::moe::linear::{Input, Weight};
 use crate::moe::weights::Expert;
@@ -334,14 +334,20 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn scratch(&self, d_model: usize, d_ff: usize) -> u64 {
-        // Gate, up, and gate as activations; input, output and what else there is of a few thousand rows; the kernels.
+        // Gate, up, and gate as activations; input, output and what else there is of a few thousand rows; logits; the kernels.
         let wave = WAVE * 10 * d_ff;
         let rows = 4096 * (6 * d_model + 64);
-        (wave + rows + (64 << 20)) as u64
+        (wave + rows + 4 * MOST_OUT + (64 << 20)) as u64
     }
 
     fn bytes(&self, weights: &[&Weight]) -> Option<u64> {
-        let known = weights.iter().all(|w| FORMATS.contains(&w.format));
+        // Sizes are `int` in the kernels.
+        let small = |w: &&&Weight| w.n_in.max(w.n_out) <= i32::MAX as usize;
+        let known = weights
+            .iter()
+            .filter(small)
+            .filter(|w| FORMATS.contains(&w.format));
+        let known = known.count() == weights.len();
         // Gate and up go through one kernel.
         let same = weights.len() < 2 || weights[0].format == weights[1].format;
         (known && same).then(|| parts(weights).1)

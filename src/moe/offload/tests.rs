@@ -447,6 +447,39 @@ fn the_kernels_give_the_cpus_bits() {
     }
 }
 
+/// Files of the old layout may have experts of several formats in a layer.
+#[test]
+fn experts_of_another_format_stay_with_the_cpu() {
+    let mut random = Random(3);
+    let mut expert = |gate, down| {
+        Arc::new(Expert {
+            gate: weight(gate, 64, 32, &mut random),
+            up: weight(gate, 64, 32, &mut random),
+            down: weight(down, 32, 64, &mut random),
+        })
+    };
+    use Format::*;
+    let experts = [
+        expert(Q5_0, Q8_0),
+        expert(Q8_0, Q4_0),
+        expert(Q4_0, Q4_0),
+        expert(Q8_0, Q4_0),
+        expert(Q8_0, Q8_0),
+    ];
+    // Nothing is known of the first.
+    let mut bytes = [None, Some(1), Some(2), Some(1), Some(3)];
+    super::leave_out_others(&mut bytes, &experts);
+    assert_eq!(bytes, [None, Some(1), None, Some(1), None]);
+    let mut none = [None; 5];
+    super::leave_out_others(&mut none, &experts);
+    assert_eq!(none, [None; 5]);
+    for (name, device) in devices() {
+        assert_eq!(device.bytes(&experts[0].weights()), None, "{name}");
+        let parts = device.bytes(&experts[1].weights());
+        assert_eq!(parts, Some(2 * 2304 + 1280), "{name}: in steps of 256");
+    }
+}
+
 /// Matrices of several formats with the same tokens: a few, one by one, and many.
 #[test]
 fn products_give_the_cpus_bits() {
