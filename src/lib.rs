@@ -26,7 +26,7 @@
 //! [`chat::repl`] reads a line; [`chat::template`] makes the turn; [`chat::tokenizer`] makes ids;
 //! [`moe::forward`] runs them: embed; per layer norm, [`moe::attention`] over the cache in [`moe::kv`], norm,
 //! [`moe::router`] picks 2 of 8, [`moe::experts`] gathers tokens per expert and asks [`moe::store`] where the bytes are,
-//! [`moe::linear`] hands rows of the weights to [`simd`] on the [`pool`]; norm, head; [`chat::sampler`] picks an id;
+//! [`moe::linear`] hands rows of the weights to [`simd`] on the [`pool`] ([`moe::offload`] some of it to a GPU); norm, head; [`chat::sampler`] picks an id;
 //! [`chat::tokenizer`] streams text.
 //!
 //! # One answer

@@ -12,6 +12,7 @@ mod entries;
 mod faults;
 mod generation;
 mod gguf;
+mod gpu;
 mod hostile_model;
 mod imatrix;
 mod layers;

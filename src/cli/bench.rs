@@ -1,7 +1,9 @@
 //! `octet bench`: how fast this machine runs a model, and how fast it could.
 
+use super::gpu;
+use super::input::note;
 use super::load::{model_path, ram, tier_cap};
-use super::options::{ModelOptions, RamLimit, parse_kv, parse_ram, parse_tier};
+use super::options::{GpuOptions, ModelOptions, RamLimit, parse_kv, parse_ram, parse_tier};
 use super::report::{Progress, bandwidth, int8_peak};
 use super::table::{Form, Table};
 use crate::chat::repl::show;
@@ -75,6 +77,9 @@ pub struct Args {
     /// Memory to keep within, such as 12G, auto or all
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
     pub ram: RamLimit,
+    /// What else computes.
+    #[command(flatten)]
+    pub gpu: GpuOptions,
     /// Measure the machine alone, now: memory bandwidth and int8 peak, without a model
     #[arg(long)]
     pub bandwidth: bool,
@@ -320,7 +325,9 @@ pub fn run(args: &Args) -> Result<()> {
         let limits = limits(&machine);
         let file = &files[cases[0].model];
         let ram = ram(file, args.ram, None, cases[0].kv, None)?;
-        let model = Model::open_in(file, machine, ram)?;
+        let mut model = Model::open_in(file, machine, ram)?;
+        gpu::offload(&mut model, &args.gpu, None, false)?;
+        model.settle();
         for case in cases {
             model.config.check_kv(case.kv)?;
             let measured = measure(&model, case, args.repetitions, |tokens| {
@@ -328,10 +335,16 @@ pub fn run(args: &Args) -> Result<()> {
                 progress.set(done, total);
             })?;
             progress.clear();
+            let gpu = model.store().reads().gpu.told();
             if args.json {
-                documents.push(document(case, &names, limits, &measured));
+                let mut document = document(case, &names, limits, &measured);
+                if let Some(told) = gpu {
+                    document["gpu"] = json!(told);
+                }
+                documents.push(document);
                 continue;
             }
+            gpu.into_iter().for_each(note);
             let phases = [
                 ("prefill", case.p, &measured.prefill),
                 ("decode", case.n, &measured.decode),

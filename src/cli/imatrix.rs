@@ -3,7 +3,7 @@
 use super::chat::hear_interrupts;
 use super::input::note;
 use super::load::load;
-use super::options::{MachineOptions, ModelOptions};
+use super::options::{GpuMemory, GpuOptions, MachineOptions, ModelOptions};
 use super::report::closing_line;
 use super::score::{Chunks, Scorer};
 use crate::chat::repl::show;
@@ -61,7 +61,14 @@ fn parse_form(text: &str) -> Result<Form, String> {
 /// If the model or the text cannot be read, the text is shorter than one chunk, or the file cannot be
 /// written; [`crate::error::Error::Interrupted`] after Ctrl-C: then a file of that name is as it was.
 pub fn run(args: &Args) -> Result<()> {
-    let loaded = load(&args.model, &args.machine)?;
+    // What a GPU multiplies with is not seen.
+    let gpu_mem = Some(GpuMemory::Bytes(0));
+    let gpu = GpuOptions { gpu_mem, gpu: None };
+    let machine = MachineOptions {
+        gpu,
+        ..args.machine.clone()
+    };
+    let loaded = load(&args.model, &machine)?;
     let mut chunks = Chunks::read(&args.file, &loaded, &args.model)?;
     chunks.truncate(args.chunks.map_or(usize::MAX, |n| n as usize));
     let interrupted = hear_interrupts()?;

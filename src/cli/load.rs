@@ -1,5 +1,6 @@
 //! From options to a model that is ready to talk.
 
+use super::gpu;
 use super::input::note;
 use super::inspect::bytes;
 use super::options::{MachineOptions, ModelOptions, RamLimit, parse_tier};
@@ -98,7 +99,12 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     {
         fetch(&file)?;
     }
-    let (model_opened, tokenizer) = open_parts(&file, machine, ram)?;
+    let (mut model_opened, tokenizer) = open_parts(&file, machine, ram)?;
+    let shares = match &machine.profile {
+        Some(path) => Some(Profile::read_of(path, &file)?.shares()),
+        None => None,
+    };
+    gpu::offload(&mut model_opened, &machine.gpu, shares, machine.verbose)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
         note(format!("{}: warning: {warning}", path.display()));

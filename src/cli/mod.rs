@@ -4,6 +4,7 @@ pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod detokenize;
+pub mod gpu;
 pub mod heatmap;
 pub mod imatrix;
 pub mod input;

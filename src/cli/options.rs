@@ -50,7 +50,7 @@ pub struct MachineOptions {
     /// free, if the model needs more than that; all: leave it to the system
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
     pub ram: RamLimit,
-    /// What octet profile recorded with this model: the experts to keep in memory at first, where it does not hold all
+    /// What octet profile recorded with this model: the experts to keep in memory, or on a GPU, at first
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
     /// Prompt tokens that go through the layers together; also -ub TOKENS
@@ -59,6 +59,31 @@ pub struct MachineOptions {
     /// Tell more on stderr
     #[arg(short, long)]
     pub verbose: bool,
+    /// What else computes.
+    #[command(flatten)]
+    pub gpu: GpuOptions,
+}
+
+/// A GPU beside the CPU.
+#[derive(clap::Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Machine")]
+pub struct GpuOptions {
+    /// Memory of an NVIDIA GPU for the experts that are chosen most, such as 8G, which it computes while the CPU computes the
+    /// others; auto: what is free; 0: none [default: auto, where octet was built with the feature cuda]
+    #[arg(long, value_name = "SIZE", value_parser = parse_gpu_mem)]
+    pub gpu_mem: Option<GpuMemory>,
+    /// Which GPU, counted from 0
+    #[arg(long, value_name = "N")]
+    pub gpu: Option<u16>,
+}
+
+/// How much memory of a GPU to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GpuMemory {
+    /// What is free.
+    Auto,
+    /// So many bytes; 0: no GPU.
+    Bytes(u64),
 }
 
 /// Options that llama.cpp gives a short form of two letters, which clap would take for two options.
@@ -342,6 +367,20 @@ pub fn parse_ram(text: &str) -> std::result::Result<RamLimit, String> {
         _ => parse_size(text)
             .map(RamLimit::Bytes)
             .map_err(|e| format!("{e}, auto or all")),
+    }
+}
+
+/// Memory of a GPU.
+///
+/// # Errors
+/// If the text is no size.
+pub fn parse_gpu_mem(text: &str) -> std::result::Result<GpuMemory, String> {
+    match text {
+        "auto" => Ok(GpuMemory::Auto),
+        "0" => Ok(GpuMemory::Bytes(0)),
+        _ => parse_size(text)
+            .map(GpuMemory::Bytes)
+            .map_err(|e| format!("{e}, auto or 0")),
     }
 }
 

@@ -207,7 +207,7 @@ fn remembered(name: &str, seen: f64, measure: impl FnOnce() -> f64) -> f64 {
 }
 
 /// `$XDG_CACHE_HOME/octet` or `~/.cache/octet`.
-fn cache_folder() -> Option<PathBuf> {
+pub(super) fn cache_folder() -> Option<PathBuf> {
     user_folder("XDG_CACHE_HOME", ".cache")
 }
 

@@ -47,6 +47,8 @@ pub(super) struct ExpertScratch {
     down: Vec<f32>,
     /// `(n_tok · n_used, d_model)`
     result: Vec<f32>,
+    /// `(rows that a GPU computed, d_model)`
+    returned: Vec<f32>,
     inner: Input,
     all: Vec<u32>,
 }
@@ -56,6 +58,8 @@ pub(super) struct ExpertScratch {
 /// `h`: `(n_tok, d_model)` normalised, already prepared as `input`; `x`: `(n_tok, d_model)`.
 /// `choices` are made already. `see` is shown each expert's input of `down`, `(n, d_ff)`. Returns the bytes of expert
 /// weights that were read.
+///
+/// Experts that a GPU has are computed there, at the same time as the others here ([`super::offload`]).
 ///
 /// # Errors
 /// If the store cannot read an expert.
@@ -73,10 +77,23 @@ pub(super) fn experts(
     s.result.resize(s.choices.len() * d, 0.0);
     let mut bytes = 0;
     let mut rest = s.buckets(config);
-    while !rest.is_empty() {
-        for wave in waves(store.ready(layer, &mut rest)?) {
-            run_wave(machine, config, input, &wave, s, &mut see);
-            bytes += wave.iter().map(|(_, e, _)| e.bytes()).sum::<u64>();
+    let mut elsewhere = store.offload().and_then(|gpu| {
+        let bucket = &s.bucket;
+        let pick = |b: &Bucket| &bucket[b.range.clone()];
+        gpu.start(layer, x.len() / d, input, &mut rest, pick)
+    });
+    loop {
+        while !rest.is_empty() {
+            for wave in waves(store.ready(layer, &mut rest)?) {
+                run_wave(machine, config, input, &wave, s, &mut see);
+                bytes += wave.iter().map(|(_, e, _)| e.bytes()).sum::<u64>();
+            }
+        }
+        let Some(gpu) = elsewhere.take() else { break };
+        match gpu.finish(d, &mut s.returned) {
+            Ok(buckets) => s.take_in(&buckets, d),
+            // It failed: they are computed here after all.
+            Err(buckets) => rest = buckets,
         }
     }
 
@@ -113,6 +130,14 @@ impl ExpertScratch {
         buckets
     }
 
+    /// Puts the rows that came back for some buckets where they belong.
+    fn take_in(&mut self, buckets: &[Bucket], d: usize) {
+        let homes = buckets.iter().flat_map(|b| &self.home[b.range.clone()]);
+        for (row, home) in self.returned.chunks_exact(d).zip(homes) {
+            self.result[*home as usize * d..][..d].copy_from_slice(row);
+        }
+    }
+
     /// How many tokens chose each expert, `(n_expert)`.
     pub(super) fn counts(&self, config: &Config) -> Vec<usize> {
         let mut counts = vec![0; config.n_expert];
@@ -137,7 +162,14 @@ impl ExpertScratch {
 
     /// Bytes that the buffers hold.
     pub(super) fn bytes(&self) -> usize {
-        let floats = [&self.logits, &self.gate, &self.up, &self.down, &self.result];
+        let floats = [
+            &self.logits,
+            &self.gate,
+            &self.up,
+            &self.down,
+            &self.result,
+            &self.returned,
+        ];
         let floats: usize = floats.iter().map(|v| 4 * v.capacity()).sum();
         floats + self.inner.bytes()
     }

@@ -5,6 +5,7 @@ use super::experts::{ExpertScratch, choose, experts};
 use super::kv::Kv;
 use super::linear::{Input, Job, matmul};
 use super::observe::{Observer, Site};
+use super::offload::Plan;
 use super::router::{self, Choice};
 use super::store::Store;
 use super::weights::{Layer, Weights};
@@ -178,6 +179,31 @@ impl Model {
         self
     }
 
+    /// Has a device compute with what it has memory for ([`super::offload`]): what every token reads, then the most popular
+    /// experts. They come in the background.
+    pub fn offload_to(&mut self, plan: Plan) {
+        let c = &self.config;
+        let even = c.n_used as f32 / c.n_expert as f32;
+        // Of the embedding a token reads one row.
+        let dense = self.weights.dense();
+        self.store.offload_to(plan, &dense[1..], even);
+    }
+
+    /// [`matmul`] of jobs with one input, with a device's help where there is one.
+    fn multiply<const N: usize>(&self, mut jobs: [Job<'_>; N]) {
+        match self.store.offload() {
+            Some(offload) => offload.multiply(&self.machine, jobs.into()),
+            None => matmul(&self.machine, &mut jobs),
+        }
+    }
+
+    /// Waits until everything that a device has memory for is there: for measurements.
+    pub fn settle(&self) {
+        if let Some(offload) = self.store.offload() {
+            offload.settle();
+        }
+    }
+
     /// Bytes of the buffers for a pass of `n_tok` tokens.
     pub fn scratch_bytes(&self, n_tok: usize) -> u64 {
         Scratch::default().growth(&self.config, n_tok, 1)
@@ -278,7 +304,7 @@ impl Model {
         s.all.clear();
         s.all.extend(0..n_tok as u32);
         self.embed(runs, s);
-        s.weight_bytes += self.weights.dense_bytes();
+        s.weight_bytes += self.weights.dense_bytes() - self.store.dense_elsewhere();
         for (i, layer) in self.weights.layers.iter().enumerate() {
             for start in (0..n_tok).step_by(PART) {
                 let part = start..n_tok.min(start + PART);
@@ -326,14 +352,11 @@ impl Model {
             pick: all,
             y,
         };
-        matmul(
-            m,
-            &mut [
-                job(&layer.q, &mut s.q),
-                job(&layer.k, &mut s.k),
-                job(&layer.v, &mut s.v),
-            ],
-        );
+        self.multiply([
+            job(&layer.q, &mut s.q),
+            job(&layer.k, &mut s.k),
+            job(&layer.v, &mut s.v),
+        ]);
         let half = c.n_rot / 2;
         let angles = part.start * half..part.end * half;
         self.rotate(&s.cos[angles.clone()], &s.sin[angles], &mut s.q, &mut s.k);
@@ -343,7 +366,7 @@ impl Model {
         s.input.prepare(m, &s.heads, d_q, [&layer.o]);
         let (w, x_o) = (&layer.o, &s.input);
         let (pick, y) = (all, s.o.as_mut_slice());
-        matmul(m, &mut [Job { w, x: x_o, pick, y }]);
+        self.multiply([Job { w, x: x_o, pick, y }]);
         self.add(&s.o, x);
     }
 
@@ -463,15 +486,12 @@ impl Model {
             observer.input(Site::Head, &s.h[*t as usize * c.d_model..][..c.d_model]);
         }
         s.input.prepare(m, &s.h, c.d_model, [&w.head]);
-        matmul(
-            m,
-            &mut [Job {
-                w: &w.head,
-                x: &s.input,
-                pick: &wanted,
-                y: &mut s.logits,
-            }],
-        );
+        self.multiply([Job {
+            w: &w.head,
+            x: &s.input,
+            pick: &wanted,
+            y: &mut s.logits,
+        }]);
     }
 }
 

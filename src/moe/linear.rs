@@ -94,7 +94,7 @@ impl Input {
     }
 
     /// The activations for weights of `format`, which were among those prepared for.
-    fn of(&self, format: Format) -> &Acts {
+    pub(super) fn of(&self, format: Format) -> &Acts {
         match format.act() {
             ActKind::F32 => &self.f32,
             ActKind::Q8 => &self.q8,

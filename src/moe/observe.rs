@@ -18,7 +18,7 @@ pub enum Site {
         /// Which one.
         layer: usize,
     },
-    /// `ffn_down` of one expert of a layer (of the only one in a dense model).
+    /// `ffn_down` of one expert of a layer (of the only one in a dense model). Not shown where a GPU computes the expert.
     Down {
         /// Which layer.
         layer: usize,

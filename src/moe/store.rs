@@ -13,6 +13,8 @@ mod popularity;
 mod reads;
 
 use super::Config;
+use super::linear::Weight;
+use super::offload::{Held, Offload, Plan};
 use super::weights::{Expert, Weights};
 use crate::error::{Error, Result};
 use crate::gguf::Source;
@@ -45,6 +47,8 @@ pub struct Store {
     experts: Vec<Arc<Expert>>,
     n_expert: usize,
     pager: Option<Pager>,
+    /// A GPU that has some of them too, and computes with those.
+    offload: Option<Offload>,
 }
 
 /// What the store did, since the program began.
@@ -64,6 +68,8 @@ pub struct Reads {
     pub foreseeable: u64,
     /// … and those that were guessed.
     pub foreseen: u64,
+    /// What a GPU has and did; nothing without one.
+    pub gpu: Held,
 }
 
 impl AddAssign for Reads {
@@ -75,13 +81,25 @@ impl AddAssign for Reads {
         self.stalled += other.stalled;
         self.foreseeable += other.foreseeable;
         self.foreseen += other.foreseen;
+        self.gpu = Held {
+            choices: self.gpu.choices + other.gpu.choices,
+            there: self.gpu.there + other.gpu.there,
+            ..other.gpu
+        };
     }
 }
 
 impl Reads {
     /// For people: how many of the experts that were wanted were in memory, what was read from the disk and how fast, how long
-    /// that was waited for, and how many of single tokens' experts were foreseen. Nothing for a model in memory.
+    /// that was waited for, and how many of single tokens' experts were foreseen; and what the GPU did. Nothing for a model in
+    /// memory and without a GPU.
     pub fn told(&self) -> Option<String> {
+        let both = [self.disk_told(), self.gpu.told()];
+        let told: Vec<String> = both.into_iter().flatten().collect();
+        (!told.is_empty()).then(|| told.join("; "))
+    }
+
+    fn disk_told(&self) -> Option<String> {
         if self.wanted == 0 {
             return None;
         }
@@ -110,6 +128,11 @@ impl Reads {
             stalled: self.stalled - before.stalled,
             foreseeable: self.foreseeable - before.foreseeable,
             foreseen: self.foreseen - before.foreseen,
+            gpu: Held {
+                choices: self.gpu.choices - before.gpu.choices,
+                there: self.gpu.there - before.gpu.there,
+                ..self.gpu
+            },
         }
     }
 }
@@ -244,7 +267,31 @@ impl Store {
             experts: layers.flat_map(|l| l.experts.iter().cloned()).collect(),
             n_expert: weights.layers.first().map_or(1, |l| l.experts.len()),
             pager: None,
+            offload: None,
         }
+    }
+
+    /// Has a device compute with what it has memory for: `dense` first, then experts; they come in the background. `even`: the
+    /// share of tokens that take an expert, where nothing is known.
+    pub(super) fn offload_to(&mut self, plan: Plan, dense: &[&Weight], even: f32) {
+        let experts = self.experts.clone();
+        self.offload = Some(Offload::new(plan, dense, experts, self.n_expert, even));
+    }
+
+    /// The device.
+    pub(super) fn offload(&self) -> Option<&Offload> {
+        self.offload.as_ref()
+    }
+
+    /// Bytes of what every token reads that a device reads instead of the CPU.
+    pub(super) fn dense_elsewhere(&self) -> u64 {
+        self.offload.as_ref().map_or(0, Offload::dense)
+    }
+
+    /// Whether a device has this expert, so that no other memory has to.
+    fn elsewhere(&self, layer: usize, expert: usize) -> bool {
+        let offload = self.offload.as_ref();
+        offload.is_some_and(|offload| offload.holds(layer, expert))
     }
 
     /// A store that keeps this process within `total` bytes of memory: reads what every token needs of `weights` into
@@ -342,14 +389,19 @@ impl Store {
 
     /// What it read so far.
     pub fn reads(&self) -> Reads {
-        self.pager.as_ref().map_or_else(Reads::default, |pager| {
+        let mut reads = self.pager.as_ref().map_or_else(Reads::default, |pager| {
             let state = pager.shared.lock();
             let mut reads = state.reads;
             if state.loading > 0 {
                 reads.busy += state.busy_since.elapsed();
             }
             reads
-        })
+        });
+        reads.gpu = self
+            .offload
+            .as_ref()
+            .map_or_else(Held::default, Offload::held);
+        reads
     }
 
     /// Bytes of memory that this process may take; nothing says so where the model is mapped.
@@ -365,6 +417,9 @@ impl Store {
         for source in &self.sources {
             source.unchanged()?;
         }
+        if let Some(offload) = &self.offload {
+            offload.begin();
+        }
         let Some(pager) = &self.pager else {
             return Ok(());
         };
@@ -378,6 +433,8 @@ impl Store {
     /// `counts (n_expert)`: tokens of each.
     pub(super) fn want(&self, layer: usize, counts: &[usize], n_tok: usize) {
         let Some(pager) = &self.pager else { return };
+        let here = |(e, n): (usize, &usize)| if self.elsewhere(layer, e) { 0 } else { *n };
+        let counts: Vec<usize> = counts.iter().enumerate().map(here).collect();
         let state = &mut *pager.shared.lock();
         state.layer = layer;
         let first = layer * self.n_expert;
@@ -400,7 +457,7 @@ impl Store {
                 state.reads.foreseen += u64::from(right);
             }
         }
-        state.popularity.learn(layer, counts, n_tok);
+        state.popularity.learn(layer, &counts, n_tok);
         pager.read_wanted(state);
     }
 
@@ -413,6 +470,7 @@ impl Store {
         guess: bool,
     ) {
         if let Some(pager) = &self.pager {
+            let experts = experts.into_iter().filter(|e| !self.elsewhere(layer, *e));
             pager.foresee(&mut pager.shared.lock(), layer, experts, guess);
         }
     }
@@ -437,6 +495,11 @@ impl Store {
                 .collect());
         };
         let mut state = pager.shared.lock();
+        // A device that was to compute with some of them has failed: they were not wanted here until now.
+        for chosen in rest.iter() {
+            let place = &mut state.places[key(chosen)];
+            place.claim = Claim::Wanted;
+        }
         loop {
             pager.read_wanted(&mut state);
             let mut ready = Vec::new();
@@ -458,7 +521,8 @@ impl Store {
                 }
             }
             if state.wide && (layer + 1) * self.n_expert < self.experts.len() {
-                pager.foresee(&mut state, layer + 1, 0..self.n_expert, false);
+                let next = (0..self.n_expert).filter(|e| !self.elsewhere(layer + 1, *e));
+                pager.foresee(&mut state, layer + 1, next, false);
             }
             if !ready.is_empty() {
                 // Their slots may go when they have been used: others that are wanted get them then.

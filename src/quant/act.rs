@@ -32,7 +32,7 @@ pub const SUM: usize = 16;
 pub const CHUNK: usize = 256;
 
 /// Up to 256 consecutive int8 activations of one token, with all that belongs to them: five cache lines.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 pub struct Chunk {
     /// Values in -127..=127.
@@ -185,6 +185,11 @@ impl Acts {
     /// Bytes that the buffers hold.
     pub fn bytes(&self) -> usize {
         4 * self.floats.capacity() + size_of::<Chunk>() * self.chunks.capacity()
+    }
+
+    /// All chunks, `(k / 256, n_tok)`.
+    pub fn all_chunks(&self) -> &[Chunk] {
+        &self.chunks[..self.k.div_ceil(CHUNK) * self.n_tok]
     }
 
     /// Chunk `i` of every token, `(n_tok)`.

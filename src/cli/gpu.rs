@@ -1,0 +1,84 @@
+//! From options to a GPU that computes beside the CPU.
+
+use super::input::note;
+use super::options::{GpuMemory, GpuOptions};
+use super::report::cache_folder;
+use crate::error::{Error, Result};
+use crate::moe::Model;
+use crate::moe::offload::{Device, Plan};
+
+/// What is left to others of a GPU's memory when nobody says how much to take.
+const RESERVE: u64 = 512 << 20;
+
+/// Has a GPU compute with the experts of `model` that it has memory for, as the options say. Where there is none and one was
+/// asked for, a line says why, and the CPU does everything. `shares (n_layer, n_expert)`: how often a token takes each expert, if
+/// that is known.
+///
+/// # Errors
+/// [`Error::Usage`] if a GPU is asked for that this program was not built for.
+pub fn offload(
+    model: &mut Model,
+    options: &GpuOptions,
+    shares: Option<Vec<f32>>,
+    verbose: bool,
+) -> Result<()> {
+    let asked = options.gpu_mem.is_some() || options.gpu.is_some();
+    let memory = options.gpu_mem.unwrap_or(GpuMemory::Auto);
+    if memory == GpuMemory::Bytes(0) || !model.config.routed {
+        return Ok(());
+    }
+    if !cfg!(feature = "cuda") {
+        return match asked {
+            true => Err(Error::Usage(
+                "--gpu-mem, --gpu: this octet was built without CUDA (expected --gpu-mem 0); \
+                 cargo build --release --features cuda makes one that uses a GPU"
+                    .to_string(),
+            )),
+            false => Ok(()),
+        };
+    }
+    let opened = open(options.gpu.unwrap_or(0).into()).and_then(|mut device| {
+        let free = device.free();
+        let free = free.map_err(|e| format!("it was lost at once: {e:?}"))?;
+        Ok((device, free))
+    });
+    let (device, free) = match opened {
+        Ok(opened) => opened,
+        Err(why) => {
+            if asked || verbose {
+                note(format!("no GPU, the CPU computes everything: {why}"));
+            }
+            return Ok(());
+        }
+    };
+    let bytes = match memory {
+        GpuMemory::Auto => free.saturating_sub(RESERVE),
+        GpuMemory::Bytes(bytes) => bytes,
+    };
+    if asked || verbose {
+        note(format!(
+            "{}: the experts that are chosen most go there, up to {:.1} GB of {:.1} GB that are free",
+            device.name(),
+            bytes.min(free) as f64 / 1e9,
+            free as f64 / 1e9,
+        ));
+    }
+    model.offload_to(Plan {
+        device,
+        memory: bytes,
+        shares,
+        tell: Box::new(note),
+    });
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+fn open(ordinal: usize) -> std::result::Result<Box<dyn Device>, String> {
+    crate::moe::offload::cuda::open(ordinal, cache_folder().as_deref())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open(_: usize) -> std::result::Result<Box<dyn Device>, String> {
+    let _ = cache_folder;
+    Err("this octet was built without CUDA".to_string())
+}

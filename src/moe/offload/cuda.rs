@@ -1,0 +1,379 @@
+//! The driver of an NVIDIA GPU, by way of cudarc: libraries are looked for at run time, so that this builds and starts where
+//! there are none.
+
+use super::gpu::{Arg, Driver, Gpu, OPTIONS, SOURCE, THREADS, kernels};
+use super::{Device, Fault};
+use crate::disk::{self, WholeFile};
+use crate::gguf::hex;
+use cudarc::driver::result::{self, DriverError, event, launch_kernel, module, stream};
+use cudarc::driver::{CudaContext, sys};
+use cudarc::nvrtc::{self, CompileOptions};
+use sha2::{Digest, Sha256};
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CString, c_void};
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes of one of the two buffers that weights go through.
+const STAGE: usize = 8 << 20;
+/// The kernels as PTX are smaller.
+const MOST_PTX: u64 = 64 << 20;
+/// Instruction sets that the kernels are compiled for, if a device's own is too new for the compiler.
+const ARCHS: [i32; 3] = [90, 80, 70];
+
+/// Opens GPU `ordinal`. `cache`: a folder where compiled kernels are kept.
+///
+/// # Errors
+/// Why there is none, for people.
+pub fn open(ordinal: usize, cache: Option<&Path>) -> Result<Box<dyn Device>, String> {
+    // Asked first: cudarc panics where a library is missing.
+    // SAFETY: looks for a library and loads it.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("no NVIDIA driver was found (libcuda)".to_string());
+    }
+    let cuda = Cuda::open(ordinal, cache)?;
+    match Gpu::new(cuda) {
+        Ok(gpu) => Ok(Box::new(gpu)),
+        Err(Fault::Full) => Err("it has no memory left".to_string()),
+        Err(Fault::Lost(why)) => Err(why),
+    }
+}
+
+/// An open GPU.
+struct Cuda {
+    context: Arc<CudaContext>,
+    name: String,
+    module: sys::CUmodule,
+    functions: HashMap<String, sys::CUfunction>,
+    /// Kernels and what they read and write.
+    compute: sys::CUstream,
+    /// What is allocated.
+    memory: Mutex<HashSet<u64>>,
+    staging: Mutex<Staging>,
+}
+
+/// Two pinned buffers by turns: one is filled while the other is on its way.
+struct Staging {
+    stream: sys::CUstream,
+    buffers: [(*mut u8, sys::CUevent); 2],
+}
+
+// SAFETY: handles and pinned memory belong to the process, not to a thread; each call makes the context current on its own
+// thread first, and what changes is behind locks.
+unsafe impl Send for Cuda {}
+// SAFETY: as above.
+unsafe impl Sync for Cuda {}
+
+/// The driver's word, for people.
+fn word(what: &str, e: DriverError) -> String {
+    let name = e
+        .error_name()
+        .ok()
+        .map(|n| n.to_string_lossy().into_owned());
+    format!("{what}: {}", name.unwrap_or_else(|| format!("{:?}", e.0)))
+}
+
+fn lost(what: &'static str) -> impl Fn(DriverError) -> Fault {
+    move |e| match e.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Fault::Full,
+        _ => Fault::Lost(word(what, e)),
+    }
+}
+
+impl Cuda {
+    fn open(ordinal: usize, cache: Option<&Path>) -> Result<Cuda, String> {
+        let failed = |what: &'static str| move |e: DriverError| word(what, e);
+        let count = CudaContext::device_count().map_err(failed("starting CUDA"))?;
+        if ordinal >= count.max(0) as usize {
+            return Err(format!(
+                "there is no GPU {ordinal} (the driver has {count})"
+            ));
+        }
+        let context = CudaContext::new(ordinal).map_err(failed("opening the GPU"))?;
+        let name = context.name().map_err(failed("asking the GPU"))?;
+        let (major, minor) = context
+            .compute_capability()
+            .map_err(failed("asking the GPU"))?;
+        if major < 7 {
+            return Err(format!(
+                "{name} is too old (expected compute capability 7.0 or later, found {major}.{minor})"
+            ));
+        }
+        let ptx = ptx(10 * major + minor, cache)?;
+        let image = CString::new(ptx).map_err(|_| "the kernels hold a 0 byte".to_string())?;
+        // SAFETY: the context is current since it was made; the image is a text that ends with 0; each handle is used as
+        // what it was returned as, and freed once, in `drop`.
+        unsafe {
+            let module = module::load_data(image.as_ptr().cast()).map_err(failed(
+                "loading the kernels (a driver older than NVRTC refuses them)",
+            ))?;
+            let mut functions = HashMap::new();
+            for kernel in kernels() {
+                let name = CString::new(kernel.as_str()).expect("names of kernels");
+                let function = module::get_function(module, name);
+                functions.insert(kernel, function.map_err(failed("finding a kernel"))?);
+            }
+            let stream = || stream::create(stream::StreamKind::NonBlocking);
+            let buffer = || -> Result<_, DriverError> {
+                let memory = result::malloc_host(STAGE, 0)?;
+                let event = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+                Ok((memory.cast(), event))
+            };
+            let pinned = failed("making pinned memory");
+            let staging = Staging {
+                stream: stream().map_err(failed("making a stream"))?,
+                buffers: [buffer().map_err(pinned)?, buffer().map_err(pinned)?],
+            };
+            Ok(Cuda {
+                name,
+                module,
+                functions,
+                compute: stream().map_err(failed("making a stream"))?,
+                memory: Mutex::default(),
+                staging: Mutex::new(staging),
+                context,
+            })
+        }
+    }
+
+    /// Every call on a thread begins so.
+    fn here(&self) -> Result<(), Fault> {
+        let bound = self.context.bind_to_thread();
+        bound.map_err(lost("using the GPU"))
+    }
+}
+
+/// The kernels for a device of compute capability `arch`, from the cache or compiled.
+fn ptx(arch: i32, cache: Option<&Path>) -> Result<String, String> {
+    let mut hash = Sha256::new();
+    hash.update(SOURCE);
+    hash.update(OPTIONS.concat());
+    hash.update(arch.to_string());
+    let file =
+        cache.map(|folder| folder.join(format!("kernels-{}.ptx", &hex(&hash.finalize())[..16])));
+    let known = file.as_deref().and_then(|file| {
+        let bytes = disk::read(file, MOST_PTX).ok()?;
+        let text = String::from_utf8(bytes).ok()?;
+        let (sum, ptx) = text.strip_prefix("// ")?.split_once('\n')?;
+        (sum == hex(&Sha256::digest(ptx))).then(|| ptx.to_string())
+    });
+    if let Some(ptx) = known {
+        return Ok(ptx);
+    }
+    let ptx = compile(arch)?;
+    if let Some(file) = file {
+        // Without a cache they are compiled again next time; no reason to trouble the user.
+        let _ = file.parent().map(std::fs::create_dir_all);
+        let written = WholeFile::create(&file).and_then(|mut out| {
+            let text = format!("// {}\n{ptx}", hex(&Sha256::digest(&ptx)));
+            out.write_all(text.as_bytes())
+                .map_err(crate::error::Error::io(&file, "write"))?;
+            out.finish()
+        });
+        drop(written);
+    }
+    Ok(ptx)
+}
+
+/// Compiles the kernels for `arch`, or for the newest older one that the compiler knows.
+fn compile(arch: i32) -> Result<String, String> {
+    // SAFETY: looks for a library and loads it.
+    if !unsafe { nvrtc::sys::is_culib_present() } {
+        return Err(
+            "NVRTC, CUDA's compiler at run time, was not found (libnvrtc); it comes with the CUDA toolkit, or as the Python \
+             package nvidia-cuda-nvrtc-cu12, whose folder lib then belongs into LD_LIBRARY_PATH"
+                .to_string(),
+        );
+    }
+    let older = ARCHS.into_iter().filter(|older| *older < arch);
+    let mut first = None;
+    for arch in std::iter::once(arch).chain(older) {
+        let mut options = OPTIONS.map(str::to_string).to_vec();
+        options.push(format!("--gpu-architecture=compute_{arch}"));
+        let options = CompileOptions {
+            options,
+            name: Some("offload.cu".to_string()),
+            ..CompileOptions::default()
+        };
+        match nvrtc::compile_ptx_with_opts(SOURCE, options) {
+            Ok(ptx) => return Ok(ptx.to_src()),
+            Err(e) => first = first.or(Some(e)),
+        }
+    }
+    Err(format!("NVRTC does not compile the kernels: {first:?}"))
+}
+
+impl Driver for Cuda {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn free(&self) -> Result<u64, Fault> {
+        self.here()?;
+        let (free, _) = result::mem_get_info().map_err(lost("asking for memory"))?;
+        Ok(free as u64)
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Fault> {
+        self.here()?;
+        // SAFETY: whoever gets the memory writes before reading.
+        let at = unsafe { result::malloc_sync(bytes) }.map_err(lost("taking memory"))?;
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.insert(at);
+        Ok(at)
+    }
+
+    fn dealloc(&self, at: u64) {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory.remove(&at) && self.here().is_ok() {
+            // SAFETY: it was allocated here and not freed since; the driver waits for kernels that run. A lost device has
+            // nothing to give back.
+            let _ = unsafe { result::free_sync(at) };
+        }
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Fault> {
+        self.here()?;
+        // SAFETY: the memory is this driver's. Pageable memory has been copied when the call returns (CUDA Driver API,
+        // "API synchronization behavior").
+        let copied = unsafe { result::memcpy_htod_async(at, bytes, self.compute) };
+        copied.map_err(lost("writing to the GPU"))
+    }
+
+    unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault> {
+        self.here()?;
+        let function = self.functions[kernel];
+        let mut args: Vec<*mut c_void> = args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Long(x) => std::ptr::from_ref(x) as *mut c_void,
+                Arg::Int(x) => std::ptr::from_ref(x) as *mut c_void,
+            })
+            .collect();
+        let [x, y] = grid;
+        // SAFETY: the caller's promise; the arguments are copied before the call returns.
+        let launched = unsafe {
+            launch_kernel(
+                function,
+                (x, y, 1),
+                (THREADS, 1, 1),
+                0,
+                self.compute,
+                &mut args,
+            )
+        };
+        launched.map_err(lost("starting a kernel"))
+    }
+
+    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.here()?;
+        // SAFETY: the memory is this driver's; `out` is not touched until the stream has come to its end.
+        unsafe {
+            let copied = result::memcpy_dtoh_async(out, at, self.compute);
+            copied.map_err(lost("reading from the GPU"))?;
+            stream::synchronize(self.compute).map_err(lost("waiting for the GPU"))
+        }
+    }
+
+    fn stage(&self, at: u64, bytes: &[u8]) -> Result<(), Fault> {
+        self.here()?;
+        let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let Staging { stream, buffers } = &*staging;
+        for (i, piece) in bytes.chunks(STAGE).enumerate() {
+            let (buffer, event) = buffers[i % 2];
+            // SAFETY: the buffer has `STAGE` bytes and its last copy has ended once its event has happened (an event that was
+            // never recorded has); nobody else uses it while the lock is held.
+            unsafe {
+                event::synchronize(event).map_err(lost("waiting for a copy"))?;
+                std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer, piece.len());
+                let pinned = std::slice::from_raw_parts(buffer, piece.len());
+                let to = at + (i * STAGE) as u64;
+                let copied = result::memcpy_htod_async(to, pinned, *stream);
+                copied.map_err(lost("copying weights"))?;
+                event::record(event, *stream).map_err(lost("copying weights"))?;
+            }
+        }
+        for (_, event) in buffers {
+            // SAFETY: as above. What was copied may be used when all events have happened.
+            unsafe { event::synchronize(*event) }.map_err(lost("copying weights"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        if self.here().is_err() {
+            return;
+        }
+        let staging = self
+            .staging
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        let memory = self
+            .memory
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: nobody else has the driver any more; everything was made in `open` or `alloc` and is freed once. What a
+        // device that is lost says to this is of no use to anybody.
+        unsafe {
+            let _ = stream::synchronize(self.compute);
+            let _ = stream::synchronize(staging.stream);
+            for at in memory.drain() {
+                let _ = result::free_sync(at);
+            }
+            for (buffer, event) in staging.buffers {
+                let _ = event::destroy(event);
+                let _ = result::free_host(buffer.cast());
+            }
+            let _ = stream::destroy(self.compute);
+            let _ = stream::destroy(staging.stream);
+            let _ = module::unload(self.module);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where there is no GPU this says why; where there is one it opens.
+    #[test]
+    fn a_machine_without_a_gpu_gets_a_word() {
+        match open(0, None) {
+            Ok(device) => assert!(!device.name().is_empty()),
+            Err(why) => assert!(why.len() > 10 && !why.contains('\n'), "{why}"),
+        }
+        assert!(open(4096, None).is_err());
+    }
+
+    /// NVRTC through cudarc, where it is to be had.
+    #[test]
+    fn compiled_kernels_are_kept() {
+        // SAFETY: looks for a library and loads it.
+        if !unsafe { nvrtc::sys::is_culib_present() } {
+            let word =
+                "SKIPPED: compiling the kernels through cudarc: NVRTC is not in LD_LIBRARY_PATH\n";
+            std::io::stderr().write_all(word.as_bytes()).unwrap();
+            assert!(compile(80).unwrap_err().contains("libnvrtc"));
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let first = ptx(80, Some(folder.path())).unwrap();
+        let entry = std::fs::read_dir(folder.path())
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap();
+        // What is in the file is used, unless it is damaged.
+        let mark = |body: &str| format!("// {}\n{body}", hex(&Sha256::digest(body)));
+        std::fs::write(entry.path(), mark("kept")).unwrap();
+        assert_eq!(ptx(80, Some(folder.path())).unwrap(), "kept");
+        std::fs::write(entry.path(), mark("kept").replace("kept", "cut")).unwrap();
+        assert_eq!(ptx(80, Some(folder.path())).unwrap(), first);
+        assert_ne!(ptx(90, Some(folder.path())).unwrap(), first);
+        // A device of the future gets what the compiler knows.
+        assert!(compile(999).is_ok());
+    }
+}

@@ -1,0 +1,174 @@
+//! A driver without a device: `offload.cu`, compiled for the CPU by a C++ compiler (`offload/emulated.h`).
+
+use super::Fault;
+use super::gpu::{Arg, Driver, THREADS};
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+type Launch = unsafe extern "C" fn(
+    name: *const c_char,
+    x: c_uint,
+    y: c_uint,
+    z: c_uint,
+    threads: c_uint,
+    args: *mut *mut c_void,
+    reverse: c_int,
+) -> c_int;
+
+/// The kernels without and with tensor cores' instructions; they have one set of fibers each, hence the lock.
+static KERNELS: [OnceLock<Option<Mutex<Launch>>>; 2] = [const { OnceLock::new() }; 2];
+
+/// Memory in words of 64 bytes.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code)] [u8; 64]);
+
+/// The driver.
+pub(super) struct Emulated {
+    launch: &'static Mutex<Launch>,
+    memory: Mutex<HashMap<u64, Vec<Line>>>,
+    /// Lanes and warps run in the opposite order.
+    pub(super) reverse: AtomicBool,
+    /// Bytes that may be taken.
+    pub(super) room: AtomicUsize,
+}
+
+/// Compiles the kernels; nothing where there is no C++ compiler, which is said.
+fn compiled(tensor_cores: bool) -> Option<Mutex<Launch>> {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_string());
+    if Command::new(&compiler).arg("--version").output().is_err() {
+        // Said past the test harness, which hides what a test prints.
+        let word = "SKIPPED: offload.cu was not run on the CPU: no C++ compiler (CXX names one)\n";
+        std::io::Write::write_all(&mut std::io::stderr(), word.as_bytes()).unwrap();
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/moe");
+    let library = folder.path().join("kernels.so");
+    let options = "-std=c++17 -O2 -ffp-contract=off -U_FORTIFY_SOURCE -shared -fPIC -fvisibility=hidden -DEMULATED";
+    // A device faults where an address is not aligned to what is read from it; so does this.
+    let strict = "-fsanitize=alignment,bounds,shift -fsanitize-undefined-trap-on-error";
+    let mut command = Command::new(&compiler);
+    command.args(options.split(' ')).args(strict.split(' '));
+    if tensor_cores {
+        command.arg("-DMMA");
+    }
+    // `fmaf` in one instruction, where there is one.
+    if cfg!(target_arch = "x86_64") && crate::simd::best(None) > crate::simd::Tier::Scalar {
+        command.arg("-mfma");
+    }
+    command.arg("-include");
+    command.arg(source.join("offload/emulated.h"));
+    command.args(["-x", "c++"]).arg(source.join("offload.cu"));
+    let out = command.arg("-o").arg(&library).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{compiler}: {said}");
+    let library = CString::new(library.to_str().unwrap()).unwrap();
+    // SAFETY: the library was just made of our own sources; its function has this type (emulated.h), and it stays loaded.
+    let launch = unsafe {
+        let handle = libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+        assert!(!handle.is_null(), "{:?}", CStr::from_ptr(libc::dlerror()));
+        let launch = libc::dlsym(handle, c"octet_launch".as_ptr());
+        assert!(!launch.is_null());
+        std::mem::transmute::<*mut c_void, Launch>(launch)
+    };
+    Some(Mutex::new(launch))
+}
+
+impl Emulated {
+    /// A driver; nothing where there is no C++ compiler. `tensor_cores`: with those instructions.
+    pub(super) fn new(tensor_cores: bool) -> Option<Emulated> {
+        let kernels = &KERNELS[usize::from(tensor_cores)];
+        let launch = kernels.get_or_init(|| compiled(tensor_cores)).as_ref()?;
+        Some(Emulated {
+            launch,
+            memory: Mutex::default(),
+            reverse: AtomicBool::new(false),
+            room: AtomicUsize::new(usize::MAX),
+        })
+    }
+
+    /// The memory behind an address: what it belongs to must have `len` bytes from there on.
+    fn inside(&self, at: u64, len: usize) -> *mut u8 {
+        let memory = self.memory.lock().unwrap();
+        let inside = memory.iter().any(|(start, lines)| {
+            *start <= at && at + len as u64 <= start + 64 * lines.len() as u64
+        });
+        assert!(inside, "{len} bytes at {at:x} are outside");
+        at as *mut u8
+    }
+}
+
+impl Driver for Emulated {
+    fn name(&self) -> String {
+        "a CPU".to_string()
+    }
+
+    fn free(&self) -> Result<u64, Fault> {
+        Ok(self.room.load(Ordering::Relaxed) as u64)
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Fault> {
+        let taken = self
+            .room
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |room| {
+                room.checked_sub(bytes)
+            });
+        taken.map_err(|_| Fault::Full)?;
+        // Not zero, which would hide what was never written.
+        let mut lines = vec![Line([0xa5; 64]); bytes.div_ceil(64)];
+        let at = lines.as_mut_ptr() as u64;
+        self.memory.lock().unwrap().insert(at, lines);
+        Ok(at)
+    }
+
+    fn dealloc(&self, at: u64) {
+        let lines = self.memory.lock().unwrap().remove(&at);
+        let bytes = 64 * lines.expect("memory that was taken").len();
+        self.room.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Fault> {
+        // SAFETY: `inside` looked; kernels, which could read it, run in `launch` only.
+        unsafe {
+            let to = self.inside(at, bytes.len());
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+        }
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault> {
+        let name = CString::new(kernel).unwrap();
+        let mut args: Vec<*mut c_void> = args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Long(x) => std::ptr::from_ref(x) as *mut c_void,
+                Arg::Int(x) => std::ptr::from_ref(x) as *mut c_void,
+            })
+            .collect();
+        let reverse = c_int::from(self.reverse.load(Ordering::Relaxed));
+        let launch = self.launch.lock().unwrap();
+        let [x, y] = grid;
+        // SAFETY: the caller's promise about the arguments, which the callee only reads.
+        let found = unsafe { launch(name.as_ptr(), x, y, 1, THREADS, args.as_mut_ptr(), reverse) };
+        assert_eq!(found, 1, "no kernel {kernel}");
+        Ok(())
+    }
+
+    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault> {
+        // SAFETY: `inside` looked.
+        unsafe {
+            let from = self.inside(at, out.len());
+            std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len());
+        }
+        Ok(())
+    }
+
+    fn stage(&self, at: u64, bytes: &[u8]) -> Result<(), Fault> {
+        self.write(at, bytes)
+    }
+}

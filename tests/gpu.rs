@@ -1,0 +1,71 @@
+//! `--gpu-mem` and `--gpu`: with a GPU, without one, and without what octet needs to use one.
+
+use crate::cli::{DEMO, Home, Output};
+
+fn ask(home: &Home, more: &[&str]) -> Output {
+    let ask = [
+        "run",
+        "--raw",
+        "-p",
+        "Once upon a time",
+        "-n",
+        "12",
+        "--temp",
+        "0",
+        "--json",
+    ];
+    home.octet(&[&ask[..], &["-m", DEMO], more].concat())
+}
+
+#[test]
+fn a_program_without_the_feature_says_how_to_build_one_with_it() {
+    let home = Home::new();
+    for args in [
+        &["--gpu-mem", "8G"][..],
+        &["--gpu-mem", "auto"],
+        &["--gpu", "0"],
+    ] {
+        let out = ask(&home, args);
+        if cfg!(feature = "cuda") {
+            assert_eq!(out.code, Some(0), "{}", out.stderr);
+        } else {
+            let line = out.error(2);
+            assert!(
+                line.contains("cargo build --release --features cuda"),
+                "{line}"
+            );
+        }
+    }
+    assert_eq!(ask(&home, &["--gpu-mem", "0"]).code, Some(0));
+    for bad in ["much", "0.5", "8X"] {
+        let out = ask(&home, &["--gpu-mem", bad]);
+        assert_eq!(out.code, Some(2));
+        assert!(out.stderr.contains("auto or 0"), "{}", out.stderr);
+    }
+}
+
+/// Where there is a GPU some of the work is done there; where there is none a line says why. The answer is the same.
+#[test]
+fn the_same_bits_with_a_gpu_or_a_word_why_there_is_none() {
+    let home = Home::new();
+    let alone = ask(&home, &["--gpu-mem", "0"]);
+    assert!(!alone.stderr.contains("GPU"), "{}", alone.stderr);
+    if !cfg!(feature = "cuda") {
+        return;
+    }
+    for args in [
+        &["--gpu-mem", "1G"][..],
+        &["--gpu-mem", "auto", "--gpu", "99"],
+    ] {
+        let out = ask(&home, args);
+        let said = out.stderr.clone();
+        let (without, with) = ("no GPU, the CPU computes everything: ", "GPU: ");
+        assert!(said.contains(without) || said.contains(with), "{said}");
+        let (out, alone) = (out.json(), alone.json());
+        for key in ["tokens", "text", "logits_hash"] {
+            assert_eq!(out[key], alone[key], "{key}: {said}");
+        }
+    }
+    // Nobody asked for one: no word.
+    assert!(!ask(&home, &[]).stderr.contains("no GPU"));
+}
