@@ -64,7 +64,7 @@ fn tables() {
     let plain = run(&[]);
     let head = plain.lines().next().unwrap();
     assert!(head.starts_with("model demo-Q4_K_M.gguf, isa "), "{plain}");
-    assert!(head.ends_with(", threads 1, ubatch 512, kv f16, depth 0"));
+    assert!(head.ends_with(", threads 1, threads-batch 1, ubatch 512, kv f16, depth 0"));
     assert_eq!(plain.matches("prefill").count(), 2, "{plain}");
     assert_eq!(plain.matches("decode 2").count(), 2, "{plain}");
     let columns = |line: &str, by: char| line.matches(by).count();

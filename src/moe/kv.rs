@@ -60,7 +60,7 @@ pub enum Plane {
     F16(Vec<f16>),
     /// f32 elements.
     F32(Vec<f32>),
-    /// int8 elements and their scales. These lie as the elements do, one for [`QUANT`] of them along the head: keys'
+    /// int8 elements and their scales. These lie as the elements do, one for 32 of them along the head: keys'
     /// `(n_kv, d_head / 32, KV_BLOCK)`, values' `(n_kv, KV_BLOCK, d_head / 32)`.
     Q8(Vec<i8>, Vec<f16>),
 }
