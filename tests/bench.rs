@@ -81,7 +81,7 @@ fn tables() {
     let csv = run(&["--csv"]);
     let mut lines = csv.lines();
     let titles = lines.next().unwrap();
-    assert!(titles.starts_with("model,isa,threads,ubatch,kv,depth,test,tok/s,"));
+    assert!(titles.starts_with("model,isa,threads,threads-batch,ubatch,kv,depth,test,tok/s,"));
     assert!(lines.all(|line| columns(line, ',') == columns(titles, ',')));
     assert_eq!(csv.lines().count(), 5);
 }
