@@ -261,11 +261,15 @@ fn values<L: Lanes, E: Element, const R: usize, const C: usize>(
             }
         }
     }
-    // The rest: keys that not all of the queries see, and elements that fill no registers.
+    // The rest: elements that fill no registers, and keys that not all of the queries see.
     for (query, p) in queries.iter_mut().zip(p) {
-        for (i, v) in v.chunks_exact(dim).enumerate().take(query.n) {
-            let first = if i < all { whole } else { 0 };
-            axpy::<L, E>(p[i], &v[first..], &mut query.acc[first..]);
+        let tail = if whole < dim { 0..all } else { 0..0 };
+        for i in tail {
+            let v = &v[i * dim..][..dim];
+            axpy::<L, E>(p[i], &v[whole..], &mut query.acc[whole..]);
+        }
+        for i in all..query.n {
+            axpy::<L, E>(p[i], &v[i * dim..][..dim], query.acc);
         }
     }
 }
