@@ -168,7 +168,9 @@ fn a_conversation() {
 #[test]
 fn control_c_stops_an_answer_and_not_the_program() {
     let home = Home::new();
-    let (mut person, _) = Person::new(&home, &["chat", "--temp", "0", "-l", "2-1000"]);
+    // Answers that do not end by themselves before a busy machine has seen and typed.
+    let endless = ["chat", "--temp", "0", "-l", "2-1000", "-n", "900"];
+    let (mut person, _) = Person::new(&home, &endless);
     // At the prompt it drops the line.
     person.type_keys("abc\x03");
     person.until(READS);
