@@ -89,7 +89,7 @@ pub enum GpuMemory {
 /// Options that llama.cpp gives a short form of two letters, which clap would take for two options.
 const TWO_LETTERS: [(&str, &str); 2] = [("-tb", "--threads-batch"), ("-ub", "--ubatch")];
 
-/// A command line with the long form of every [`TWO_LETTERS`] that stands before a number: what else looks like one is
+/// A command line with the long form of every `TWO_LETTERS` that stands before a number: what else looks like one is
 /// some other option's text.
 pub fn long_forms(mut args: Vec<OsString>) -> Vec<OsString> {
     for i in 1..args.len() {
