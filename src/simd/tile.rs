@@ -153,7 +153,7 @@ impl Panel {
     };
 }
 
-/// Sums of a token's activations that belong to a chunk.
+/// One token's results so far, for the rows of the panels that lie side by side.
 type Accs = [[f32; MAX_ROWS]; MAX_PANELS];
 
 /// A block of a panel, to be filled.
