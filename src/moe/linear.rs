@@ -140,8 +140,8 @@ pub struct Job<'a> {
 
 /// Bytes of weights that one task reads: large enough to be worth a task, small enough to balance.
 const TASK_BYTES: usize = 128 << 10;
-/// Rows per task are a multiple of this, the widest row group of any tier.
-const ROW_GROUP: usize = 16;
+/// Rows per task are a multiple of this, the most rows that any tier takes side by side.
+const ROW_GROUP: usize = 32;
 
 /// Computes all jobs.
 pub fn matmul(machine: &Machine, jobs: &mut [Job<'_>]) {
