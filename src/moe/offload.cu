@@ -36,10 +36,10 @@ __device__ __forceinline__ void mma_16(int c[4], u32 a0, u32 a1, u32 b0) {
 #endif
 
 // `Chunk` of quant/act.rs: activations of one token, `(k / 256, n_tok)`.
-struct __align__(64) Chunk {
+struct __align__(32) Chunk {
     signed char qs[CHUNK];
     float d[CHUNK / 32];
-    short sums[CHUNK / 16];
+    short sums[CHUNK / 8];
 };
 
 // One row of work: a token and what it is multiplied with. `Row` of offload/gpu.rs.
@@ -218,12 +218,17 @@ __device__ __forceinline__ void quantize(const float *x, Chunk *out, int n, int 
         sum += b;
         q[j / 4] |= (u32)(u8)b << 8 * (j % 4);
     }
-    sum += __shfl_xor_sync(ALL, sum, 1);
     if (at >= k) return;
     ((u32 *)chunk->qs)[2 * lane] = q[0];
     ((u32 *)chunk->qs)[2 * lane + 1] = q[1];
-    if (lane % 2 == 0) chunk->sums[lane / 2] = (short)sum;
+    chunk->sums[lane] = (short)sum;
     if (lane % (PER / 8) == 0) chunk->d[lane / (PER / 8)] = d;
+}
+
+// The sum of the 32 activations of group `g` of a token, which are in `chunk`.
+__device__ __forceinline__ int sum_of_32(const Chunk *chunk, int g) {
+    const short *s = chunk->sums + g % 8 * 4;
+    return s[0] + s[1] + s[2] + s[3];
 }
 
 // The activations' scale for block `b` of F.
@@ -262,7 +267,7 @@ __device__ __forceinline__ float chains(const u8 *const rows[C], const Chunk *x,
             const uint4 *q = (const uint4 *)(chunk->qs + g % 8 * 32);
             uint4 lo = q[0], hi = q[1];
             a[0] = lo.x, a[1] = lo.y, a[2] = lo.z, a[3] = lo.w, a[4] = hi.x, a[5] = hi.y, a[6] = hi.z, a[7] = hi.w;
-            if (F::MIN) sum0 = chunk->sums[g % 8 * 2] + chunk->sums[g % 8 * 2 + 1];
+            if (F::MIN) sum0 = sum_of_32(chunk, g);
             d_x = act_scale<F>(chunk, b);
         }
 #pragma unroll
@@ -420,7 +425,7 @@ __device__ __forceinline__ void gemm(const u8 *w, const Chunk *x, const u32 *pic
             const u32 *q = (const u32 *)(chunk->qs + g % 8 * 32);
             for (int j = 0; j < 8; j++) xs[half * STRIDE + j] = q[j];
             xd[half] = act_scale<F>(chunk, g / PER);
-            xsum[half] = chunk->sums[g % 8 * 2] + chunk->sums[g % 8 * 2 + 1];
+            xsum[half] = sum_of_32(chunk, g);
         }
         __syncthreads();
 #pragma unroll

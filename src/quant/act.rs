@@ -1,7 +1,7 @@
 //! Activations: the other side of a weight's dot product.
 //!
 //! Integer weights want int8 activations: a block of 32 ([`ActKind::Q8`]) or 256 ([`ActKind::Q8K`])
-//! values shares one float scale, and the sum of every 16 values is kept so that an offset or a
+//! values shares one float scale, and the sum of every 8 values is kept so that an offset or a
 //! minimum of the weights leaves the inner loop. Float weights take the floats themselves.
 
 /// The kind of activations that a weight format is multiplied with.
@@ -26,20 +26,20 @@ impl ActKind {
     }
 }
 
-/// Values per entry of [`Chunk::sums`]: the smallest sub-block that has a minimum (Q2_K).
-pub const SUM: usize = 16;
+/// Values per entry of [`Chunk::sums`]: as many as have a sum of 16 bits with weights of 6 bits (Q6_K, in `simd/tile.rs`).
+pub const SUM: usize = 8;
 /// Values in a [`Chunk`]: the longest block of any format.
 pub const CHUNK: usize = 256;
 
-/// Up to 256 consecutive int8 activations of one token, with all that belongs to them: five cache lines.
+/// Up to 256 consecutive int8 activations of one token, with all that belongs to them: five and a half cache lines.
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
+#[repr(C, align(32))]
 pub struct Chunk {
     /// Values in -127..=127.
     pub qs: [i8; CHUNK],
     /// Scales: one for every 32 values ([`ActKind::Q8`]), or the first for all ([`ActKind::Q8K`]).
     pub d: [f32; CHUNK / 32],
-    /// Sums of 16 values each.
+    /// Sums of [`SUM`] values each.
     pub sums: [i16; CHUNK / SUM],
 }
 

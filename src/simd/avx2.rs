@@ -100,6 +100,7 @@ impl<D: Dot<__m256i>> Tile for Ymm<D> {
     const ROWS: usize = 8;
     const TOKENS: usize = D::TOKENS;
     const PANELS: usize = D::PANELS;
+    const NARROW: bool = D::NARROW;
     type I = __m256i;
     type F = __m256;
 
@@ -188,16 +189,16 @@ impl<D: Dot<__m256i>> Tile for Ymm<D> {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[__m256i; N]; R],
-        w: [[__m256i; 4]; R],
+        w: [[__m256i; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot16::<N, R, BITS>(sums, w, x)
+        D::dot::<N, R, C, BITS>(sums, w, x)
     }
     #[inline(always)]
-    unsafe fn pair(acc: __m256i, m: __m256i, x: *const i16) -> __m256i {
-        D::pair(acc, m, x)
+    unsafe fn pair(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        D::pair(acc, a, b)
     }
     #[inline(always)]
     unsafe fn halves(x: __m256i) -> __m256 {

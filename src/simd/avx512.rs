@@ -18,6 +18,8 @@ pub(super) fn detect() -> bool {
 }
 
 impl Fused for __m512i {
+    /// With two panels, all sums that lead to the results have a register, and so have those of a sub-block.
+    const TOKENS: usize = 6;
     const PANELS: usize = 2;
 
     #[inline(always)]

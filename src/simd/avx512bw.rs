@@ -83,6 +83,7 @@ impl<D: Dot<__m512i>> Tile for Zmm<D> {
     const ROWS: usize = 16;
     const TOKENS: usize = D::TOKENS;
     const PANELS: usize = D::PANELS;
+    const NARROW: bool = D::NARROW;
     type I = __m512i;
     type F = __m512;
 
@@ -167,16 +168,16 @@ impl<D: Dot<__m512i>> Tile for Zmm<D> {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[__m512i; N]; R],
-        w: [[__m512i; 4]; R],
+        w: [[__m512i; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot16::<N, R, BITS>(sums, w, x)
+        D::dot::<N, R, C, BITS>(sums, w, x)
     }
     #[inline(always)]
-    unsafe fn pair(acc: __m512i, m: __m512i, x: *const i16) -> __m512i {
-        D::pair(acc, m, x)
+    unsafe fn pair(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        D::pair(acc, a, b)
     }
     #[inline(always)]
     unsafe fn halves(x: __m512i) -> __m512 {

@@ -18,6 +18,8 @@ pub(super) fn detect() -> bool {
 }
 
 impl Fused for __m256i {
+    /// Chains enough to hide how long a product takes, even where not all of them have a register.
+    const TOKENS: usize = 8;
     const PANELS: usize = 1;
 
     #[inline(always)]

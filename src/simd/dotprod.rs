@@ -25,24 +25,31 @@ impl Dot<int32x4_t> for Sdot {
     const TOKENS: usize = 8;
 
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[int32x4_t; N]; R],
-        w: [[int32x4_t; 4]; R],
+        w: [[int32x4_t; C]; R],
         x: [*const i8; N],
     ) {
         for t in 0..N {
-            let x = vld1q_s8(x[t]);
+            let x = match C {
+                4 => vld1q_s8(x[t]),
+                _ => vcombine_s8(vld1_s8(x[t]), vdup_n_s8(0)),
+            };
             for (sums, w) in sums.iter_mut().zip(w) {
-                let sum = sdot::<0>(sums[t], w[0], x);
-                let sum = sdot::<1>(sum, w[1], x);
-                let sum = sdot::<2>(sum, w[2], x);
-                sums[t] = sdot::<3>(sum, w[3], x);
+                for j in 0..C {
+                    sums[t] = match j {
+                        0 => sdot::<0>(sums[t], w[j], x),
+                        1 => sdot::<1>(sums[t], w[j], x),
+                        2 => sdot::<2>(sums[t], w[j], x),
+                        _ => sdot::<3>(sums[t], w[j], x),
+                    };
+                }
             }
         }
     }
     #[inline(always)]
-    unsafe fn pair(acc: int32x4_t, m: int32x4_t, x: *const i16) -> int32x4_t {
-        pair(acc, m, x)
+    unsafe fn pair(acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        pair(acc, a, b)
     }
 }
 

@@ -91,6 +91,7 @@ impl<D: Dot<int32x4_t>> Tile for Quad<D> {
     const ROWS: usize = 4;
     const TOKENS: usize = D::TOKENS;
     const PANELS: usize = D::PANELS;
+    const NARROW: bool = D::NARROW;
     type I = int32x4_t;
     type F = float32x4_t;
 
@@ -165,16 +166,16 @@ impl<D: Dot<int32x4_t>> Tile for Quad<D> {
         ]
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[int32x4_t; N]; R],
-        w: [[int32x4_t; 4]; R],
+        w: [[int32x4_t; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot16::<N, R, BITS>(sums, w, x)
+        D::dot::<N, R, C, BITS>(sums, w, x)
     }
     #[inline(always)]
-    unsafe fn pair(acc: int32x4_t, m: int32x4_t, x: *const i16) -> int32x4_t {
-        D::pair(acc, m, x)
+    unsafe fn pair(acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        D::pair(acc, a, b)
     }
     #[inline(always)]
     unsafe fn halves(x: int32x4_t) -> float32x4_t {
@@ -202,18 +203,18 @@ impl Dot<int32x4_t> for Widening {
     const TOKENS: usize = 4;
 
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[int32x4_t; N]; R],
-        w: [[int32x4_t; 4]; R],
+        w: [[int32x4_t; C]; R],
         x: [*const i8; N],
     ) {
         // Products that fit i16 together: 32 · 127 eight times, 128 · 127 twice.
         let together = if BITS == 8 { 1 } else { 4 };
         for (sums, w) in sums.iter_mut().zip(w) {
-            for first in (0..4).step_by(together) {
+            for first in (0..C).step_by(together) {
                 for t in 0..N {
                     let (mut low, mut high) = (vdupq_n_s16(0), vdupq_n_s16(0));
-                    for j in first..first + together {
+                    for j in first..C.min(first + together) {
                         let w = vreinterpretq_s8_s32(w[j]);
                         let x = vdupq_n_s32(x[t].cast::<i32>().add(j).read_unaligned());
                         let x = vreinterpretq_s8_s32(x);
@@ -226,18 +227,16 @@ impl Dot<int32x4_t> for Widening {
         }
     }
     #[inline(always)]
-    unsafe fn pair(acc: int32x4_t, m: int32x4_t, x: *const i16) -> int32x4_t {
-        pair(acc, m, x)
+    unsafe fn pair(acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        pair(acc, a, b)
     }
 }
 
 /// [`Tile::pair`]
 #[inline(always)]
-pub(super) unsafe fn pair(acc: int32x4_t, m: int32x4_t, x: *const i16) -> int32x4_t {
-    let m = vreinterpretq_s16_s32(m);
-    let (even, odd) = (vuzp1q_s16(m, m), vuzp2q_s16(m, m));
-    let acc = vmlal_n_s16(acc, vget_low_s16(even), *x);
-    vmlal_n_s16(acc, vget_low_s16(odd), *x.add(1))
+pub(super) unsafe fn pair(acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+    let acc = vmlal_s16(acc, vmovn_s32(a), vmovn_s32(b));
+    vmlal_s16(acc, vshrn_n_s32::<16>(a), vshrn_n_s32::<16>(b))
 }
 
 tile_doors!(Quad<Widening>, #[target_feature(enable = "neon")]);

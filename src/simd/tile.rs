@@ -37,6 +37,8 @@ pub(super) trait Tile: Copy {
     const TOKENS: usize;
     /// Panels that share a pass over those tokens, 1 or 2.
     const PANELS: usize;
+    /// Whether a sum that fits 16 bits meets its sub-block's scale more cheaply, by [`Tile::pair`].
+    const NARROW: bool;
     /// 32 bits of every row.
     type I: Copy;
     /// An `f32` of every row.
@@ -76,15 +78,15 @@ pub(super) trait Tile: Copy {
     /// Brings memory nearer that will be wanted soon. May do nothing; any address will do.
     unsafe fn prefetch(_at: *const u8) {}
 
-    /// `sums[r][t] += Σ_16 w[r] · x[t]`. `w[r]`: 16 weights of each row of panel `r`, of at most `BITS` bits; `x[t]`: 16
-    /// activations.
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    /// `sums[r][t] += Σ w[r] · x[t]`. `w[r]`: `4 C` weights of each row of panel `r`, of at most `BITS` bits; `x[t]`: `4 C`
+    /// activations; C: 2 or 4.
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[Self::I; N]; R],
-        w: [[Self::I; 4]; R],
+        w: [[Self::I; C]; R],
         x: [*const i8; N],
     );
-    /// `acc + m[r][0] · x[0] + m[r][1] · x[1]`; `m`: a pair of i16 in every lane, `x`: two i16.
-    unsafe fn pair(acc: Self::I, m: Self::I, x: *const i16) -> Self::I;
+    /// `acc + a[0] · b[0] + a[1] · b[1]` of pairs of i16 in every lane.
+    unsafe fn pair(acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
 
     /// The f16 in the low half of every lane.
     unsafe fn halves(x: Self::I) -> Self::F;
@@ -105,19 +107,21 @@ pub(super) trait Dot<I>: Copy {
     const TOKENS: usize;
     /// [`Tile::PANELS`].
     const PANELS: usize = 1;
+    /// [`Tile::NARROW`]
+    const NARROW: bool = false;
     /// [`Tile::bias`]: nothing, where both sides may be signed.
     #[inline(always)]
     fn bias(_offset: i32) -> i32 {
         0
     }
-    /// [`Tile::dot16`].
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    /// [`Tile::dot`].
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[I; N]; R],
-        w: [[I; 4]; R],
+        w: [[I; C]; R],
         x: [*const i8; N],
     );
     /// [`Tile::pair`].
-    unsafe fn pair(acc: I, m: I, x: *const i16) -> I;
+    unsafe fn pair(acc: I, a: I, b: I) -> I;
 }
 
 /// Most rows of a panel in any tier.
@@ -138,9 +142,10 @@ struct Panel {
     min: [[f32; MAX_ROWS]; CHUNK / 32],
     /// Sub-blocks' scales.
     sub: [[i32; MAX_ROWS]; CHUNK / 16],
-    /// What the sums of activations are multiplied with, a pair of i16 for two sub-blocks: their
-    /// minimums, or their scales where a bias must leave again.
-    pairs: [[i32; MAX_ROWS]; CHUNK / 32],
+    /// Sub-blocks' minimums, a pair of i16 for two.
+    min_pairs: [[i32; MAX_ROWS]; CHUNK / 32],
+    /// Sub-blocks' scales, a pair of i16 for two, where [`left`] wants them.
+    scale_pairs: [[i32; MAX_ROWS]; CHUNK / 32],
 }
 
 impl Panel {
@@ -149,7 +154,8 @@ impl Panel {
         scale: [[0.0; MAX_ROWS]; CHUNK / 32],
         min: [[0.0; MAX_ROWS]; CHUNK / 32],
         sub: [[0; MAX_ROWS]; CHUNK / 16],
-        pairs: [[0; MAX_ROWS]; CHUNK / 32],
+        min_pairs: [[0; MAX_ROWS]; CHUNK / 32],
+        scale_pairs: [[0; MAX_ROWS]; CHUNK / 32],
     };
 }
 
@@ -179,9 +185,14 @@ impl<T: Tile> Sink<T> for Slot<'_> {
         unsafe { T::store(self.panel.sub[s].as_mut_ptr(), scale) }
     }
     #[inline(always)]
-    unsafe fn pair(&mut self, p: usize, factors: T::I) {
+    unsafe fn min_pair(&mut self, p: usize, mins: T::I) {
         // SAFETY: as above.
-        unsafe { T::store(self.panel.pairs[p].as_mut_ptr(), factors) }
+        unsafe { T::store(self.panel.min_pairs[p].as_mut_ptr(), mins) }
+    }
+    #[inline(always)]
+    unsafe fn scale_pair(&mut self, p: usize, scales: T::I) {
+        // SAFETY: as above.
+        unsafe { T::store(self.panel.scale_pairs[p].as_mut_ptr(), scales) }
     }
     #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
@@ -273,6 +284,7 @@ unsafe fn side_by_side<T: Tile, B: Unpack, const R: usize>(
             t += unsafe {
                 match pick.len().min(T::TOKENS) {
                     8.. => tile::<T, B, 8, R>(panels, chunks, pick, acc, width),
+                    6.. => tile::<T, B, 6, R>(panels, chunks, pick, acc, width),
                     4.. => tile::<T, B, 4, R>(panels, chunks, pick, acc, width),
                     2.. => tile::<T, B, 2, R>(panels, chunks, pick, acc, width),
                     _ => tile::<T, B, 1, R>(panels, chunks, pick, acc, width),
@@ -330,15 +342,15 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
                 y[r][t] = T::load_floats(acc[t][r].as_ptr());
             }
         }
+        let mut sums = [Sums::EMPTY; N];
+        for t in 0..N {
+            sums[t] = sums_of::<T, B>(x[t], group::<T, B>());
+        }
         match B::WEIGHTS {
-            CHUNK => tile_of_256::<T, B, N, R>(panels, x, &mut y),
+            CHUNK => tile_of_256::<T, B, N, R>(panels, x, &sums, &mut y),
             _ => {
-                let mut starts = [[0; CHUNK / 32]; N];
-                for t in 0..N {
-                    starts[t] = starts_of_32::<T, B>(x[t]);
-                }
                 for b in 0..width / 32 {
-                    tile_of_32::<T, B, N, R>(panels, b, x, &starts, &mut y);
+                    tile_of_32::<T, B, N, R>(panels, b, x, &sums, &mut y);
                 }
             }
         }
@@ -351,31 +363,158 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
     N
 }
 
-/// Block `b` of 32 weights of R panels; `starts`: [`starts_of_32`] of each token.
+// ---- How the parts of a block are summed up ----
+//
+// `Σ_s scale[s] · Σ_i q[s][i] · x[i]` over the sub-blocks is exact in whatever order. Sums of products start with
+// `- centre · Σ x`, so that the integers of a panel count as if they were lower: as a bias leaves, and as sums fit 16 bits.
+// `Σ_8 (q - 32) · x` does for 6 bits, `Σ_16 (q - 16) · x` for 5, `Σ_32 (q - 8) · x` for 4: at most 8 · 32 · 127 = 32512.
+
+/// Whether sub-blocks are summed up in 16 bits, in [`group`]s.
+const fn narrow<T: Tile, B: IntBlock>() -> bool {
+    T::NARROW && B::WEIGHTS == CHUNK && B::BITS <= 6
+}
+
+/// Weights that are summed up before they meet the scale of their sub-block, of which they are all or a part.
+const fn group<T: Tile, B: IntBlock>() -> usize {
+    match narrow::<T, B>() && 512 >> B::BITS < B::SUB {
+        true => 512 >> B::BITS,
+        false => B::SUB,
+    }
+}
+
+/// What the integers of a panel count as lower by.
+fn centre<T: Tile, B: IntBlock>() -> i32 {
+    let fits = B::SUB * 127 << B::BITS <= 1 << 15;
+    match T::bias(B::OFFSET) {
+        0 if narrow::<T, B>() && !fits => 1 << (B::BITS - 1),
+        bias => bias,
+    }
+}
+
+/// How much too low that is. It returns as `left · Σ_s scale[s] · Σ x`.
+pub(super) fn left<T: Tile, B: IntBlock>() -> i32 {
+    centre::<T, B>() - T::bias(B::OFFSET)
+}
+
+/// A sub-block's scale as its sums want it: [`Tile::pair`] takes an upper half into account.
+#[inline(always)]
+pub(super) unsafe fn factor<T: Tile, B: IntBlock>(scale: T::I) -> T::I {
+    // SAFETY: the caller's.
+    match narrow::<T, B>() {
+        true => unsafe { T::and(scale, T::splat(0xffff)) },
+        false => scale,
+    }
+}
+
+/// `isum + sum · scale`; `scale`: of [`factor`].
+#[inline(always)]
+unsafe fn scaled<T: Tile, B: IntBlock>(isum: T::I, sum: T::I, scale: T::I) -> T::I {
+    // SAFETY: the caller's.
+    unsafe {
+        match narrow::<T, B>() {
+            true => T::pair(isum, sum, scale),
+            false => T::add(isum, T::mul(sum, scale)),
+        }
+    }
+}
+
+/// What a chunk's activations add up to.
+#[derive(Clone, Copy)]
+struct Sums {
+    /// What the sums of each group start with.
+    starts: [i32; CHUNK / SUM],
+    /// Over each sub-block, of which there are `CHUNK / B::SUB`.
+    subs: [i16; CHUNK / 16],
+}
+
+impl Sums {
+    const EMPTY: Sums = Sums {
+        starts: [0; CHUNK / SUM],
+        subs: [0; CHUNK / 16],
+    };
+}
+
+/// The sums of a chunk for groups of `group` weights.
+#[inline(always)]
+fn sums_of<T: Tile, B: IntBlock>(x: &Chunk, group: usize) -> Sums {
+    let mut sums = Sums::EMPTY;
+    let centre = centre::<T, B>();
+    // Two sums as one integer: compilers make of a loop over pairs one over single numbers.
+    let pairs: &[i32; CHUNK / 16] = bytemuck::cast_ref(&x.sums);
+    let mut of_16 = [0; CHUNK / 16];
+    for (of_16, pair) in of_16.iter_mut().zip(pairs) {
+        *of_16 = (pair << 16 >> 16) + (pair >> 16);
+    }
+    let mut of_32 = [0; CHUNK / 32];
+    for i in 0..CHUNK / 32 {
+        of_32[i] = of_16[2 * i] + of_16[2 * i + 1];
+    }
+    if centre != 0 {
+        match group {
+            8 => {
+                for (start, of_8) in sums.starts.iter_mut().zip(&x.sums) {
+                    *start = -centre * *of_8 as i32;
+                }
+            }
+            16 => {
+                for (start, of_16) in sums.starts.iter_mut().zip(&of_16) {
+                    *start = -centre * of_16;
+                }
+            }
+            _ => {
+                for (start, of_32) in sums.starts.iter_mut().zip(&of_32) {
+                    *start = -centre * of_32;
+                }
+            }
+        }
+    }
+    // At most 32 · 127.
+    match B::SUB {
+        16 => {
+            for (sub, of_16) in sums.subs.iter_mut().zip(&of_16) {
+                *sub = *of_16 as i16;
+            }
+        }
+        _ => {
+            for (sub, of_32) in sums.subs.iter_mut().zip(&of_32) {
+                *sub = *of_32 as i16;
+            }
+        }
+    }
+    sums
+}
+
+impl Sums {
+    /// The sums over sub-blocks `2 p` and `2 p + 1` in every lane.
+    #[inline(always)]
+    unsafe fn pair<T: Tile>(&self, p: usize) -> T::I {
+        let pairs: &[i32; CHUNK / 32] = bytemuck::cast_ref(&self.subs);
+        // SAFETY: the caller's.
+        unsafe { T::splat(pairs[p]) }
+    }
+}
+
+// ---- Tiles ----
+
+/// Block `b` of 32 weights of R panels.
 #[inline(always)]
 unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize, const R: usize>(
     panels: [&Panel; R],
     b: usize,
     x: [&Chunk; N],
-    starts: &[[i32; CHUNK / 32]; N],
+    sums: &[Sums; N],
     y: &mut [[T::F; N]; R],
 ) {
     // SAFETY: as `tile`.
     unsafe {
-        let mut isum = [[T::splat(0); N]; R];
-        for t in 0..N {
-            let start = T::splat(starts[t][b]);
-            for r in 0..R {
-                isum[r][t] = start;
-            }
-        }
+        let mut isum = starts::<T, N, R>(sums, b);
         for first in [0, 16] {
-            dot16_at::<T, B, N, R>(&mut isum, panels, 32 * b + first, x);
+            dot_at::<T, B, N, R, 4>(&mut isum, panels, 32 * b + first, x);
         }
         for r in 0..R {
             let d = T::load_floats(panels[r].scale[b].as_ptr());
             let m = T::load_floats(panels[r].min[b].as_ptr());
-            end_of_32::<T, B, N>(isum[r], [d, m], x, b, &mut y[r]);
+            end_of_32::<T, B, N>(isum[r], [d, m], x, sums, b, &mut y[r]);
         }
     }
 }
@@ -385,112 +524,127 @@ unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize, const R: usize>(
 unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
     panels: [&Panel; R],
     x: [&Chunk; N],
+    sums: &[Sums; N],
     y: &mut [[T::F; N]; R],
 ) {
+    let group = group::<T, B>();
     // SAFETY: as `tile`.
     unsafe {
-        let zero = T::splat(0);
-        let mut isum = [[zero; N]; R];
-        for s in 0..CHUNK / B::SUB {
-            let mut sub = [[zero; N]; R];
-            for first in (0..B::SUB).step_by(16) {
-                dot16_at::<T, B, N, R>(&mut sub, panels, B::SUB * s + first, x);
+        let mut isum = [[T::splat(0); N]; R];
+        if left::<T, B>() != 0 {
+            for r in 0..R {
+                isum[r] = over_subs::<T, B, N>(&panels[r].scale_pairs, sums);
+                for t in 0..N {
+                    isum[r][t] = T::mul(isum[r][t], T::splat(left::<T, B>()));
+                }
+            }
+        }
+        for g in 0..CHUNK / group {
+            let mut part = starts::<T, N, R>(sums, g);
+            if group == 8 {
+                dot_at::<T, B, N, R, 2>(&mut part, panels, 8 * g, x);
+            } else {
+                for first in (0..group).step_by(16) {
+                    dot_at::<T, B, N, R, 4>(&mut part, panels, group * g + first, x);
+                }
             }
             for r in 0..R {
-                let scale = T::load(panels[r].sub[s].as_ptr());
+                let scale = T::load(panels[r].sub[group * g / B::SUB].as_ptr());
                 for t in 0..N {
-                    isum[r][t] = T::add(isum[r][t], T::mul(sub[r][t], scale));
+                    isum[r][t] = scaled::<T, B>(isum[r][t], part[r][t], scale);
                 }
             }
         }
-        let mut sums = [[0; CHUNK / SUM]; N];
-        for t in 0..N {
-            sums[t] = sums_of_subs::<B>(x[t]);
-        }
         for r in 0..R {
-            let mut other = [zero; N];
-            if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
-                for (p, pairs) in panels[r].pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
-                    let pairs = T::load(pairs.as_ptr());
-                    for t in 0..N {
-                        other[t] = T::pair(other[t], pairs, sums[t][2 * p..].as_ptr());
-                    }
-                }
+            let mut msum = [T::splat(0); N];
+            if B::HAS_MIN {
+                msum = over_subs::<T, B, N>(&panels[r].min_pairs, sums);
             }
             let d = T::load_floats(panels[r].scale[0].as_ptr());
             let m = T::load_floats(panels[r].min[0].as_ptr());
-            end_of_256::<T, B, N>(isum[r], other, [d, m], x, &mut y[r]);
+            end_of_256::<T, B, N>(isum[r], msum, [d, m], x, &mut y[r]);
         }
     }
 }
 
-/// The sums of a token's activations over each sub-block, of which the first `CHUNK / B::SUB` count.
+/// What the sums of group `g` start with.
 #[inline(always)]
-fn sums_of_subs<B: IntBlock>(x: &Chunk) -> [i16; CHUNK / SUM] {
-    if B::SUB == SUM {
-        return x.sums;
+unsafe fn starts<T: Tile, const N: usize, const R: usize>(
+    sums: &[Sums; N],
+    g: usize,
+) -> [[T::I; N]; R] {
+    // SAFETY: as `tile`.
+    unsafe {
+        let mut starts = [[T::splat(0); N]; R];
+        for t in 0..N {
+            let start = T::splat(sums[t].starts[g]);
+            for r in 0..R {
+                starts[r][t] = start;
+            }
+        }
+        starts
     }
-    let mut sums = [0; CHUNK / SUM];
-    for (sum, of_16) in sums.iter_mut().zip(x.sums.as_chunks::<2>().0) {
-        // At most 32 · 127.
-        *sum = of_16[0] + of_16[1];
-    }
-    sums
 }
 
-/// Adds 16 weights from `first` on, of R panels, times those of N tokens.
+/// `Σ_s factor[s] · Σ x` over the sub-blocks `s`.
 #[inline(always)]
-unsafe fn dot16_at<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+unsafe fn over_subs<T: Tile, B: IntBlock, const N: usize>(
+    pairs: &[[i32; MAX_ROWS]; CHUNK / 32],
+    sums: &[Sums; N],
+) -> [T::I; N] {
+    // SAFETY: as `tile`.
+    unsafe {
+        let mut total = [T::splat(0); N];
+        for (p, pair) in pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
+            let factors = T::load(pair.as_ptr());
+            for t in 0..N {
+                total[t] = T::pair(total[t], factors, sums[t].pair::<T>(p));
+            }
+        }
+        total
+    }
+}
+
+/// Adds `4 C` weights from `first` on, of R panels, times those of N tokens.
+#[inline(always)]
+unsafe fn dot_at<T: Tile, B: IntBlock, const N: usize, const R: usize, const C: usize>(
     sums: &mut [[T::I; N]; R],
     panels: [&Panel; R],
     first: usize,
     x: [&Chunk; N],
 ) {
-    // SAFETY: as `tile`; four registers.
+    // SAFETY: as `tile`; C registers.
     unsafe {
-        let mut w = [[T::splat(0); 4]; R];
+        let mut w = [[T::splat(0); C]; R];
         for r in 0..R {
-            let from = panels[r].q[first * T::ROWS..][..16 * T::ROWS].as_ptr();
-            for j in 0..4 {
+            let from = panels[r].q[first * T::ROWS..][..4 * C * T::ROWS].as_ptr();
+            for j in 0..C {
                 w[r][j] = T::load(from.cast::<i32>().add(j * T::ROWS));
             }
         }
         let mut at = [std::ptr::null(); N];
         for t in 0..N {
-            at[t] = x[t].qs[first..][..16].as_ptr();
+            at[t] = x[t].qs[first..][..4 * C].as_ptr();
         }
-        dot16::<T, B, N, R>(sums, w, at);
+        dot::<T, B, N, R, C>(sums, w, at);
     }
 }
 
-/// [`Tile::dot16`] with the format's bits.
+/// [`Tile::dot`] with the format's bits.
 #[inline(always)]
-unsafe fn dot16<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+unsafe fn dot<T: Tile, B: IntBlock, const N: usize, const R: usize, const C: usize>(
     sums: &mut [[T::I; N]; R],
-    w: [[T::I; 4]; R],
+    w: [[T::I; C]; R],
     x: [*const i8; N],
 ) {
     // SAFETY: as `tile`.
     unsafe {
         match B::BITS {
-            ..=4 => T::dot16::<N, R, 4>(sums, w, x),
-            5..=6 => T::dot16::<N, R, 6>(sums, w, x),
-            _ => T::dot16::<N, R, 8>(sums, w, x),
+            ..=4 => T::dot::<N, R, C, 4>(sums, w, x),
+            5..=6 => T::dot::<N, R, C, 6>(sums, w, x),
+            _ => T::dot::<N, R, C, 8>(sums, w, x),
         }
     }
-}
-
-/// What the integer sums of each block of 32 start with: the bias leaves through the sums of the activations.
-#[inline(always)]
-fn starts_of_32<T: Tile, B: IntBlock>(x: &Chunk) -> [i32; CHUNK / 32] {
-    let bias = T::bias(B::OFFSET);
-    let mut starts = [0; CHUNK / 32];
-    if bias != 0 {
-        for (start, sums) in starts.iter_mut().zip(x.sums.as_chunks::<2>().0) {
-            *start = -bias * (sums[0] as i32 + sums[1] as i32);
-        }
-    }
-    starts
 }
 
 /// The float steps of block `b` of 32 weights; `d`, `m`: its scale and minimum.
@@ -499,6 +653,7 @@ unsafe fn end_of_32<T: Tile, B: IntBlock, const N: usize>(
     isum: [T::I; N],
     [d, m]: [T::F; 2],
     x: [&Chunk; N],
+    sums: &[Sums; N],
     b: usize,
     y: &mut [T::F; N],
 ) {
@@ -506,38 +661,29 @@ unsafe fn end_of_32<T: Tile, B: IntBlock, const N: usize>(
     unsafe {
         for t in 0..N {
             y[t] = T::step(y[t], d, x[t].d[b], isum[t]);
-        }
-        if B::HAS_MIN {
-            let (zero, one) = (T::splat(0), T::splat(0x1_0001));
-            for t in 0..N {
-                let total = T::pair(zero, one, x[t].sums[2 * b..].as_ptr());
-                y[t] = T::step(y[t], m, x[t].d[b], total);
+            if B::HAS_MIN {
+                y[t] = T::step(y[t], m, x[t].d[b], T::splat(sums[t].subs[b] as i32));
             }
         }
     }
 }
 
-/// The float steps of a block of 256 weights. `other`: the sums of activations times minimums, or times
-/// scales where the bias has to leave; `d`, `m`: the block's scale and minimum.
+/// The float steps of a block of 256 weights. `msum`: the sums of activations times minimums; `d`, `m`: the block's scale
+/// and minimum.
 #[inline(always)]
 unsafe fn end_of_256<T: Tile, B: IntBlock, const N: usize>(
     isum: [T::I; N],
-    other: [T::I; N],
+    msum: [T::I; N],
     [d, m]: [T::F; 2],
     x: [&Chunk; N],
     y: &mut [T::F; N],
 ) {
-    let bias = T::bias(B::OFFSET);
     // SAFETY: as `tile`.
     unsafe {
         for t in 0..N {
-            let isum = match bias {
-                0 => isum[t],
-                _ => T::add(isum[t], T::mul(other[t], T::splat(-bias))),
-            };
-            y[t] = T::step(y[t], d, x[t].d[0], isum);
+            y[t] = T::step(y[t], d, x[t].d[0], isum[t]);
             if B::HAS_MIN {
-                y[t] = T::step(y[t], m, x[t].d[0], other[t]);
+                y[t] = T::step(y[t], m, x[t].d[0], msum[t]);
             }
         }
     }
@@ -554,33 +700,35 @@ unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut 
         unsafe {
             let zero = T::splat(0);
             let mut y = [T::halves(zero)];
-            let mut starts = [0; CHUNK / 32];
+            let mut sums = [Sums::EMPTY];
             for b in 0..w.k / B::WEIGHTS {
                 let x = [&acts.chunks(b / per_chunk)[token as usize]];
                 let at = b % per_chunk;
                 if at == 0 {
-                    starts = starts_of_32::<T, B>(x[0]);
+                    sums = [sums_of::<T, B>(x[0], Product::<T, B>::group())];
                 }
                 let mut block = Product::<T, B> {
                     x: x[0],
+                    sums: &sums[0],
                     at: 32 * at,
                     isum: match B::WEIGHTS {
                         CHUNK => zero,
-                        _ => T::splat(starts[at]),
+                        _ => T::splat(sums[0].starts[at]),
                     },
-                    sums: sums_of_subs::<B>(x[0]),
-                    other: zero,
+                    msum: zero,
+                    lift: zero,
                     scales: [y[0]; 2],
                     subs: [zero; CHUNK / 16],
                     format: PhantomData,
                 };
                 unpack::<T, B>(rows, stride, b, &mut block);
+                let (mut isum, msum, scales) = (block.isum, block.msum, block.scales);
+                if left::<T, B>() != 0 {
+                    isum = T::add(isum, T::mul(block.lift, T::splat(left::<T, B>())));
+                }
                 match B::WEIGHTS {
-                    CHUNK => {
-                        let (isum, other) = ([block.isum], [block.other]);
-                        end_of_256::<T, B, 1>(isum, other, block.scales, x, &mut y)
-                    }
-                    _ => end_of_32::<T, B, 1>([block.isum], block.scales, x, at, &mut y),
+                    CHUNK => end_of_256::<T, B, 1>([isum], [msum], scales, x, &mut y),
+                    _ => end_of_32::<T, B, 1>([isum], scales, x, &sums, at, &mut y),
                 }
             }
             T::store_floats(out.as_mut_ptr(), y[0]);
@@ -591,16 +739,41 @@ unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut 
 /// The integer sums of a block with one token's activations, made while it is unpacked.
 struct Product<'a, T: Tile, B> {
     x: &'a Chunk,
+    /// Of `x`, for groups of [`Product::group`].
+    sums: &'a Sums,
     /// Where the block's activations begin in `x`.
     at: usize,
-    /// [`sums_of_subs`] of `x`.
-    sums: [i16; CHUNK / SUM],
     isum: T::I,
-    other: T::I,
+    msum: T::I,
+    /// The sums of activations times scales, for [`left`].
+    lift: T::I,
     /// Scale and minimum.
     scales: [T::F; 2],
     subs: [T::I; CHUNK / 16],
     format: PhantomData<B>,
+}
+
+impl<T: Tile, B: IntBlock> Product<'_, T, B> {
+    /// As [`group`]; but blocks of 256 come in pieces of 16.
+    #[inline(always)]
+    fn group() -> usize {
+        match B::WEIGHTS {
+            CHUNK => group::<T, B>().min(16),
+            _ => B::SUB,
+        }
+    }
+
+    /// Adds `4 C` weights from weight `first` on.
+    #[inline(always)]
+    unsafe fn group_of<const C: usize>(&mut self, first: usize, q: [T::I; C]) {
+        let x = [self.x.qs[first..][..4 * C].as_ptr()];
+        // SAFETY: the caller's; `4 C` activations.
+        unsafe {
+            let mut sum = [[T::splat(self.sums.starts[first / (4 * C)])]];
+            dot::<T, B, 1, 1, C>(&mut sum, [q], x);
+            self.isum = scaled::<T, B>(self.isum, sum[0][0], self.subs[first / B::SUB]);
+        }
+    }
 }
 
 impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
@@ -617,24 +790,29 @@ impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
         self.subs[s] = scale;
     }
     #[inline(always)]
-    unsafe fn pair(&mut self, p: usize, factors: T::I) {
-        // SAFETY: the caller's; two of the sums.
-        unsafe { self.other = T::pair(self.other, factors, self.sums[2 * p..].as_ptr()) }
+    unsafe fn min_pair(&mut self, p: usize, mins: T::I) {
+        // SAFETY: the caller's.
+        unsafe { self.msum = T::pair(self.msum, mins, self.sums.pair::<T>(p)) }
+    }
+    #[inline(always)]
+    unsafe fn scale_pair(&mut self, p: usize, scales: T::I) {
+        // SAFETY: the caller's.
+        unsafe { self.lift = T::pair(self.lift, scales, self.sums.pair::<T>(p)) }
     }
     #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
-        let x = [self.x.qs[self.at + first..][..16].as_ptr()];
         // SAFETY: the caller's; 16 activations.
         unsafe {
-            if B::WEIGHTS == CHUNK {
-                let mut sub = [[T::splat(0)]];
-                dot16::<T, B, 1, 1>(&mut sub, [q], x);
-                let scaled = T::mul(sub[0][0], self.subs[first / B::SUB]);
-                self.isum = T::add(self.isum, scaled);
-            } else {
+            if B::WEIGHTS != CHUNK {
                 let mut isum = [[self.isum]];
-                dot16::<T, B, 1, 1>(&mut isum, [q], x);
+                let x = [self.x.qs[self.at + first..][..16].as_ptr()];
+                dot::<T, B, 1, 1, 4>(&mut isum, [q], x);
                 self.isum = isum[0][0];
+            } else if Self::group() == 8 {
+                self.group_of(first, [q[0], q[1]]);
+                self.group_of(first + 8, [q[2], q[3]]);
+            } else {
+                self.group_of(first, q);
             }
         }
     }
@@ -649,7 +827,7 @@ pub(super) unsafe fn products<T: Tile>(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
     // SAFETY: the caller's promise, handed on.
     unsafe {
         match T::TOKENS {
-            8 => products_of::<T, 8>(w, x),
+            6.. => products_of::<T, 8>(w, x),
             _ => {
                 let halves = x.as_chunks::<4>().0;
                 products_of::<T, 4>(w, &halves[0]).wrapping_add(products_of::<T, 4>(w, &halves[1]))
@@ -669,7 +847,7 @@ unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i3
         for w in w.chunks_exact(16 * T::ROWS) {
             let w = w.as_ptr().cast::<i32>();
             let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
-            T::dot16::<N, 1, 4>(&mut sums, [w], x);
+            T::dot::<N, 1, 4, 4>(&mut sums, [w], x);
         }
         let mut total = 0i32;
         for sums in sums[0] {

@@ -5,7 +5,7 @@
 //! already interleaved as products want it. The layouts are those of `quant/`, whose files say where
 //! they come from.
 
-use super::tile::Tile;
+use super::tile::{self, Tile};
 use crate::quant::IntBlock;
 use crate::quant::act::CHUNK;
 use crate::quant::iq4_nl::{self, Iq4Nl};
@@ -43,9 +43,10 @@ pub(super) trait Sink<T: Tile> {
     unsafe fn min(&mut self, m: T::F);
     /// The scale of sub-block `s`.
     unsafe fn sub(&mut self, s: usize, scale: T::I);
-    /// What the sums of activations over the sub-blocks `2 p` and `2 p + 1` are multiplied with, a pair of i16: the
-    /// sub-blocks' minimums, or, in formats without, their scales again, so that a bias can leave.
-    unsafe fn pair(&mut self, p: usize, factors: T::I);
+    /// The minimums of the sub-blocks `2 p` and `2 p + 1`, a pair of i16.
+    unsafe fn min_pair(&mut self, p: usize, mins: T::I);
+    /// Their scales, a pair of i16, where [`tile::left`] wants them.
+    unsafe fn scale_pair(&mut self, p: usize, scales: T::I);
     /// 16 weights of every row from weight `first` on, raised by the tier's bias.
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]);
 }
@@ -161,7 +162,7 @@ unsafe fn put_planes<T: Tile, B: IntBlock>(
 /// One value for each sub-block of 256 weights, of which the first `CHUNK / IntBlock::SUB` count.
 type Subs<T> = [<T as Tile>::I; CHUNK / 16];
 
-/// Hands on the scales of all sub-blocks, and what the sums of activations are multiplied with: `mins`, or the scales again.
+/// Hands on the scales of all sub-blocks, and the minimums where there are any.
 #[inline(always)]
 unsafe fn put_subs<T: Tile, B: IntBlock>(
     to: &mut impl Sink<T>,
@@ -171,16 +172,24 @@ unsafe fn put_subs<T: Tile, B: IntBlock>(
     // SAFETY: the caller's.
     unsafe {
         for (s, scale) in scales[..CHUNK / B::SUB].iter().enumerate() {
-            to.sub(s, *scale);
+            to.sub(s, tile::factor::<T, B>(*scale));
         }
-        if B::HAS_MIN || T::bias(B::OFFSET) != 0 {
-            let factors = mins.unwrap_or(scales);
-            for p in 0..CHUNK / B::SUB / 2 {
-                let (a, b) = (factors[2 * p], factors[2 * p + 1]);
-                to.pair(p, T::or(T::and(a, T::splat(0xffff)), T::shl(b, 16)));
+        for p in 0..CHUNK / B::SUB / 2 {
+            if let Some(mins) = mins {
+                to.min_pair(p, pair::<T>(mins[2 * p], mins[2 * p + 1]));
+            }
+            if tile::left::<T, B>() != 0 {
+                to.scale_pair(p, pair::<T>(scales[2 * p], scales[2 * p + 1]));
             }
         }
     }
+}
+
+/// The low halves of two registers' lanes together.
+#[inline(always)]
+unsafe fn pair<T: Tile>(a: T::I, b: T::I) -> T::I {
+    // SAFETY: the caller's.
+    unsafe { T::or(T::and(a, T::splat(0xffff)), T::shl(b, 16)) }
 }
 
 // ---- Blocks of 32 ----------------------------------------------------------------------------

@@ -22,6 +22,8 @@ pub(super) trait Register: Copy {
 /// # Safety
 /// See above.
 pub(super) trait Fused: Register {
+    /// [`Dot::TOKENS`]
+    const TOKENS: usize;
     /// [`Dot::PANELS`]: two where there is room for twice as many sums.
     const PANELS: usize;
     /// `sum + Σ_4 w · x`; `w`: u8, `x`: i8.
@@ -37,20 +39,21 @@ pub(super) struct Vnni;
 
 impl<I: Fused> Dot<I> for Vnni {
     const PANELS: usize = I::PANELS;
-    /// Chains enough to hide how long a product takes, even where not all of them have a register.
-    const TOKENS: usize = 8;
+    const TOKENS: usize = I::TOKENS;
+    /// One instruction, where a product of 32 bits takes three.
+    const NARROW: bool = true;
 
     #[inline(always)]
     fn bias(offset: i32) -> i32 {
         offset
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[I; N]; R],
-        w: [[I; 4]; R],
+        w: [[I; C]; R],
         x: [*const i8; N],
     ) {
-        for j in 0..4 {
+        for j in 0..C {
             for t in 0..N {
                 let x = I::spread(x[t].cast::<u8>().add(4 * j));
                 for r in 0..R {
@@ -60,8 +63,8 @@ impl<I: Fused> Dot<I> for Vnni {
         }
     }
     #[inline(always)]
-    unsafe fn pair(acc: I, m: I, x: *const i16) -> I {
-        I::dpwssd(acc, m, I::spread(x.cast()))
+    unsafe fn pair(acc: I, a: I, b: I) -> I {
+        I::dpwssd(acc, a, b)
     }
 }
 
@@ -96,9 +99,9 @@ impl<I: Pairs> Dot<I> for Maddubs {
         if offset == 128 { 0 } else { offset }
     }
     #[inline(always)]
-    unsafe fn dot16<const N: usize, const R: usize, const BITS: u32>(
+    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
         sums: &mut [[I; N]; R],
-        w: [[I; 4]; R],
+        w: [[I; C]; R],
         x: [*const i8; N],
     ) {
         // Pairs that fit i16 together: 15 · 127 · 2 eight times, 63 · 127 · 2 twice, 128 · 127 · 2 once.
@@ -109,12 +112,12 @@ impl<I: Pairs> Dot<I> for Maddubs {
         };
         let one = I::spread([1u8, 0, 1, 0].as_ptr());
         for (sums, w) in sums.iter_mut().zip(w) {
-            for first in (0..4).step_by(together) {
+            for first in (0..C).step_by(together) {
                 let mut pairs = [one; N];
                 for t in 0..N {
                     pairs[t] = product::<I, BITS>(w[first], x[t].add(4 * first));
                 }
-                for j in first + 1..first + together {
+                for j in first + 1..C.min(first + together) {
                     for t in 0..N {
                         pairs[t] = I::add_i16(pairs[t], product::<I, BITS>(w[j], x[t].add(4 * j)));
                     }
@@ -126,8 +129,8 @@ impl<I: Pairs> Dot<I> for Maddubs {
         }
     }
     #[inline(always)]
-    unsafe fn pair(acc: I, m: I, x: *const i16) -> I {
-        I::madd(acc, m, I::spread(x.cast()))
+    unsafe fn pair(acc: I, a: I, b: I) -> I {
+        I::madd(acc, a, b)
     }
 }
 
