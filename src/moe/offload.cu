@@ -36,10 +36,11 @@ __device__ __forceinline__ void mma_16(int c[4], u32 a0, u32 a1, u32 b0) {
 #endif
 
 // `Chunk` of quant/act.rs: activations of one token, `(k / 256, n_tok)`.
-struct __align__(32) Chunk {
+struct __align__(64) Chunk {
     signed char qs[CHUNK];
     float d[CHUNK / 32];
-    short sums[CHUNK / 8];
+    short sums[CHUNK / 16];
+    short halves[CHUNK / 8];
 };
 
 // One row of work: a token and what it is multiplied with. `Row` of offload/gpu.rs.
@@ -218,17 +219,19 @@ __device__ __forceinline__ void quantize(const float *x, Chunk *out, int n, int 
         sum += b;
         q[j / 4] |= (u32)(u8)b << 8 * (j % 4);
     }
+    int both = sum + __shfl_xor_sync(ALL, sum, 1);
     if (at >= k) return;
     ((u32 *)chunk->qs)[2 * lane] = q[0];
     ((u32 *)chunk->qs)[2 * lane + 1] = q[1];
-    chunk->sums[lane] = (short)sum;
+    chunk->halves[lane] = (short)sum;
+    if (lane % 2 == 0) chunk->sums[lane / 2] = (short)both;
     if (lane % (PER / 8) == 0) chunk->d[lane / (PER / 8)] = d;
 }
 
 // The sum of the 32 activations of group `g` of a token, which are in `chunk`.
 __device__ __forceinline__ int sum_of_32(const Chunk *chunk, int g) {
-    const short *s = chunk->sums + g % 8 * 4;
-    return s[0] + s[1] + s[2] + s[3];
+    const short *s = chunk->sums + g % 8 * 2;
+    return s[0] + s[1];
 }
 
 // The activations' scale for block `b` of F.

@@ -1,7 +1,7 @@
 //! Activations: the other side of a weight's dot product.
 //!
 //! Integer weights want int8 activations: a block of 32 ([`ActKind::Q8`]) or 256 ([`ActKind::Q8K`])
-//! values shares one float scale, and the sum of every 8 values is kept so that an offset or a
+//! values shares one float scale, and the sums of 16 and of 8 values are kept so that an offset or a
 //! minimum of the weights leaves the inner loop. Float weights take the floats themselves.
 
 /// The kind of activations that a weight format is multiplied with.
@@ -26,14 +26,17 @@ impl ActKind {
     }
 }
 
-/// Values per entry of [`Chunk::sums`]: as many as have a sum of 16 bits with weights of 6 bits (Q6_K, in `simd/tile.rs`).
-pub const SUM: usize = 8;
+/// Values per entry of [`Chunk::sums`]: the smallest sub-block that has a minimum (Q2_K).
+pub const SUM: usize = 16;
+/// Values per entry of [`Chunk::halves`]: as many as have a sum of 16 bits with weights of 6 bits (Q6_K, in `simd/tile.rs`).
+pub const HALF: usize = 8;
 /// Values in a [`Chunk`]: the longest block of any format.
 pub const CHUNK: usize = 256;
 
-/// Up to 256 consecutive int8 activations of one token, with all that belongs to them: five and a half cache lines.
+/// Up to 256 consecutive int8 activations of one token, with all that belongs to them: six cache lines, of which the last
+/// is seldom wanted.
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(32))]
+#[repr(C, align(64))]
 pub struct Chunk {
     /// Values in -127..=127.
     pub qs: [i8; CHUNK],
@@ -41,12 +44,15 @@ pub struct Chunk {
     pub d: [f32; CHUNK / 32],
     /// Sums of [`SUM`] values each.
     pub sums: [i16; CHUNK / SUM],
+    /// Sums of [`HALF`] values each.
+    pub halves: [i16; CHUNK / HALF],
 }
 
 const EMPTY: Chunk = Chunk {
     qs: [0; CHUNK],
     d: [0.0; CHUNK / 32],
     sums: [0; CHUNK / SUM],
+    halves: [0; CHUNK / HALF],
 };
 
 /// One token's activations, ready for a dot product.
@@ -219,11 +225,12 @@ const ROUND: f32 = 12_582_912.0;
 /// tier that compiles this body gives the same bits.
 #[inline(always)]
 pub fn quantize(block: usize, x: &[f32], out: &mut Chunk) {
-    for (((x, qs), d), sums) in x
+    for ((((x, qs), d), sums), halves) in x
         .chunks_exact(block)
         .zip(out.qs.chunks_exact_mut(block))
         .zip(&mut out.d)
         .zip(out.sums.chunks_exact_mut(block / SUM))
+        .zip(out.halves.chunks_exact_mut(block / HALF))
     {
         let mut lanes = [0.0f32; 16];
         for x in x.chunks_exact(16) {
@@ -235,14 +242,20 @@ pub fn quantize(block: usize, x: &[f32], out: &mut Chunk) {
         let max = lanes.iter().fold(0.0f32, |m, &a| if a > m { a } else { m });
         *d = max / 127.0;
         let inv = if max > 0.0 { 127.0 / max } else { 0.0 };
-        for ((x, qs), sum) in x.chunks_exact(SUM).zip(qs.chunks_exact_mut(SUM)).zip(sums) {
-            let mut s = 0i16;
+        for (((x, qs), sum), halves) in x
+            .chunks_exact(SUM)
+            .zip(qs.chunks_exact_mut(SUM))
+            .zip(sums)
+            .zip(halves.chunks_exact_mut(2))
+        {
+            let mut s = [0i16; 2];
             for i in 0..SUM {
                 // Wraps to the low byte on purpose: that is where ROUND puts the integer.
                 qs[i] = (x[i] * inv + ROUND).to_bits() as i8;
-                s += qs[i] as i16;
+                s[i / HALF] += qs[i] as i16;
             }
-            *sum = s;
+            halves.copy_from_slice(&s);
+            *sum = s[0] + s[1];
         }
     }
 }

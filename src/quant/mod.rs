@@ -115,7 +115,7 @@ pub trait IntBlock: bytemuck::Pod + Send + Sync {
 
     /// The exact part of the dot product with one block of activations.
     ///
-    /// `x`: `WEIGHTS` int8 values in -127..=127. `sums`: the sum of every [`act::SUM`] of them. In every format
+    /// `x`: `WEIGHTS` int8 values in -127..=127. `sums`: the sum of every 16 of them. In every format
     /// `|isum| < 2^27` and `|msum| < 2^21`: the largest is 256 · 128 · 32 · 127 (Q6_K).
     #[inline(always)]
     fn terms(&self, x: &[i8], sums: &[i16]) -> Terms {

@@ -267,7 +267,7 @@ fn dot_is_what_the_decoded_weights_say() {
 
 /// The exact terms of a block, in wide integers, from its parts.
 fn same_terms<B: IntBlock>(block: &B, isum: i64, msum: i64, x: i8) {
-    let sums = vec![act::SUM as i16 * x as i16; B::WEIGHTS / act::SUM];
+    let sums = vec![16 * x as i16; B::WEIGHTS / 16];
     let t = block.terms(&vec![x; B::WEIGHTS], &sums);
     assert_eq!((t.isum as i64, t.msum as i64), (isum, msum));
 }

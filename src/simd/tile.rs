@@ -21,7 +21,7 @@
 use super::unpack::{Sink, Source, Unpack};
 use super::{Rows, Tokens};
 use crate::pool::Stripe;
-use crate::quant::act::{Acts, CHUNK, Chunk, SUM};
+use crate::quant::act::{Acts, CHUNK, Chunk, HALF, SUM};
 use crate::quant::{Block, IntBlock};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -144,8 +144,6 @@ struct Panel {
     sub: [[i32; MAX_ROWS]; CHUNK / 16],
     /// Sub-blocks' minimums, a pair of i16 for two.
     min_pairs: [[i32; MAX_ROWS]; CHUNK / 32],
-    /// Sub-blocks' scales, a pair of i16 for two, where [`left`] wants them.
-    scale_pairs: [[i32; MAX_ROWS]; CHUNK / 32],
 }
 
 impl Panel {
@@ -155,7 +153,6 @@ impl Panel {
         min: [[0.0; MAX_ROWS]; CHUNK / 32],
         sub: [[0; MAX_ROWS]; CHUNK / 16],
         min_pairs: [[0; MAX_ROWS]; CHUNK / 32],
-        scale_pairs: [[0; MAX_ROWS]; CHUNK / 32],
     };
 }
 
@@ -190,11 +187,6 @@ impl<T: Tile> Sink<T> for Slot<'_> {
         unsafe { T::store(self.panel.min_pairs[p].as_mut_ptr(), mins) }
     }
     #[inline(always)]
-    unsafe fn scale_pair(&mut self, p: usize, scales: T::I) {
-        // SAFETY: as above.
-        unsafe { T::store(self.panel.scale_pairs[p].as_mut_ptr(), scales) }
-    }
-    #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
         for (i, q) in q.into_iter().enumerate() {
             let at = (32 * self.b + first + 4 * i) * T::ROWS;
@@ -225,6 +217,7 @@ pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &
 #[inline(always)]
 unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
     let mut panels = [Panel::EMPTY; MAX_PANELS];
+    let mut sums = [Sums::EMPTY; 8];
     let mut acc = [const { MaybeUninit::<Accs>::uninit() }; BATCH];
     for (batch, pick) in x.pick.chunks(BATCH).enumerate() {
         let x = Tokens { pick, ..x };
@@ -234,8 +227,8 @@ unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_
             // SAFETY: the caller's.
             unsafe {
                 match T::PANELS.min(n - p) {
-                    2 => side_by_side::<T, B, 2>(w, p, x, &mut panels, acc),
-                    _ => side_by_side::<T, B, 1>(w, p, x, &mut panels, acc),
+                    2 => side_by_side::<T, B, 2>(w, p, x, &mut panels, acc, &mut sums),
+                    _ => side_by_side::<T, B, 1>(w, p, x, &mut panels, acc, &mut sums),
                 }
             }
             for (t, acc) in acc.iter().enumerate() {
@@ -258,6 +251,7 @@ unsafe fn side_by_side<T: Tile, B: Unpack, const R: usize>(
     x: Tokens<'_>,
     panels: &mut [Panel; MAX_PANELS],
     acc: &mut [MaybeUninit<Accs>],
+    sums: &mut [Sums; 8],
 ) {
     let stride = w.row_bytes();
     for acc in acc.iter_mut() {
@@ -283,11 +277,11 @@ unsafe fn side_by_side<T: Tile, B: Unpack, const R: usize>(
             // SAFETY: the features are enabled by the caller.
             t += unsafe {
                 match pick.len().min(T::TOKENS) {
-                    8.. => tile::<T, B, 8, R>(panels, chunks, pick, acc, width),
-                    6.. => tile::<T, B, 6, R>(panels, chunks, pick, acc, width),
-                    4.. => tile::<T, B, 4, R>(panels, chunks, pick, acc, width),
-                    2.. => tile::<T, B, 2, R>(panels, chunks, pick, acc, width),
-                    _ => tile::<T, B, 1, R>(panels, chunks, pick, acc, width),
+                    8.. => tile::<T, B, 8, R>(panels, chunks, pick, acc, sums, width),
+                    6.. => tile::<T, B, 6, R>(panels, chunks, pick, acc, sums, width),
+                    4.. => tile::<T, B, 4, R>(panels, chunks, pick, acc, sums, width),
+                    2.. => tile::<T, B, 2, R>(panels, chunks, pick, acc, sums, width),
+                    _ => tile::<T, B, 1, R>(panels, chunks, pick, acc, sums, width),
                 }
             };
         }
@@ -329,6 +323,7 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
     chunks: &[Chunk],
     pick: &[u32],
     acc: &mut [Accs],
+    sums: &mut [Sums; 8],
     width: usize,
 ) -> usize {
     let x: [&Chunk; N] = std::array::from_fn(|t| &chunks[pick[t] as usize]);
@@ -342,15 +337,15 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
                 y[r][t] = T::load_floats(acc[t][r].as_ptr());
             }
         }
-        let mut sums = [Sums::EMPTY; N];
+        let sums: &mut [Sums; N] = (&mut sums[..N]).try_into().expect("N tokens");
         for t in 0..N {
-            sums[t] = sums_of::<T, B>(x[t], group::<T, B>());
+            sums[t].take::<T, B>(x[t], group::<T, B>());
         }
         match B::WEIGHTS {
-            CHUNK => tile_of_256::<T, B, N, R>(panels, x, &sums, &mut y),
+            CHUNK => tile_of_256::<T, B, N, R>(panels, x, sums, &mut y),
             _ => {
                 for b in 0..width / 32 {
-                    tile_of_32::<T, B, N, R>(panels, b, x, &sums, &mut y);
+                    tile_of_32::<T, B, N, R>(panels, b, x, sums, &mut y);
                 }
             }
         }
@@ -366,34 +361,28 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
 // ---- How the parts of a block are summed up ----
 //
 // `Σ_s scale[s] · Σ_i q[s][i] · x[i]` over the sub-blocks is exact in whatever order. Sums of products start with
-// `- centre · Σ x`, so that the integers of a panel count as if they were lower: as a bias leaves, and as sums fit 16 bits.
-// `Σ_8 (q - 32) · x` does for 6 bits, `Σ_16 (q - 16) · x` for 5, `Σ_32 (q - 8) · x` for 4: at most 8 · 32 · 127 = 32512.
+// `- bias · Σ x`, so that the bias of a panel's integers has left them at the end. Of few weights they fit 16 bits then:
+// 16 · 15 · 127 = 30480 for 4 bits, and 8 · 32 · 127 = 32512 for 6 with a bias of 32.
 
-/// Whether sub-blocks are summed up in 16 bits, in [`group`]s.
-const fn narrow<T: Tile, B: IntBlock>() -> bool {
-    T::NARROW && B::WEIGHTS == CHUNK && B::BITS <= 6
+/// Weights whose sum fits 16 bits.
+fn fitting<T: Tile, B: IntBlock>() -> usize {
+    match T::bias(B::OFFSET) {
+        0 => 256 >> B::BITS,
+        _ => 512 >> B::BITS,
+    }
 }
 
-/// Weights that are summed up before they meet the scale of their sub-block, of which they are all or a part.
-const fn group<T: Tile, B: IntBlock>() -> usize {
-    match narrow::<T, B>() && 512 >> B::BITS < B::SUB {
-        true => 512 >> B::BITS,
+/// Whether sub-blocks are summed up in 16 bits, in one [`group`] or two: more would take as many products as one of 32 bits.
+fn narrow<T: Tile, B: IntBlock>() -> bool {
+    T::NARROW && B::WEIGHTS == CHUNK && 2 * fitting::<T, B>() >= B::SUB
+}
+
+/// Weights that are summed up before they meet the scale of their sub-block, of which they are all or a half.
+fn group<T: Tile, B: IntBlock>() -> usize {
+    match narrow::<T, B>() {
+        true => fitting::<T, B>().min(B::SUB),
         false => B::SUB,
     }
-}
-
-/// What the integers of a panel count as lower by.
-fn centre<T: Tile, B: IntBlock>() -> i32 {
-    let fits = B::SUB * 127 << B::BITS <= 1 << 15;
-    match T::bias(B::OFFSET) {
-        0 if narrow::<T, B>() && !fits => 1 << (B::BITS - 1),
-        bias => bias,
-    }
-}
-
-/// How much too low that is. It returns as `left · Σ_s scale[s] · Σ x`.
-pub(super) fn left<T: Tile, B: IntBlock>() -> i32 {
-    centre::<T, B>() - T::bias(B::OFFSET)
 }
 
 /// A sub-block's scale as its sums want it: [`Tile::pair`] takes an upper half into account.
@@ -418,80 +407,67 @@ unsafe fn scaled<T: Tile, B: IntBlock>(isum: T::I, sum: T::I, scale: T::I) -> T:
     }
 }
 
-/// What a chunk's activations add up to.
+/// What a chunk's activations add up to, as far as a format wants it; what else is in the arrays does not count.
 #[derive(Clone, Copy)]
 struct Sums {
-    /// What the sums of each group start with.
-    starts: [i32; CHUNK / SUM],
-    /// Over each sub-block, of which there are `CHUNK / B::SUB`.
-    subs: [i16; CHUNK / 16],
+    /// What the sums of each group start with, where a bias has to leave.
+    starts: [i32; CHUNK / HALF],
+    /// Over each sub-block, where there are minimums.
+    subs: [i16; CHUNK / SUM],
 }
 
 impl Sums {
     const EMPTY: Sums = Sums {
-        starts: [0; CHUNK / SUM],
-        subs: [0; CHUNK / 16],
+        starts: [0; CHUNK / HALF],
+        subs: [0; CHUNK / SUM],
     };
-}
 
-/// The sums of a chunk for groups of `group` weights.
-#[inline(always)]
-fn sums_of<T: Tile, B: IntBlock>(x: &Chunk, group: usize) -> Sums {
-    let mut sums = Sums::EMPTY;
-    let centre = centre::<T, B>();
-    // Two sums as one integer: compilers make of a loop over pairs one over single numbers.
-    let pairs: &[i32; CHUNK / 16] = bytemuck::cast_ref(&x.sums);
-    let mut of_16 = [0; CHUNK / 16];
-    for (of_16, pair) in of_16.iter_mut().zip(pairs) {
-        *of_16 = (pair << 16 >> 16) + (pair >> 16);
-    }
-    let mut of_32 = [0; CHUNK / 32];
-    for i in 0..CHUNK / 32 {
-        of_32[i] = of_16[2 * i] + of_16[2 * i + 1];
-    }
-    if centre != 0 {
-        match group {
-            8 => {
-                for (start, of_8) in sums.starts.iter_mut().zip(&x.sums) {
-                    *start = -centre * *of_8 as i32;
-                }
+    /// The sums of a chunk, in groups of `group` weights.
+    #[inline(always)]
+    fn take<T: Tile, B: IntBlock>(&mut self, x: &Chunk, group: usize) {
+        let bias = T::bias(B::OFFSET);
+        if bias != 0 {
+            match group {
+                HALF => start(&mut self.starts, x.halves, bias),
+                SUM => start(&mut self.starts, x.sums, bias),
+                _ => start(&mut self.starts, of_32(x), bias),
             }
-            16 => {
-                for (start, of_16) in sums.starts.iter_mut().zip(&of_16) {
-                    *start = -centre * of_16;
-                }
-            }
-            _ => {
-                for (start, of_32) in sums.starts.iter_mut().zip(&of_32) {
-                    *start = -centre * of_32;
-                }
+        }
+        if B::HAS_MIN {
+            match B::SUB {
+                SUM => self.subs = x.sums,
+                _ => self.subs[..CHUNK / 32].copy_from_slice(&of_32(x)),
             }
         }
     }
-    // At most 32 · 127.
-    match B::SUB {
-        16 => {
-            for (sub, of_16) in sums.subs.iter_mut().zip(&of_16) {
-                *sub = *of_16 as i16;
-            }
-        }
-        _ => {
-            for (sub, of_32) in sums.subs.iter_mut().zip(&of_32) {
-                *sub = *of_32 as i16;
-            }
-        }
-    }
-    sums
-}
 
-impl Sums {
     /// The sums over sub-blocks `2 p` and `2 p + 1` in every lane.
     #[inline(always)]
     unsafe fn pair<T: Tile>(&self, p: usize) -> T::I {
-        let pairs: &[i32; CHUNK / 32] = bytemuck::cast_ref(&self.subs);
+        let pairs: &[i32; CHUNK / SUM / 2] = bytemuck::cast_ref(&self.subs);
         // SAFETY: the caller's.
         unsafe { T::splat(pairs[p]) }
     }
+}
+
+/// `starts[i] = - bias · sums[i]`
+#[inline(always)]
+fn start<const N: usize>(starts: &mut [i32; CHUNK / HALF], sums: [i16; N], bias: i32) {
+    for i in 0..N {
+        starts[i] = -bias * sums[i] as i32;
+    }
+}
+
+/// The sums of 32 activations each: at most 32 · 127.
+#[inline(always)]
+fn of_32(x: &Chunk) -> [i16; CHUNK / 32] {
+    // Two sums as one integer: compilers make of a loop over pairs one over single numbers.
+    let pairs: &[i32; CHUNK / 32] = bytemuck::cast_ref(&x.sums);
+    let mut sums = [0; CHUNK / 32];
+    for (sum, pair) in sums.iter_mut().zip(pairs) {
+        *sum = ((pair << 16 >> 16) + (pair >> 16)) as i16;
+    }
+    sums
 }
 
 // ---- Tiles ----
@@ -507,7 +483,7 @@ unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize, const R: usize>(
 ) {
     // SAFETY: as `tile`.
     unsafe {
-        let mut isum = starts::<T, N, R>(sums, b);
+        let mut isum = starts::<T, B, N, R>(sums, b);
         for first in [0, 16] {
             dot_at::<T, B, N, R, 4>(&mut isum, panels, 32 * b + first, x);
         }
@@ -531,16 +507,8 @@ unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
     // SAFETY: as `tile`.
     unsafe {
         let mut isum = [[T::splat(0); N]; R];
-        if left::<T, B>() != 0 {
-            for r in 0..R {
-                isum[r] = over_subs::<T, B, N>(&panels[r].scale_pairs, sums);
-                for t in 0..N {
-                    isum[r][t] = T::mul(isum[r][t], T::splat(left::<T, B>()));
-                }
-            }
-        }
         for g in 0..CHUNK / group {
-            let mut part = starts::<T, N, R>(sums, g);
+            let mut part = starts::<T, B, N, R>(sums, g);
             if group == 8 {
                 dot_at::<T, B, N, R, 2>(&mut part, panels, 8 * g, x);
             } else {
@@ -558,7 +526,12 @@ unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
         for r in 0..R {
             let mut msum = [T::splat(0); N];
             if B::HAS_MIN {
-                msum = over_subs::<T, B, N>(&panels[r].min_pairs, sums);
+                for (p, mins) in panels[r].min_pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
+                    let mins = T::load(mins.as_ptr());
+                    for t in 0..N {
+                        msum[t] = T::pair(msum[t], mins, sums[t].pair::<T>(p));
+                    }
+                }
             }
             let d = T::load_floats(panels[r].scale[0].as_ptr());
             let m = T::load_floats(panels[r].min[0].as_ptr());
@@ -569,39 +542,22 @@ unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
 
 /// What the sums of group `g` start with.
 #[inline(always)]
-unsafe fn starts<T: Tile, const N: usize, const R: usize>(
+unsafe fn starts<T: Tile, B: IntBlock, const N: usize, const R: usize>(
     sums: &[Sums; N],
     g: usize,
 ) -> [[T::I; N]; R] {
     // SAFETY: as `tile`.
     unsafe {
         let mut starts = [[T::splat(0); N]; R];
-        for t in 0..N {
-            let start = T::splat(sums[t].starts[g]);
-            for r in 0..R {
-                starts[r][t] = start;
+        if T::bias(B::OFFSET) != 0 {
+            for t in 0..N {
+                let start = T::splat(sums[t].starts[g]);
+                for r in 0..R {
+                    starts[r][t] = start;
+                }
             }
         }
         starts
-    }
-}
-
-/// `Σ_s factor[s] · Σ x` over the sub-blocks `s`.
-#[inline(always)]
-unsafe fn over_subs<T: Tile, B: IntBlock, const N: usize>(
-    pairs: &[[i32; MAX_ROWS]; CHUNK / 32],
-    sums: &[Sums; N],
-) -> [T::I; N] {
-    // SAFETY: as `tile`.
-    unsafe {
-        let mut total = [T::splat(0); N];
-        for (p, pair) in pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
-            let factors = T::load(pair.as_ptr());
-            for t in 0..N {
-                total[t] = T::pair(total[t], factors, sums[t].pair::<T>(p));
-            }
-        }
-        total
     }
 }
 
@@ -662,7 +618,8 @@ unsafe fn end_of_32<T: Tile, B: IntBlock, const N: usize>(
         for t in 0..N {
             y[t] = T::step(y[t], d, x[t].d[b], isum[t]);
             if B::HAS_MIN {
-                y[t] = T::step(y[t], m, x[t].d[b], T::splat(sums[t].subs[b] as i32));
+                let total = T::splat(sums[t].subs[b] as i32);
+                y[t] = T::step(y[t], m, x[t].d[b], total);
             }
         }
     }
@@ -705,27 +662,23 @@ unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut 
                 let x = [&acts.chunks(b / per_chunk)[token as usize]];
                 let at = b % per_chunk;
                 if at == 0 {
-                    sums = [sums_of::<T, B>(x[0], Product::<T, B>::group())];
+                    sums[0].take::<T, B>(x[0], Product::<T, B>::group());
                 }
                 let mut block = Product::<T, B> {
                     x: x[0],
-                    sums: &sums[0],
+                    sums: &sums,
                     at: 32 * at,
                     isum: match B::WEIGHTS {
                         CHUNK => zero,
-                        _ => T::splat(sums[0].starts[at]),
+                        _ => starts::<T, B, 1, 1>(&sums, at)[0][0],
                     },
                     msum: zero,
-                    lift: zero,
                     scales: [y[0]; 2],
                     subs: [zero; CHUNK / 16],
                     format: PhantomData,
                 };
                 unpack::<T, B>(rows, stride, b, &mut block);
-                let (mut isum, msum, scales) = (block.isum, block.msum, block.scales);
-                if left::<T, B>() != 0 {
-                    isum = T::add(isum, T::mul(block.lift, T::splat(left::<T, B>())));
-                }
+                let (isum, msum, scales) = (block.isum, block.msum, block.scales);
                 match B::WEIGHTS {
                     CHUNK => end_of_256::<T, B, 1>([isum], [msum], scales, x, &mut y),
                     _ => end_of_32::<T, B, 1>([isum], scales, x, &sums, at, &mut y),
@@ -740,13 +693,11 @@ unsafe fn one<T: Tile, B: Unpack>(w: Rows<'_>, acts: &Acts, token: u32, y: &mut 
 struct Product<'a, T: Tile, B> {
     x: &'a Chunk,
     /// Of `x`, for groups of [`Product::group`].
-    sums: &'a Sums,
+    sums: &'a [Sums; 1],
     /// Where the block's activations begin in `x`.
     at: usize,
     isum: T::I,
     msum: T::I,
-    /// The sums of activations times scales, for [`left`].
-    lift: T::I,
     /// Scale and minimum.
     scales: [T::F; 2],
     subs: [T::I; CHUNK / 16],
@@ -769,7 +720,7 @@ impl<T: Tile, B: IntBlock> Product<'_, T, B> {
         let x = [self.x.qs[first..][..4 * C].as_ptr()];
         // SAFETY: the caller's; `4 C` activations.
         unsafe {
-            let mut sum = [[T::splat(self.sums.starts[first / (4 * C)])]];
+            let mut sum = starts::<T, B, 1, 1>(self.sums, first / (4 * C));
             dot::<T, B, 1, 1, C>(&mut sum, [q], x);
             self.isum = scaled::<T, B>(self.isum, sum[0][0], self.subs[first / B::SUB]);
         }
@@ -792,12 +743,7 @@ impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
     #[inline(always)]
     unsafe fn min_pair(&mut self, p: usize, mins: T::I) {
         // SAFETY: the caller's.
-        unsafe { self.msum = T::pair(self.msum, mins, self.sums.pair::<T>(p)) }
-    }
-    #[inline(always)]
-    unsafe fn scale_pair(&mut self, p: usize, scales: T::I) {
-        // SAFETY: the caller's.
-        unsafe { self.lift = T::pair(self.lift, scales, self.sums.pair::<T>(p)) }
+        unsafe { self.msum = T::pair(self.msum, mins, self.sums[0].pair::<T>(p)) }
     }
     #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {

@@ -45,8 +45,6 @@ pub(super) trait Sink<T: Tile> {
     unsafe fn sub(&mut self, s: usize, scale: T::I);
     /// The minimums of the sub-blocks `2 p` and `2 p + 1`, a pair of i16.
     unsafe fn min_pair(&mut self, p: usize, mins: T::I);
-    /// Their scales, a pair of i16, where [`tile::left`] wants them.
-    unsafe fn scale_pair(&mut self, p: usize, scales: T::I);
     /// 16 weights of every row from weight `first` on, raised by the tier's bias.
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]);
 }
@@ -162,7 +160,7 @@ unsafe fn put_planes<T: Tile, B: IntBlock>(
 /// One value for each sub-block of 256 weights, of which the first `CHUNK / IntBlock::SUB` count.
 type Subs<T> = [<T as Tile>::I; CHUNK / 16];
 
-/// Hands on the scales of all sub-blocks, and the minimums where there are any.
+/// Hands on the scales of all sub-blocks, and the minimums where there are any: none is below 0.
 #[inline(always)]
 unsafe fn put_subs<T: Tile, B: IntBlock>(
     to: &mut impl Sink<T>,
@@ -174,22 +172,12 @@ unsafe fn put_subs<T: Tile, B: IntBlock>(
         for (s, scale) in scales[..CHUNK / B::SUB].iter().enumerate() {
             to.sub(s, tile::factor::<T, B>(*scale));
         }
-        for p in 0..CHUNK / B::SUB / 2 {
-            if let Some(mins) = mins {
-                to.min_pair(p, pair::<T>(mins[2 * p], mins[2 * p + 1]));
-            }
-            if tile::left::<T, B>() != 0 {
-                to.scale_pair(p, pair::<T>(scales[2 * p], scales[2 * p + 1]));
+        if let Some(mins) = mins {
+            for p in 0..CHUNK / B::SUB / 2 {
+                to.min_pair(p, T::or(mins[2 * p], T::shl(mins[2 * p + 1], 16)));
             }
         }
     }
-}
-
-/// The low halves of two registers' lanes together.
-#[inline(always)]
-unsafe fn pair<T: Tile>(a: T::I, b: T::I) -> T::I {
-    // SAFETY: the caller's.
-    unsafe { T::or(T::and(a, T::splat(0xffff)), T::shl(b, 16)) }
 }
 
 // ---- Blocks of 32 ----------------------------------------------------------------------------
