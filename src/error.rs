@@ -102,6 +102,13 @@ pub enum Error {
         /// Tokens that are wanted.
         want: usize,
     },
+    /// Another error, and what may help.
+    Hint {
+        /// The error.
+        error: Box<Error>,
+        /// What to do, or what was probably meant.
+        hint: String,
+    },
     /// Wrong use of the command line (exit code 2).
     Usage(String),
     /// The user pressed Ctrl-C (exit code 130).
@@ -188,11 +195,23 @@ impl Error {
         }
     }
 
+    /// This error with a hint, if there is one.
+    pub fn hint(self, hint: Option<impl fmt::Display>) -> Error {
+        match hint {
+            Some(hint) => Error::Hint {
+                error: Box::new(self),
+                hint: hint.to_string(),
+            },
+            None => self,
+        }
+    }
+
     /// The process exit code: 1 the work failed, 2 wrong usage, 130 interrupted.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) => 2,
             Error::Interrupted => 130,
+            Error::Hint { error, .. } => error.exit_code(),
             _ => 1,
         }
     }
@@ -312,6 +331,7 @@ impl fmt::Display for Error {
                 "the context is full (expected at most {limit} tokens, found {want}); \
                  a shorter text helps, or a larger --ctx where the model allows it"
             ),
+            Error::Hint { error, hint } => write!(f, "{error}; {}", short(hint)),
             Error::Usage(what) => write!(f, "{}", short(what)),
             Error::Interrupted => write!(f, "interrupted"),
         }
@@ -322,6 +342,7 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Error::Io { source, .. } => Some(source),
+            Error::Hint { error, .. } => Some(error),
             _ => None,
         }
     }

@@ -1,6 +1,7 @@
 //! The `octet` command: parses, dispatches, turns an error into one line and an exit code.
 
-use clap::{Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, Parser, Subcommand};
 use octet::cli;
 use octet::error::{Error, Result};
 use std::process::ExitCode;
@@ -9,14 +10,17 @@ use std::process::ExitCode;
 #[global_allocator]
 static ALLOCATOR: octet::bounded::Allocator = octet::bounded::Allocator;
 
-/// Runs Mixtral from a GGUF file, on the CPU.
+/// The command line.
 #[derive(Parser)]
 #[command(
     name = "octet",
     version,
     about,
     max_term_width = 100,
-    args_conflicts_with_subcommands = true
+    args_conflicts_with_subcommands = true,
+    mut_args(|arg| arg.hide(true)),
+    after_help = "Without a command octet is octet chat and takes its options; OCTET_MODEL or --model names a GGUF file, else the \
+        demo model answers. octet COMMAND --help lists a command's options. A second program, quantize, makes GGUF files."
 )]
 struct Octet {
     #[command(subcommand)]
@@ -31,14 +35,16 @@ enum Command {
     Chat(cli::chat::Args),
     Run(cli::run::Args),
     Batch(cli::batch::Args),
+    Plan(cli::plan::Args),
+    Bench(cli::bench::Args),
+    Inspect(cli::inspect::Args),
     Tokenize(cli::tokenize::Args),
     Detokenize(cli::detokenize::Args),
-    Inspect(cli::inspect::Args),
     Perplexity(cli::perplexity::Args),
     Imatrix(cli::imatrix::Args),
     Profile(cli::profile::Args),
-    Bench(cli::bench::Args),
-    Plan(cli::plan::Args),
+    Completions(cli::completions::Args),
+    Man(cli::man::Args),
 }
 
 fn dispatch(octet: &Octet) -> Result<()> {
@@ -55,12 +61,42 @@ fn dispatch(octet: &Octet) -> Result<()> {
         Some(Command::Profile(args)) => cli::profile::run(args),
         Some(Command::Bench(args)) => cli::bench::run(args),
         Some(Command::Plan(args)) => cli::plan::run(args),
+        Some(Command::Completions(args)) => cli::completions::run(args, Octet::command()),
+        Some(Command::Man(args)) => cli::man::run(args, Octet::command()),
     }
+}
+
+/// A usage error with what was probably meant, where an argument stands without its option.
+fn explained(mut e: clap::Error) -> clap::Error {
+    let kind = match e.kind() {
+        ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
+        ErrorKind::UnknownArgument => ContextKind::InvalidArg,
+        _ => return e,
+    };
+    let Some(ContextValue::String(argument)) = e.get(kind) else {
+        return e;
+    };
+    let tip = match argument {
+        option if option.starts_with('-') => return e,
+        file if file.to_lowercase().ends_with(".gguf") => {
+            format!("a model is named with '--model {file}'")
+        }
+        text if text.contains(' ') => {
+            "a prompt is given with 'octet run --prompt TEXT'".to_string()
+        }
+        _ => return e,
+    };
+    e.insert(
+        ContextKind::Suggested,
+        ContextValue::StyledStrs(vec![tip.into()]),
+    );
+    e
 }
 
 fn main() -> ExitCode {
     let args = cli::options::long_forms(std::env::args_os().collect());
-    match dispatch(&Octet::parse_from(args)) {
+    let octet = Octet::try_parse_from(args).unwrap_or_else(|e| explained(e).exit());
+    match dispatch(&octet) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough (`octet run … | head -1`).
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {

@@ -6,24 +6,26 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("bounded", &[]),
+    ("near", &[]),
     ("disk", &["error"]),
     ("cgroup", &[]),
     ("memory", &["cgroup"]),
     ("pool", &["error", "cgroup"]),
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
-    ("gguf", &["quant", "error", "bounded"]),
+    ("gguf", &["quant", "error", "bounded", "near"]),
     (
         "moe",
         &[
             "error", "bounded", "disk", "memory", "pool", "quant", "simd", "gguf",
         ],
     ),
-    ("chat", &["error", "bounded", "disk", "gguf", "moe"]),
+    ("chat", &["error", "bounded", "near", "disk", "gguf", "moe"]),
     (
         "cli",
         &[
-            "error", "bounded", "disk", "memory", "pool", "quant", "simd", "gguf", "moe", "chat",
+            "error", "bounded", "near", "disk", "memory", "pool", "quant", "simd", "gguf", "moe",
+            "chat",
         ],
     ),
 ];

@@ -16,6 +16,7 @@ use super::session::{Event, Finish, Limits, Session, Stats};
 use super::template::{Message, Role, Template, ToolCall};
 use super::tokenizer::{Tokenizer, for_terminal};
 use crate::error::{Error, Result};
+use crate::near::did_you_mean;
 use commands::{COMMANDS, brief};
 use editor::{Line, Terminal, run_tool, unquoted};
 use markdown::Markdown;
@@ -228,7 +229,11 @@ impl Talk<'_> {
             }
             None => {
                 self.failed += 1;
-                note(format!("octet: {name}: no such command; /help lists them"));
+                let meant = did_you_mean(name, COMMANDS.iter().map(|c| c.name));
+                let meant = meant.map_or(String::new(), |meant| format!("{meant} "));
+                note(format!(
+                    "octet: {name}: no such command; {meant}/help lists them"
+                ));
                 Ok(())
             }
         }

@@ -3,7 +3,7 @@
 use super::gpu;
 use super::input::note;
 use super::load::{model_path, ram, tier_cap};
-use super::options::{GpuOptions, ModelOptions, RamLimit, parse_kv, parse_ram, parse_tier};
+use super::options::{GpuOptions, ModelOptions, RamLimit, kv_values, parse_ram, tier_values};
 use super::report::{Progress, bandwidth, int8_peak};
 use super::table::{Form, Table};
 use crate::chat::repl::show;
@@ -16,11 +16,12 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Measure prefill and decode speed: median and spread of several rounds after a warm-up.
-///
-/// Options take lists (-p 8,32,512 -t 1,2): every combination is measured. A round begins with --depth tokens in the
-/// cache, reads --prompt tokens, --ubatch at a time, and generates --predict tokens one by one.
+/// Measure prefill and decode speed: median and spread of several rounds.
 #[derive(clap::Args, Clone, Debug)]
+#[command(
+    after_help = "Options take lists (-p 8,32,512 -t 1,2): every combination is measured, after a warm-up. A round begins with \
+        --depth tokens in the cache, reads --prompt tokens, --ubatch at a time, and generates --predict tokens one by one."
+)]
 pub struct Args {
     /// Prompt tokens; 0: no prefill
     #[arg(
@@ -56,7 +57,7 @@ pub struct Args {
     #[arg(short, long, value_name = "FILE")]
     pub model: Vec<PathBuf>,
     /// Element type of the KV cache
-    #[arg(long, value_name = "TYPE,…", value_delimiter = ',', value_parser = parse_kv, default_value = "f16")]
+    #[arg(long, value_name = "TYPE,…", value_delimiter = ',', value_parser = kv_values(), default_value = "f16")]
     pub kv: Vec<KvType>,
     /// CPU threads [default: one for each large core]
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -67,9 +68,8 @@ pub struct Args {
     /// Keep each thread on a core of its own, where there are enough
     #[arg(long)]
     pub pin: bool,
-    /// Highest CPU tier to use: scalar, avx2, avxvnni, avx512bw or avx512, on aarch64 scalar, neon or dotprod
-    /// [default: $OCTET_ISA, else the best there is]
-    #[arg(long, value_name = "TIER,…", value_delimiter = ',', value_parser = parse_tier)]
+    /// Highest CPU tier to use [default: $OCTET_ISA, else the best there is]
+    #[arg(long, value_name = "TIER,…", value_delimiter = ',', value_parser = tier_values())]
     pub isa: Vec<Tier>,
     /// Prompt tokens that go through the layers together; also -ub TOKENS,…
     #[arg(long, alias = "ubatch-size", value_name = "TOKENS,…", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -77,9 +77,6 @@ pub struct Args {
     /// Memory to keep within, such as 12G, auto or all
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_ram)]
     pub ram: RamLimit,
-    /// What else computes.
-    #[command(flatten)]
-    pub gpu: GpuOptions,
     /// Measure the machine alone, now: memory bandwidth and int8 peak, without a model
     #[arg(long)]
     pub bandwidth: bool,
@@ -92,6 +89,9 @@ pub struct Args {
     /// A Markdown table on standard output
     #[arg(long)]
     pub markdown: bool,
+    /// What else computes.
+    #[command(flatten)]
+    pub gpu: GpuOptions,
 }
 
 impl Args {

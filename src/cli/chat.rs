@@ -17,9 +17,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(clap::Args, Clone, Debug)]
 #[command(mut_arg("predict", |arg| arg.value_parser(some)))]
 pub struct Args {
-    /// The answers.
-    #[command(flatten)]
-    pub answer: AnswerOptions,
     /// Go on with the conversation in this file, and save it there after each answer
     #[arg(long, value_name = "FILE")]
     pub session: Option<PathBuf>,
@@ -35,6 +32,9 @@ pub struct Args {
     /// Do not keep the lines that are typed
     #[arg(long)]
     pub no_history: bool,
+    /// The answers.
+    #[command(flatten)]
+    pub answer: AnswerOptions,
     /// How answers are found.
     #[command(flatten)]
     pub draft: DraftOptions,

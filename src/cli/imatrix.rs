@@ -14,9 +14,13 @@ use crate::moe::{Collector, Config};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-/// Measure which columns of the weights matter while a model reads a text; `quantize --imatrix` and
-/// llama.cpp use the file.
+/// Measure which columns of the weights matter, for `quantize --imatrix`.
 #[derive(clap::Args, Clone, Debug)]
+#[command(
+    mut_arg("ctx", |arg| arg.help("Tokens of a chunk [default: 512]")),
+    after_help = "The mean square of what each column is multiplied with while the model reads a text. llama.cpp's tools read the \
+        file, too."
+)]
 pub struct Args {
     /// The text, such as what the model will be used for; - is standard input
     #[arg(short, long, value_name = "FILE")]

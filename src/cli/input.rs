@@ -2,6 +2,7 @@
 
 use crate::disk::utf8;
 use crate::error::{Error, Result};
+use crate::near;
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::Path;
 
@@ -11,9 +12,7 @@ use std::path::Path;
 /// If it cannot be read or is not UTF-8.
 pub fn read_text(file: Option<&Path>) -> Result<String> {
     let (name, bytes) = match file {
-        Some(path) if path != Path::new("-") => {
-            (path, std::fs::read(path).map_err(Error::io(path, "read"))?)
-        }
+        Some(path) if path != Path::new("-") => (path, read_file(path)?),
         _ => {
             let name = Path::new("<stdin>");
             if std::io::stdin().is_terminal() {
@@ -28,6 +27,30 @@ pub fn read_text(file: Option<&Path>) -> Result<String> {
         }
     };
     utf8(name, bytes)
+}
+
+/// A file's bytes, unless it is a model: that is no text, and may be larger than the memory.
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    const MODEL: &[u8] = b"GGUF";
+    let mut file = std::fs::File::open(path).map_err(|e| {
+        let near = match e.kind() {
+            std::io::ErrorKind::NotFound => near::file(path),
+            _ => None,
+        };
+        let hint = near.map(|near| format!("did you mean {}?", near.display()));
+        Error::io(path, "read")(e).hint(hint)
+    })?;
+    let mut bytes = Vec::new();
+    let start = MODEL.len() as u64;
+    let read = Read::by_ref(&mut file).take(start).read_to_end(&mut bytes);
+    read.map_err(Error::io(path, "read"))?;
+    if bytes == MODEL {
+        let found = "a GGUF file; a model belongs behind --model";
+        return Err(Error::invalid(path, "the text", "text", found));
+    }
+    file.read_to_end(&mut bytes)
+        .map_err(Error::io(path, "read"))?;
+    Ok(bytes)
 }
 
 /// Standard input's lines without their ends (`\n` or `\r\n`), one at a time.

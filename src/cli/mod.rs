@@ -3,6 +3,7 @@
 pub mod batch;
 pub mod bench;
 pub mod chat;
+pub mod completions;
 pub mod detokenize;
 pub mod gpu;
 pub mod heatmap;
@@ -11,6 +12,7 @@ pub mod input;
 pub mod inspect;
 pub mod journal;
 pub mod load;
+pub mod man;
 pub mod options;
 pub mod perplexity;
 pub mod plan;

@@ -8,7 +8,9 @@ use crate::chat::sampler::{SamplerOptions, Setting, settings, unescape};
 use crate::chat::session::Session;
 use crate::error::Result;
 use crate::moe::KvType;
+use crate::near::did_you_mean;
 use crate::simd::{TIERS, Tier};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -24,8 +26,8 @@ pub struct ModelOptions {
     /// Most tokens of the conversation [default: what the model was trained for]
     #[arg(short, long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub ctx: Option<u32>,
-    /// Element type of the KV cache: f16, q8_0 (half as large, a little less exact), f32
-    #[arg(long, value_name = "TYPE", value_parser = parse_kv, default_value = "f16")]
+    /// Element type of the KV cache; q8_0 is half as large, a little less exact
+    #[arg(long, value_name = "TYPE", value_parser = kv_values(), default_value = "f16")]
     pub kv: KvType,
 }
 
@@ -42,9 +44,8 @@ pub struct MachineOptions {
     /// Keep each thread on a core of its own, where there are enough
     #[arg(long)]
     pub pin: bool,
-    /// Highest CPU tier to use: scalar, avx2, avxvnni, avx512bw or avx512, on aarch64 scalar, neon or dotprod
-    /// [default: $OCTET_ISA, else the best there is]
-    #[arg(long, value_name = "TIER", value_parser = parse_tier)]
+    /// Highest CPU tier to use [default: $OCTET_ISA, else the best there is]
+    #[arg(long, value_name = "TIER", value_parser = tier_values())]
     pub isa: Option<Tier>,
     /// Memory to keep within, such as 12G: of a larger model, experts are read from the disk when they are wanted; auto: what is
     /// free, if the model needs more than that; all: leave it to the system
@@ -121,6 +122,7 @@ pub enum RamLimit {
 
 /// What every command takes that writes answers.
 #[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
 pub struct AnswerOptions {
     /// System text: how the model should behave
     #[arg(short, long, value_name = "TEXT")]
@@ -144,6 +146,7 @@ pub struct AnswerOptions {
 
 /// Where an answer to one prompt ends, and what the prompt is.
 #[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
 pub struct PromptOptions {
     /// End the answer before this text (\n is a line break); may be repeated
     #[arg(long, value_name = "TEXT", value_parser = stop, allow_hyphen_values = true)]
@@ -395,6 +398,16 @@ fn parse_draft(text: &str) -> std::result::Result<Draft, String> {
     }
 }
 
+/// The names of a cache's element types, for options.
+pub fn kv_values() -> impl TypedValueParser<Value = KvType> {
+    PossibleValuesParser::new(KvType::ALL.map(KvType::name)).try_map(|name| parse_kv(&name))
+}
+
+/// The names of the CPU tiers, for options.
+pub fn tier_values() -> impl TypedValueParser<Value = Tier> {
+    PossibleValuesParser::new(TIERS.iter().map(|row| row.name)).try_map(|name| parse_tier(&name))
+}
+
 /// A cache's element type.
 ///
 /// # Errors
@@ -417,7 +430,11 @@ pub fn parse_tier(text: &str) -> std::result::Result<Tier, String> {
         .iter()
         .find(|row| row.name == text)
         .map(|row| row.tier)
-        .ok_or_else(|| format!("expected one of {}", names.join(", ")))
+        .ok_or_else(|| {
+            let meant = did_you_mean(text, names.iter().copied());
+            let meant = meant.map_or(String::new(), |meant| format!("; {meant}"));
+            format!("expected one of {}{meant}", names.join(", "))
+        })
 }
 
 #[cfg(test)]

@@ -9,9 +9,13 @@ use crate::error::Result;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Measure the perplexity of a text, by the reference's definition: chunks of CTX tokens, each
-/// beginning with BOS, the second half of each scored.
+/// Measure how well a model predicts a text.
 #[derive(clap::Args, Clone, Debug)]
+#[command(
+    mut_arg("ctx", |arg| arg.help("Tokens of a chunk [default: 512]")),
+    after_help = "By llama.cpp's definition: the text is cut into chunks of --ctx tokens, each begins with BOS, and the second half \
+        of each is scored."
+)]
 pub struct Args {
     /// The text; - is standard input
     #[arg(short, long, value_name = "FILE")]

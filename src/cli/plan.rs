@@ -3,7 +3,7 @@
 use super::bench::{Limits, limits};
 use super::inspect::bytes;
 use super::load::{FIRST_TOKENS, machine, memory_to_use, ram};
-use super::options::{MachineOptions, RamLimit, parse_kv};
+use super::options::{MachineOptions, RamLimit, kv_values};
 use crate::chat::repl::show;
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, Source};
@@ -18,17 +18,20 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Predict how a model will run on this machine: what fits into memory, how fast it reads and writes, what it will
-/// wait for, and what would be better. Measures the disk, the memory and the model's first layer for a few seconds.
+/// Predict how a model will run on this machine.
 #[derive(clap::Args, Clone, Debug)]
+#[command(
+    after_help = "Says what fits into memory, how fast the model reads and writes, what it will wait for, and what would be \
+        better. Measures the disk, the memory and the model's first layer for a few seconds."
+)]
 pub struct Args {
     /// A Mixtral, Mistral or Llama GGUF file
     pub file: PathBuf,
     /// Tokens of the conversation that memory is kept for [default: 4096, or as many as the model was trained for]
     #[arg(short, long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub ctx: Option<u32>,
-    /// Element type of the KV cache: f16, q8_0 (half as large, a little less exact), f32
-    #[arg(long, value_name = "TYPE", value_parser = parse_kv, default_value = "f16")]
+    /// Element type of the KV cache; q8_0 is half as large, a little less exact
+    #[arg(long, value_name = "TYPE", value_parser = kv_values(), default_value = "f16")]
     pub kv: KvType,
     /// One JSON document on standard output
     #[arg(long)]

@@ -15,12 +15,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-/// Record which experts a model's router chooses while it reads a text; or show such a record.
-///
-/// The file says what is worth keeping in memory where not all experts fit: how often each expert is taken, how
-/// often a token takes those of the token before (reuse), and how many choices can be told one layer ahead (recall).
+/// Record which experts a model's router chooses in a text, or show such a record.
 #[derive(clap::Args, Clone, Debug)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(
+    mut_arg("ctx", |arg| arg.help("Tokens of a chunk [default: 512]")),
+    after_help = "The file says what is worth keeping in memory where not all experts fit: how often each expert is taken, how \
+        often a token takes those of the token before (reuse), and how many choices can be told one layer ahead (recall)."
+)]
 pub struct Args {
     /// Show a file instead.
     #[command(subcommand)]

@@ -27,12 +27,6 @@ pub struct Args {
     /// A file with the prompt; - is standard input; may be repeated, and --prompt comes after it
     #[arg(short, long, value_name = "FILE")]
     pub file: Vec<PathBuf>,
-    /// The answer.
-    #[command(flatten)]
-    pub answer: AnswerOptions,
-    /// What the prompt is, and where the answer ends.
-    #[command(flatten)]
-    pub request: PromptOptions,
     /// Show the token ids and pieces of the prompt instead of answering it
     #[arg(long)]
     pub show_prompt: bool,
@@ -42,6 +36,12 @@ pub struct Args {
     /// Show each token with its probability and the K likeliest, a line for each
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     pub logprobs: usize,
+    /// The answer.
+    #[command(flatten)]
+    pub answer: AnswerOptions,
+    /// What the prompt is, and where the answer ends.
+    #[command(flatten)]
+    pub request: PromptOptions,
     /// How the answer is found.
     #[command(flatten)]
     pub draft: DraftOptions,

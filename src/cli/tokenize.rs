@@ -41,7 +41,8 @@ pub fn load_tokenizer(model: &Option<PathBuf>) -> Result<Tokenizer> {
         kv: crate::moe::KvType::F16,
     };
     let (path, _) = model_path(&options)?;
-    if path.is_dir() || !is_gguf(&path) {
+    // What is missing, Gguf::open says best.
+    if path.is_dir() || path.exists() && !is_gguf(&path) {
         Tokenizer::from_path(&path)
     } else {
         Tokenizer::from_gguf(&Gguf::open(&path)?)

@@ -7,6 +7,7 @@
 
 mod identity;
 pub mod imatrix;
+mod mistaken;
 pub mod reader;
 pub mod safetensors;
 pub mod source;

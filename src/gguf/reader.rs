@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use memmap2::MmapMut;
 
+use super::mistaken;
 use super::source::Source;
 use super::value::{Array, Fault, Kind, MAX_DEPTH, Scan, Value};
 use super::{
@@ -562,7 +563,7 @@ impl<'a> Header<'a> {
                 self.path,
                 "this kind of file",
                 "a GGUF file",
-                identify(self.data),
+                mistaken::identify(self.path, self.data),
             ));
         }
         self.scan = self.scan.clone().at(MAGIC.len());
@@ -778,58 +779,5 @@ impl<'a> Header<'a> {
             }
         }
         Ok(())
-    }
-}
-
-/// Files that people take for GGUF files: how they start, what they are and what to do.
-const OTHER_FILES: &[(&[u8], &str)] = &[
-    (
-        b"PK\x03\x04",
-        "a PyTorch or zip archive; convert it to safetensors or GGUF",
-    ),
-    (
-        b"\x80\x02",
-        "a PyTorch pickle; convert it to safetensors or GGUF",
-    ),
-    (b"lmgg", "an old GGML file; convert the model again"),
-    (b"fmgg", "an old GGMF file; convert the model again"),
-    (b"tjgg", "an old GGJT file; convert the model again"),
-    (b"algg", "an old GGLA adapter"),
-    (b"ggml", "an old GGML file; convert the model again"),
-    (b"ggmf", "an old GGMF file; convert the model again"),
-    (b"ggjt", "an old GGJT file; convert the model again"),
-    (b"ggla", "an old GGLA adapter"),
-    (
-        b"FUGG",
-        "a big-endian GGUF file; the tool that wrote it can convert it",
-    ),
-    (
-        b"version https://git-lfs",
-        "a git-lfs pointer; fetch the file itself with `git lfs pull`",
-    ),
-    (b"<", "a web page; the download went wrong"),
-    (b"\x1f\x8b", "a gzip archive; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it"),
-    (b"{", "a JSON file"),
-];
-
-/// A word for a file that is not GGUF.
-fn identify(data: &[u8]) -> String {
-    // safetensors: the length of a JSON header, then the header.
-    if let Some((len, rest)) = data.split_first_chunk::<8>() {
-        let len = u64::from_le_bytes(*len);
-        if rest.starts_with(b"{") && len <= rest.len() as u64 {
-            return "a safetensors file; `quantize` makes a GGUF file of it".to_string();
-        }
-    }
-    match OTHER_FILES
-        .iter()
-        .find(|(start, _)| data.starts_with(start))
-    {
-        Some((_, what)) => what.to_string(),
-        None => format!(
-            "a file that starts with {:02x?}",
-            &data[..data.len().min(4)]
-        ),
     }
 }

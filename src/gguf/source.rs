@@ -1,5 +1,6 @@
 //! A file of a model as it lies on the disk: mapped, and read past the page cache.
 
+use super::mistaken;
 use crate::error::{Error, Result};
 use memmap2::{Mmap, MmapOptions};
 use std::fs::{self, File};
@@ -43,9 +44,15 @@ impl Source {
     pub(super) fn open(path: &Path) -> Result<Source> {
         let wrong = |found: &str| Error::invalid(path, "the model file", "a GGUF file", found);
         // Asked before opening, as opening a pipe waits for a writer.
-        let meta = fs::metadata(path).map_err(Error::io(path, "open"))?;
+        let meta = fs::metadata(path).map_err(|e| {
+            let hint = match e.kind() {
+                ErrorKind::NotFound | ErrorKind::NotADirectory => mistaken::missing(path),
+                _ => None,
+            };
+            Error::io(path, "open")(e).hint(hint)
+        })?;
         if meta.is_dir() {
-            return Err(wrong("a folder"));
+            return Err(wrong("a folder").hint(mistaken::folder(path)));
         }
         if !meta.is_file() {
             return Err(wrong("a pipe or a device"));

@@ -14,10 +14,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use clap::Parser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{CommandFactory, Parser};
+use clap_complete::Shell;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use octet::cli::load::tier_cap;
-use octet::cli::options::{parse_size, parse_tier};
+use octet::cli::options::{parse_size, tier_values};
+use octet::cli::{completions, man};
 use octet::error::{Error, Result};
 use octet::gguf::Imatrix;
 use octet::pool::Pool;
@@ -33,14 +36,16 @@ use source::{Source, type_name};
 
 /// Turns a Hugging Face folder, safetensors or GGUF into a GGUF of any usual type.
 #[derive(Parser, Debug)]
-#[command(name = "quantize", version, about, max_term_width = 100, after_help = types())]
+#[command(name = "quantize", version, max_term_width = 100, after_help = types())]
 struct Args {
     /// A Hugging Face folder, a .safetensors file in one, or a GGUF (of a split one: any part)
-    src: PathBuf,
+    #[arg(required = true)]
+    src: Option<PathBuf>,
     /// The file to write; with several types it must contain {type}
-    dst: PathBuf,
+    #[arg(required = true)]
+    dst: Option<PathBuf>,
     /// What to make: a type, several separated by commas, or COPY to rewrite the container only
-    #[arg(value_name = "TYPE", value_delimiter = ',', value_parser = parse_kind, required = true)]
+    #[arg(value_name = "TYPE", value_delimiter = ',', value_parser = kind_values(), ignore_case = true, hide_possible_values = true, required = true)]
     kinds: Vec<Kind>,
 
     /// An importance file: columns that matter more are kept more exactly
@@ -85,9 +90,15 @@ struct Args {
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Highest CPU tier to use: scalar, avx2 or avx512bw [default: $OCTET_ISA, else the best there is]
-    #[arg(long, value_name = "TIER", value_parser = parse_tier)]
+    /// Highest CPU tier to use [default: $OCTET_ISA, else the best there is]
+    #[arg(long, value_name = "TIER", value_parser = tier_values())]
     isa: Option<Tier>,
+    /// Write a shell's completions of this command to standard output
+    #[arg(long, value_name = "SHELL", exclusive = true)]
+    completions: Option<Shell>,
+    /// Write this command's man page into a folder
+    #[arg(long, value_name = "FOLDER", exclusive = true)]
+    man: Option<PathBuf>,
 }
 
 /// The list of types for the help.
@@ -109,6 +120,12 @@ fn parse_kind(text: &str) -> Result<Kind, String> {
     })
 }
 
+/// The names of what can be made.
+fn kind_values() -> impl TypedValueParser<Value = Kind> {
+    let names = Recipe::ALL.iter().map(|r| r.name());
+    PossibleValuesParser::new(names.chain(["COPY"])).try_map(|name| parse_kind(&name))
+}
+
 fn parse_by_name(text: &str) -> Result<(Regex, Format), String> {
     let (pattern, format) = text.rsplit_once('=').ok_or("expected REGEX=TYPE")?;
     if pattern.is_empty() {
@@ -123,8 +140,7 @@ fn parse_by_name(text: &str) -> Result<(Regex, Format), String> {
     Ok((regex, plan::parse_format(format)?))
 }
 
-fn open(args: &Args) -> Result<Source> {
-    let path = &args.src;
+fn open(args: &Args, path: &Path) -> Result<Source> {
     let is_safetensors = || path.extension().is_some_and(|e| e == "safetensors");
     let mut source = if path.is_dir() || is_safetensors() {
         import::open(path)?
@@ -138,18 +154,18 @@ fn open(args: &Args) -> Result<Source> {
 }
 
 /// Where an output goes.
-fn target(args: &Args, kind: Kind) -> Result<PathBuf> {
-    let text = args.dst.to_str().unwrap_or_default();
+fn target(args: &Args, dst: &Path, kind: Kind) -> Result<PathBuf> {
+    let text = dst.to_str().unwrap_or_default();
     let path = match text.contains("{type}") {
         true => PathBuf::from(text.replace("{type}", kind.name())),
         false if args.kinds.len() > 1 => {
             return Err(Error::Usage(format!(
                 "{}: several types need several files (expected {{type}} in the name, as in \
                  out-{{type}}.gguf)",
-                args.dst.display()
+                dst.display()
             )));
         }
-        false => args.dst.clone(),
+        false => dst.to_path_buf(),
     };
     if path.is_dir() {
         let expected = "the name of a file";
@@ -164,8 +180,18 @@ fn target(args: &Args, kind: Kind) -> Result<PathBuf> {
 }
 
 fn run(args: &Args) -> Result<()> {
+    if let Some(shell) = args.completions {
+        return print(&completions::of(Args::command(), shell)?);
+    }
+    if let Some(folder) = &args.man {
+        return man::write(Args::command(), folder);
+    }
     let started = Instant::now();
-    let source = open(args)?;
+    // Without these two the command line has not been accepted.
+    let (Some(src), Some(dst)) = (&args.src, &args.dst) else {
+        return Err(Error::Usage("SRC and DST are missing".to_string()));
+    };
+    let source = open(args, src)?;
     let imatrix = match &args.imatrix {
         Some(path) => Some(ImatrixFile {
             path: path.clone(),
@@ -192,7 +218,7 @@ fn run(args: &Args) -> Result<()> {
             let what = format!("{} is there twice (expected each type once)", kind.name());
             return Err(Error::Usage(what));
         }
-        let path = target(args, kind)?;
+        let path = target(args, dst, kind)?;
         outputs.push(plan::output(
             &source,
             kind,

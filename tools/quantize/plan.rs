@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use octet::error::{Error, Result};
 use octet::gguf::writer::{Plan as FilePlan, Writer};
 use octet::gguf::{Imatrix, Tensor};
+use octet::near::did_you_mean;
 use octet::quant::recipe::{self, Chooser, Recipe, Role, Traits};
 use octet::quant::{self, Format};
 use regex::Regex;
@@ -443,6 +444,9 @@ pub(crate) fn parse_format(name: &str) -> Result<Format, String> {
         .find(|f| f.name().eq_ignore_ascii_case(name))
         .ok_or_else(|| {
             let names: Vec<_> = known().map(quant::Format::name).collect();
-            format!("{name} is no format (expected one of {})", names.join(", "))
+            let meant = did_you_mean(name, names.iter().copied());
+            let meant = meant.map_or(String::new(), |meant| format!("; {meant}"));
+            let names = names.join(", ");
+            format!("{name} is no format (expected one of {names}){meant}")
         })
 }

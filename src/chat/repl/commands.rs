@@ -2,7 +2,7 @@
 
 use super::editor::{KEYS, edited};
 use super::{Draft, Talk, note, put, show, turns};
-use crate::chat::sampler::{SamplerOptions, settings};
+use crate::chat::sampler::{SamplerOptions, no_such_setting, settings};
 use crate::chat::saved::{Saved, Shelf};
 use crate::chat::session::Stats;
 use crate::chat::template::Role;
@@ -492,9 +492,7 @@ fn set(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
         options.check(talk.repl.session.n_vocab())?;
         talk.sampler.configure(options.clone(), talk.repl.tokenizer);
     } else if !name.is_empty() && !settings().any(|setting| setting.is_called(name)) {
-        return Err(Error::Usage(format!(
-            "{name}: no such setting; /set lists them"
-        )));
+        return Err(no_such_setting(name).hint(Some("/set lists them")));
     }
     let usual = SamplerOptions::default();
     let mut rows = String::new();

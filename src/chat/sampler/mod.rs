@@ -19,6 +19,7 @@ pub use settings::{Order, Setting, unescape};
 use super::constraint::Constraint;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::near::did_you_mean;
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -375,6 +376,15 @@ pub fn settings() -> impl Iterator<Item = &'static Setting> {
     GENERAL.iter().chain(steps)
 }
 
+/// [`Error::Usage`]: nothing is called `name`.
+pub(crate) fn no_such_setting(name: &str) -> Error {
+    let meant = did_you_mean(
+        name.trim_start_matches('-'),
+        settings().map(|setting| setting.name),
+    );
+    Error::Usage(format!("{name}: no such setting")).hint(meant)
+}
+
 impl SamplerOptions {
     /// Sets what is called `name` (such as `top-k`, `--top-k` or `top_k`) to what `text` says.
     ///
@@ -383,7 +393,7 @@ impl SamplerOptions {
     pub fn set(&mut self, name: &str, text: &str) -> Result<()> {
         let setting = settings()
             .find(|setting| setting.is_called(name))
-            .ok_or_else(|| Error::Usage(format!("{name}: no such setting")))?;
+            .ok_or_else(|| no_such_setting(name))?;
         setting
             .set(self, text)
             .map_err(|e| Error::Usage(format!("{} {text}: {e}", setting.name)))

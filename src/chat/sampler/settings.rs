@@ -4,6 +4,7 @@
 //! [`Setting`]; the rows stand beside the samplers that they belong to ([`super::STEPS`]).
 
 use super::{STEPS, SamplerOptions, Step};
+use crate::near::did_you_mean;
 
 /// One thing that a user may set.
 pub struct Setting {
@@ -237,8 +238,10 @@ impl Value for Order {
                 .find(|step| step.name == name || step.aliases.contains(&name.as_str()))
                 .ok_or_else(|| {
                     let names: Vec<_> = STEPS.iter().map(|step| step.name).collect();
+                    let meant = did_you_mean(&name, names.iter().copied());
+                    let meant = meant.map_or(String::new(), |meant| format!("; {meant}"));
                     format!(
-                        "expected some of {} separated by ;, found {name}",
+                        "expected some of {} separated by ;, found {name}{meant}",
                         names.join(";")
                     )
                 })
