@@ -1668,6 +1668,12 @@ fn every_command_and_option_has_a_help_text() {
         "inspect",
         "perplexity",
         "bench",
+        "batch",
+        "plan",
+        "imatrix",
+        "profile",
+        "completions",
+        "man",
     ] {
         let line = out
             .text()
@@ -1683,7 +1689,9 @@ fn every_command_and_option_has_a_help_text() {
             .text()
             .lines()
             // A help text that goes on in the next line may begin it with "-1".
-            .filter(|l| l.trim_start().starts_with('-') && !l.starts_with(&" ".repeat(12)))
+            // So may the text below the options, which is not indented.
+            .filter(|l| l.trim_start().starts_with('-'))
+            .filter(|l| l.starts_with(' ') && !l.starts_with(&" ".repeat(12)))
         {
             // "-t, --threads <N>  What it does": something stands after the gap.
             assert!(line.trim().contains("  "), "{command}: {line}");

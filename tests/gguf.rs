@@ -493,7 +493,8 @@ fn what_is_no_gguf_file_is_named() {
         (b"<!DOCTYPE html>", "web page"),
         (b"{\"architectures\": []}", "JSON"),
         (b"\x1f\x8b\x08", "gzip"),
-        (b"abcdefgh", "[61, 62, 63, 64]"),
+        (b"abcdefgh", "a text; it begins \"abcdefgh\""),
+        (b"\xff\xfeefgh", "[ff, fe, 65, 66]"),
         (b"x", "[78]"),
     ] {
         says(&folder.error(start), &["test.gguf", "a GGUF file", word]);

@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 
 root = pathlib.Path(__file__).resolve().parent.parent
-command = ["cargo", "metadata", "--format-version", "1", "--locked"]
+command = ["cargo", "metadata", "--format-version", "1", "--locked", "--all-features"]
 packages = json.loads(subprocess.check_output(command, cwd=root))["packages"]
 
 by_licence = collections.defaultdict(list)

@@ -492,7 +492,10 @@ fn set(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
         options.check(talk.repl.session.n_vocab())?;
         talk.sampler.configure(options.clone(), talk.repl.tokenizer);
     } else if !name.is_empty() && !settings().any(|setting| setting.is_called(name)) {
-        return Err(no_such_setting(name).hint(Some("/set lists them")));
+        return Err(match no_such_setting(name) {
+            guess @ Error::Hint { .. } => guess,
+            e => e.hint(Some("/set lists them")),
+        });
     }
     let usual = SamplerOptions::default();
     let mut rows = String::new();
