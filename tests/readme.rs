@@ -212,6 +212,8 @@ struct Done {
 /// Runs the commands of a page, one after the other, in one folder.
 fn try_page(page: &Path, wanted: impl Fn(&str) -> bool, done: &mut Done) {
     let (home, folder) = (Home::new(), checkout());
+    // An answer that does not end its line ends it on a terminal only.
+    let closing = Regex::new(r"(?m)(.)(octet: prompt \d+ tokens?\b)").unwrap();
     for shown in commands(&fs::read_to_string(page).unwrap()) {
         let command = &shown.command;
         if !(is_ours(command) || SMALL.contains(&program(command))) || !wanted(command) {
@@ -227,8 +229,6 @@ fn try_page(page: &Path, wanted: impl Fn(&str) -> bool, done: &mut Done) {
         }
         let out = run(&home, folder.path(), command);
         let printed = String::from_utf8_lossy(&out.stdout);
-        // An answer that does not end its line ends it on a terminal only.
-        let closing = Regex::new(r"(?m)(.)(octet: prompt \d+ tokens?\b)").unwrap();
         let printed = closing.replace_all(&printed, "$1\n$2");
         // A batch of which a line failed has done its work, and exits with 1.
         let expected = shown.output.as_ref().map(|lines| lines.join("\n"));
