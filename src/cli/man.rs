@@ -17,7 +17,7 @@ pub struct Args {
 /// Runs the command, for a program's definition.
 ///
 /// # Errors
-/// See [`write`].
+/// See [`write()`].
 pub fn run(args: &Args, program: Command) -> Result<()> {
     write(program, &args.folder)
 }
