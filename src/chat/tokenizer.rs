@@ -1359,7 +1359,8 @@ mod tests {
             ("\0", 100_000),
         ] {
             let (tenth, text) = (piece.repeat(n / 10), piece.repeat(n));
-            for (tok, _) in REAL.iter() {
+            // With the small vocabulary it is over too soon to be timed.
+            for (tok, _) in REAL.iter().filter(|(tok, _)| tok.len() > 30_000) {
                 let time = |text: &str| {
                     let start = Instant::now();
                     (tok.encode(text), start.elapsed())
