@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("batch_line"), |bytes: &[u8]| target::run(bytes));
+target!("batch_line", batch_line, batch_seeds);

@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("chat_template"), |bytes: &[u8]| target::run(bytes));
+target!("chat_template", chat_template, template_seeds);

@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("grammar"), |bytes: &[u8]| target::run(bytes));
+target!("grammar", grammar, grammar_seeds);

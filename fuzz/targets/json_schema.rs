@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("json_schema"), |bytes: &[u8]| target::run(bytes));
+target!("json_schema", json_schema, schema_seeds);

@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("kv_cache"), |bytes: &[u8]| target::run(bytes));
+target!("kv_cache", kv_cache, kv_seeds);

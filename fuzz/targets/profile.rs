@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("profile"), |bytes: &[u8]| target::run(bytes));
+target!("profile", profile, profile_seeds);

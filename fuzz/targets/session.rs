@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("session"), |bytes: &[u8]| target::run(bytes));
+target!("session", session, session_seeds);

@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("tokenizer_model"), |bytes: &[u8]| target::run(bytes));
+target!("tokenizer_model", tokenizer_model, spm_seeds);

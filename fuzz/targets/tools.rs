@@ -2,5 +2,6 @@
 
 #[path = "target.rs"]
 mod target;
+use target::target;
 
-libfuzzer_sys::fuzz_target!(init: target::begin("tools"), |bytes: &[u8]| target::run(bytes));
+target!("tools", tools, tools_seeds);

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Fuzzes all targets in turn, some time each, until every one has had its executions: ten million for the readers of files, a
+# million for the others. What was done is kept in LOGS, so that a run goes on where the last one ended.
+#
+#   fuzz/rounds.sh LOGS [SECONDS [TARGET…]]        SECONDS: of a round of one target (120)
+#
+# An execution that finds something ends the round of its target; LOGS/found says which. Needs what fuzz/run.sh needs.
+set -euo pipefail
+cd "$(dirname "$0")"
+logs=$(mkdir -p "$1" && cd "$1" && pwd) seconds=${2:-120}
+shift $(($# > 2 ? 2 : $#))
+readers="gguf safetensors safetensors_index tokenizer_model tokenizer_json imatrix session"
+others="kv_cache batch_line batch_results tools profile chat_template json_schema regex grammar"
+targets=${*:-$readers $others}
+folder=${FUZZ_BIN:-target/x86_64-unknown-linux-gnu/release}
+[ -n "${FUZZ_BIN:-}" ] || cargo +nightly fuzz build -s "${SANITIZER:-none}" --fuzz-dir .
+
+goal() { case " $readers " in *" $1 "*) echo $((GOAL * 10)) ;; *) echo "$GOAL" ;; esac }
+GOAL=${GOAL:-1000000}
+# Executions of all rounds of a target.
+done_of() { cat "$logs/$1.count" 2>/dev/null || echo 0; }
+# The longest seed fits, and little more: short inputs are tried much faster.
+longest() { find "corpus/$1" -name 'seed*' -printf '%s\n' | sort -n | tail -1; }
+
+left=1
+while [ "$left" = 1 ]; do
+  left=0
+  for target in $targets; do
+    had=$(done_of "$target") want=$(goal "$target")
+    [ "$had" -lt "$want" ] || continue
+    left=1
+    runs=$((want - had))
+    # A hostile template may keep a thread and its memory for ever, after which no more are run: begin anew now and then.
+    [ "$target" = chat_template ] && [ "$runs" -gt 20000 ] && runs=20000
+    mkdir -p "corpus/$target" "artifacts/$target"
+    long=$(longest "$target")
+    most=$((${long:-0} > 1024 ? long + 512 : 1536))
+    log="$logs/$target.last"
+    status=0
+    "$folder/$target" "corpus/$target" -runs="$runs" -max_total_time="$seconds" -timeout=120 -report_slow_units=120 -rss_limit_mb=4096 \
+      -max_len="$most" -print_final_stats=1 -verbosity=1 -artifact_prefix="artifacts/$target/" >"$log" 2>&1 || status=$?
+    n=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -1)
+    echo $((had + ${n:-0})) >"$logs/$target.count"
+    echo "$(date '+%F %T') $target ${n:-0} executions, $(done_of "$target") of $want, exit $status" >>"$logs/log"
+    [ "$status" = 0 ] || { echo "$target $(date '+%F %T') exit $status" >>"$logs/found"; cp "$log" "$logs/$target.failed-$(date +%s)"; }
+  done
+done
