@@ -29,19 +29,22 @@ while [ "$left" = 1 ]; do
     had=$(done_of "$target") want=$(goal "$target")
     [ "$had" -lt "$want" ] || continue
     left=1
-    runs=$((want - had))
-    # A hostile template may keep a thread and its memory for ever, after which no more are run: begin anew now and then.
-    [ "$target" = chat_template ] && [ "$runs" -gt 20000 ] && runs=20000
     mkdir -p "corpus/$target" "artifacts/$target"
     long=$(longest "$target")
     most=$((${long:-0} > 1024 ? long + 512 : 1536))
-    log="$logs/$target.last"
-    status=0
-    "$folder/$target" "corpus/$target" -runs="$runs" -max_total_time="$seconds" -timeout=120 -report_slow_units=120 -rss_limit_mb=4096 \
-      -max_len="$most" -print_final_stats=1 -verbosity=1 -artifact_prefix="artifacts/$target/" >"$log" 2>&1 || status=$?
-    n=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -1)
-    echo $((had + ${n:-0})) >"$logs/$target.count"
-    echo "$(date '+%F %T') $target ${n:-0} executions, $(done_of "$target") of $want, exit $status" >>"$logs/log"
+    log="$logs/$target.last" begun=$SECONDS total=0 status=0
+    while [ "$status" = 0 ] && [ $((had + total)) -lt "$want" ] && [ $((SECONDS - begun)) -lt "$seconds" ]; do
+      runs=$((want - had - total))
+      # A hostile template may keep a thread and its memory for ever, after which no more are run: begin anew now and then.
+      [ "$target" = chat_template ] && [ "$runs" -gt 20000 ] && runs=20000
+      "$folder/$target" "corpus/$target" -runs="$runs" -max_total_time=$((seconds - SECONDS + begun)) -timeout=120 \
+        -report_slow_units=120 -rss_limit_mb=4096 -max_len="$most" -print_final_stats=1 \
+        -artifact_prefix="artifacts/$target/" >"$log" 2>&1 || status=$?
+      n=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -1)
+      total=$((total + ${n:-0}))
+      echo $((had + total)) >"$logs/$target.count"
+    done
+    echo "$(date '+%F %T') $target $total executions, $(done_of "$target") of $want, exit $status" >>"$logs/log"
     [ "$status" = 0 ] || { echo "$target $(date '+%F %T') exit $status" >>"$logs/found"; cp "$log" "$logs/$target.failed-$(date +%s)"; }
   done
 done
