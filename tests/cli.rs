@@ -631,7 +631,9 @@ fn the_bandwidth_is_measured_once() {
     };
     let measured = run();
     assert!(measured.trim().parse::<f64>().unwrap() > 1e6, "{measured}");
-    assert_eq!(run(), measured);
+    // What is remembered is used, unless more than that was reached: which the demo model may do on a busy machine.
+    fs::write(&file, "1e15\n").unwrap();
+    assert_eq!(run(), "1e15\n");
     // What is no number is measured again.
     fs::write(&file, "NaN\n").unwrap();
     assert!(run().trim().parse::<f64>().unwrap() > 1e6);
