@@ -388,8 +388,8 @@ fn group<T: Tile, B: IntBlock>() -> usize {
 /// A sub-block's scale as its sums want it: [`Tile::pair`] takes an upper half into account.
 #[inline(always)]
 pub(super) unsafe fn factor<T: Tile, B: IntBlock>(scale: T::I) -> T::I {
-    // SAFETY: the caller's.
     match narrow::<T, B>() {
+        // SAFETY: the caller's.
         true => unsafe { T::and(scale, T::splat(0xffff)) },
         false => scale,
     }
