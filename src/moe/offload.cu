@@ -50,6 +50,14 @@ struct Row {
     u32 token, inner;
 };
 
+// A pass that stays on the device stops at a layer whose experts are not all there: `route` says so in `stop`, by a layer's number
+// from 1 on, and the kernels that were launched ahead do nothing then, but those of that layer's experts, whose own `layer` it
+// is. Null: nothing stops it. The same for all threads of a kernel.
+__device__ __forceinline__ bool stopped(const int *stop, int layer) {
+    int at = stop ? *stop : 0;
+    return at != 0 && at != layer;
+}
+
 // f16 to f32, exact: what `Element::widen` of quant/float.rs does.
 __device__ __forceinline__ float widen(u16 bits) {
     u32 magnitude = (u32)(bits & 0x7fff) << 13;
@@ -194,7 +202,8 @@ __device__ __forceinline__ float silu_mul(float g, float u) { return g / (1.0f +
 
 // `quantize` of quant/act.rs: x (n, k) floats to chunks (k / 256, n), a scale for every `PER` values. One warp takes one chunk.
 template <int PER>
-__device__ __forceinline__ void quantize(const float *x, Chunk *out, int n, int k) {
+__device__ __forceinline__ void quantize(const float *x, Chunk *out, int n, int k, const int *stop, int layer) {
+    if (stopped(stop, layer)) return;
     int lane = threadIdx.x % WARP;
     int i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, t = blockIdx.y;
     if (i * CHUNK >= k) return;
@@ -322,13 +331,15 @@ __device__ __forceinline__ float chains(const u8 *const rows[C], const Chunk *x,
 // inner[i][r] = silu(gate_i[r] . x) * (up_i[r] . x) for work row i = blockIdx.y and the 4 output rows of each warp.
 // x: chunks (d / 256, n_tok); inner: (rows, d_ff).
 template <class F>
-__device__ __forceinline__ void expert_up(const Row *table, const Chunk *x, float *inner, int n_tok, int d, int d_ff) {
+__device__ __forceinline__ void expert_up(const Row *table, const Chunk *x, float *inner, int n_tok, int d, int d_ff,
+                                          const int *stop, int layer) {
     const int R = 4;
     __shared__ Term<F> shared[WARPS][2 * R * TERMS * (F::MIN ? 2 : 1)];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int first = (blockIdx.x * WARPS + warp) * R;
-    if (first >= d_ff) return;
+    if (first >= d_ff || stopped(stop, layer)) return;
     Row row = table[blockIdx.y];
+    if (!row.gate) return; // An expert that is not here.
     u64 bytes = (u64)(d / F::WEIGHTS) * F::BYTES;
     const u8 *rows[2 * R];
 #pragma unroll
@@ -343,22 +354,31 @@ __device__ __forceinline__ void expert_up(const Row *table, const Chunk *x, floa
     if (lane < R && first + lane < d_ff) inner[(u64)blockIdx.y * d_ff + first + lane] = silu_mul(sum, up);
 }
 
-// out[i][r] = w_i[r] . x_i for work row i = blockIdx.y and the 4 output rows of each warp; w is `down` of the row, x its token
-// `inner`. x: chunks (k / 256, n_tok); out: (rows, m).
+// y[r] = w[r] . x for the 4 output rows of each warp. w: (m, k); x: the token's first chunk.
 template <class F>
-__device__ __forceinline__ void gemv(const Row *table, const Chunk *x, float *out, int n_tok, int k, int m) {
+__device__ __forceinline__ void product(const u8 *w, const Chunk *x, float *y, int n_tok, int k, int m) {
     const int R = 4;
     __shared__ Term<F> shared[WARPS][R * TERMS * (F::MIN ? 2 : 1)];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int first = (blockIdx.x * WARPS + warp) * R;
     if (first >= m) return;
-    Row row = table[blockIdx.y];
     u64 bytes = (u64)(k / F::WEIGHTS) * F::BYTES;
     const u8 *rows[R];
 #pragma unroll
-    for (int c = 0; c < R; c++) rows[c] = row.down + (u64)(first + c < m ? first + c : m - 1) * bytes;
-    float sum = chains<F, R>(rows, x + row.inner, n_tok, k, shared[warp]);
-    if (lane < R && first + lane < m) out[(u64)blockIdx.y * m + first + lane] = sum;
+    for (int c = 0; c < R; c++) rows[c] = w + (u64)(first + c < m ? first + c : m - 1) * bytes;
+    float sum = chains<F, R>(rows, x, n_tok, k, shared[warp]);
+    if (lane < R && first + lane < m) y[first + lane] = sum;
+}
+
+// out[i] = w_i . x_i for work row i = blockIdx.y; w is `down` of the row, x its token `inner`. x: chunks (k / 256, n_tok); out:
+// (rows, m).
+template <class F>
+__device__ __forceinline__ void gemv(const Row *table, const Chunk *x, float *out, int n_tok, int k, int m, const int *stop,
+                                     int layer) {
+    if (stopped(stop, layer)) return;
+    Row row = table[blockIdx.y];
+    if (!row.down) return;
+    product<F>(row.down, x + row.inner, out + (u64)blockIdx.y * m, n_tok, k, m);
 }
 
 // c += a . b for a tile of 16 rows, 8 tokens and K = 16 or 32 products each, in int8: rows of a (16) and of b (8) are K / 4
@@ -472,10 +492,268 @@ __device__ __forceinline__ void gemm(const u8 *w, const Chunk *x, const u32 *pic
             }
 }
 
-// The kernels by name. Threads of a block: 128.
+// What a pass does besides, when it stays on the device. Each of these does what the function of the CPU does that it names, in
+// the same order, for rows of tokens.
 
-KERNEL(quantize_32, const float *x, Chunk *out, int n, int k) { quantize<32>(x, out, n, k); }
-KERNEL(quantize_256, const float *x, Chunk *out, int n, int k) { quantize<256>(x, out, n, k); }
+#define LANES 16
+#define KV_BLOCK 64
+#define MOST_EXPERTS 64
+
+// The sum of 16 lanes in the fixed tree of `fold` (quant/float.rs); s: in shared memory, one thread.
+__device__ __forceinline__ float fold(const float *lanes) {
+    float s[LANES];
+#pragma unroll
+    for (int i = 0; i < LANES; i++) s[i] = lanes[i];
+#pragma unroll
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++) s[i] = s[i] + s[i + half];
+    return s[0];
+}
+
+// x += add, where there is something to add, and h = norm(x) * w (`add` and `rms_norm` of simd/float.rs). A block takes row
+// `pick[blockIdx.x]`, or blockIdx.x, of x (n_tok, d); add, h: (rows, d).
+__device__ __forceinline__ void norm(float *x, const float *add, const u32 *pick, const float *w, float eps, float *h, int d) {
+    __shared__ float lanes[LANES], shared;
+    int t = threadIdx.x;
+    float *mine = x + (u64)(pick ? pick[blockIdx.x] : blockIdx.x) * d;
+    if (add) {
+        for (int i = t; i < d; i += blockDim.x) mine[i] = mine[i] + add[(u64)blockIdx.x * d + i];
+        __syncthreads();
+    }
+    if (t < LANES) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int i = t; i < d; i += LANES) sum = fmaf(mine[i], mine[i], sum);
+        lanes[t] = sum;
+    }
+    __syncthreads();
+    if (t == 0) shared = 1.0f / sqrtf(fold(lanes) / (float)d + eps);
+    __syncthreads();
+    float scale = shared;
+    for (int i = t; i < d; i += blockDim.x) h[(u64)blockIdx.x * d + i] = mine[i] * scale * w[i];
+}
+
+// f32 to f16, half to even: `f16::from_f32_const`.
+__device__ __forceinline__ u16 narrow(float x) {
+    u32 bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) {
+        u32 mantissa = magnitude & 0x007fffffu;
+        return (u16)(sign | 0x7c00u | (mantissa ? 0x0200u : 0u) | mantissa >> 13);
+    }
+    if (magnitude >= 0x47800000u) return (u16)(sign | 0x7c00u); // 2^16 and more
+    if (magnitude < 0x33000000u) return (u16)sign; // less than half of the smallest
+    // What is shifted out: 13 bits, and one more for each power of two below the smallest normal number.
+    int exponent = (int)(magnitude >> 23) - 112;
+    u32 mantissa = (magnitude & 0x007fffffu) | (exponent > 0 ? 0u : 0x00800000u);
+    int shift = exponent > 0 ? 13 : 14 - exponent;
+    u32 half = mantissa >> shift, rest = mantissa & ((1u << shift) - 1), middle = 1u << (shift - 1);
+    if (exponent > 0) half |= (u32)exponent << 10;
+    if (rest > middle || (rest == middle && (half & 1))) half++;
+    return (u16)(sign | half);
+}
+
+// Where a token stands: its position, and where the addresses of its sequence's blocks begin in the list of all.
+struct Place {
+    u32 first, pos;
+};
+
+// `rope` of simd/float.rs; q is scaled, too; keys and values go to their place in the cache as f16, and to `fresh` once more,
+// (2, n_tok, n_kv * d_head), for the host's own cache.
+//
+// A block takes one head (of queries, then keys, then values) of token blockIdx.y. q: (n_tok, n_head, d_head); k, v: (n_tok, n_kv,
+// d_head); cosine, sine: (n_tok, n_rot / 2). At `layer` in a block of the cache are keys (n_kv, d_head, 64), then values (n_kv,
+// 64, d_head).
+__device__ __forceinline__ void rotate(float *q, const float *k, const float *v, const float *cosine, const float *sine,
+                                       const Place *places, u8 *const *blocks, u64 layer, u16 *fresh, int n_tok, int n_head,
+                                       int n_kv, int d_head, int n_rot, float scale) {
+    int head = blockIdx.x, t = blockIdx.y;
+    bool query = head < n_head, value = head >= n_head + n_kv;
+    int kv = head - n_head - (value ? n_kv : 0);
+    u64 row = query ? ((u64)t * n_head + head) * d_head : ((u64)t * n_kv + kv) * d_head;
+    const float *from = (query ? q : value ? v : k) + row;
+    Place place = places[t];
+    u16 *plane = (u16 *)(blocks[place.first + place.pos / KV_BLOCK] + layer);
+    int pos = place.pos % KV_BLOCK;
+    for (int i = threadIdx.x; 2 * i < d_head; i += blockDim.x) {
+        float a = from[2 * i], b = 2 * i + 1 < d_head ? from[2 * i + 1] : 0.0f;
+        if (!value && 2 * i < n_rot) {
+            float c = cosine[(u64)t * (n_rot / 2) + i], s = sine[(u64)t * (n_rot / 2) + i], old = a;
+            a = a * c - b * s;
+            b = old * s + b * c;
+        }
+        float pair[2] = {a, b};
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int e = 2 * i + j;
+            if (e >= d_head) break;
+            if (query) {
+                q[row + e] = pair[j] * scale;
+                continue;
+            }
+            u16 narrowed = narrow(pair[j]);
+            fresh[(value ? (u64)n_tok * n_kv * d_head : 0) + row + e] = narrowed;
+            if (value)
+                plane[(u64)n_kv * d_head * KV_BLOCK + ((u64)kv * KV_BLOCK + pos) * d_head + e] = narrowed;
+            else
+                plane[((u64)kv * d_head + e) * KV_BLOCK + pos] = narrowed;
+        }
+    }
+}
+
+// p[t][h][i] = q[t][h] . k[i], a chain of additions for each key (`scores` of simd/float.rs). A block takes one block of the cache,
+// blockIdx.x, and the heads of one KV head of one token, blockIdx.y. p: (n_tok, n_head, room).
+__device__ __forceinline__ void scores(const float *q, const Place *places, u8 *const *blocks, u64 layer, float *p, int n_head,
+                                       int n_kv, int d_head, int room) {
+    int t = blockIdx.y / n_kv, kv = blockIdx.y % n_kv, group = n_head / n_kv;
+    int key = threadIdx.x % KV_BLOCK, first = blockIdx.x * KV_BLOCK;
+    Place place = places[t];
+    if (first > (int)place.pos) return;
+    const u16 *k = (const u16 *)(blocks[place.first + blockIdx.x] + layer) + (u64)kv * d_head * KV_BLOCK + key;
+    for (int h = threadIdx.x / KV_BLOCK; h < group; h += blockDim.x / KV_BLOCK) {
+        u64 head = (u64)t * n_head + kv * group + h;
+        const float *mine = q + head * d_head;
+        float sum = 0.0f;
+#pragma unroll 16
+        for (int d = 0; d < d_head; d++) sum = fmaf(mine[d], widen(k[d * KV_BLOCK]), sum);
+        p[head * room + first + key] = sum;
+    }
+}
+
+// out[t][h] = softmax(p[t][h]) . v, block by block of the cache (`softmax` and `values` of simd/float.rs). A block takes head
+// blockIdx.x of token blockIdx.y, a warp 32 of its elements: each warp makes the softmax for itself and waits for no other.
+__device__ __forceinline__ void attend(const float *p, const Place *places, u8 *const *blocks, u64 layer, float *out, int n_head,
+                                       int n_kv, int d_head, int room) {
+    __shared__ float shared[WARPS][KV_BLOCK];
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, t = blockIdx.y, kv = blockIdx.x / (n_head / n_kv);
+    u64 head = (u64)t * n_head + blockIdx.x;
+    Place place = places[t];
+    int seen = place.pos + 1;
+    float *weights = shared[warp];
+    for (int base = warp * WARP; base < d_head; base += WARPS * WARP) {
+        int e = base + lane < d_head ? base + lane : d_head - 1;
+        float most = __uint_as_float(0xff800000u), total = 0.0f, acc = 0.0f;
+        for (int first = 0; first < seen; first += KV_BLOCK) {
+            int n = seen - first < KV_BLOCK ? seen - first : KV_BLOCK;
+            const u16 *v = (const u16 *)(blocks[place.first + first / KV_BLOCK] + layer) + (u64)n_kv * d_head * KV_BLOCK +
+                           (u64)kv * KV_BLOCK * d_head + e;
+            const float *mine = p + head * room + first;
+            float low = lane < n ? mine[lane] : __uint_as_float(0xff800000u);
+            float high = lane + WARP < n ? mine[lane + WARP] : __uint_as_float(0xff800000u);
+            // A maximum is the same in any order; what is no number is none.
+            float max = low > most ? low : most;
+            max = high > max ? high : max;
+            for (int step = 1; step < WARP; step *= 2) {
+                float other = __shfl_xor_sync(ALL, max, step);
+                max = other > max ? other : max;
+            }
+            float keep = exp_(most - max);
+            low = exp_(low - max), high = exp_(high - max);
+            weights[lane] = low, weights[lane + WARP] = high;
+            // Lane i of 16 adds weights i, i + 16, i + 32, i + 48; then the tree.
+            float sum = 0.0f + low;
+            sum = sum + __shfl_down_sync(ALL, low, LANES);
+            sum = sum + high;
+            sum = sum + __shfl_down_sync(ALL, high, LANES);
+            for (int half = LANES / 2; half > 0; half /= 2) sum = sum + __shfl_down_sync(ALL, sum, half);
+            total = total * keep + __shfl_sync(ALL, sum, 0);
+            most = max;
+            acc = acc * keep;
+            __syncwarp();
+            if (n == KV_BLOCK) {
+#pragma unroll
+                for (int i = 0; i < KV_BLOCK; i++) acc = fmaf(weights[i], widen(v[(u64)i * d_head]), acc);
+            } else {
+                for (int i = 0; i < n; i++) acc = fmaf(weights[i], widen(v[(u64)i * d_head]), acc);
+            }
+            __syncwarp();
+        }
+        if (base + lane < d_head) out[head * d_head + e] = acc / total;
+    }
+}
+
+// A choice of the router: `Choice` of moe/router.rs.
+struct Choice {
+    u32 expert;
+    float weight;
+};
+
+// `weight` of moe/router.rs.
+__device__ __forceinline__ float likely(float logit, float max) {
+    return logit != logit || max == __uint_as_float(0xff800000u) ? 0.0f : exp_(logit - max);
+}
+
+// The choices of token blockIdx.x, (n_tok, n_used), as `route` of moe/router.rs makes them of logits that `dots` of quant/float.rs
+// makes. w: (n_expert, d); h: (n_tok, d).
+//
+// Where there is a table: its rows `token * n_used + rank`, from the addresses of the layer's experts, (n_expert, 3), which are 0
+// where one is not here; then the pass stops.
+__device__ __forceinline__ void route(const float *w, const float *h, Choice *choices, const u64 *experts, Row *table, int *stop,
+                                      int layer, int d, int n_expert, int n_used) {
+    const int EACH = 128 / LANES;
+    __shared__ float part[EACH][LANES], logits[MOST_EXPERTS];
+    int t = blockIdx.x, which = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const float *x = h + (u64)t * d;
+    for (int first = 0; first < n_expert; first += EACH) {
+        int e = first + which < n_expert ? first + which : n_expert - 1;
+        const float *row = w + (u64)e * d;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int i = lane; i < d; i += LANES) sum = fmaf(row[i], x[i], sum);
+        part[which][lane] = sum;
+        __syncthreads();
+        if (lane == 0 && first + which < n_expert) logits[first + which] = fold(part[which]);
+        __syncthreads();
+    }
+    if (threadIdx.x != 0) return;
+    float max = __uint_as_float(0xff800000u), total = 0.0f, sum = 0.0f;
+    for (int e = 0; e < n_expert; e++) max = logits[e] > max ? logits[e] : max;
+    for (int e = 0; e < n_expert; e++) total = total + likely(logits[e], max);
+    Choice *mine = choices + (u64)t * n_used;
+    u64 taken = 0;
+    for (int rank = 0; rank < n_used; rank++) {
+        int best = -1;
+        float weight = 0.0f;
+        for (int e = 0; e < n_expert; e++) {
+            float p = likely(logits[e], max);
+            if (!(taken >> e & 1) && (best < 0 || p > weight)) best = e, weight = p;
+        }
+        taken |= 1ull << best;
+        mine[rank].expert = best;
+        mine[rank].weight = weight / total;
+        sum = sum + mine[rank].weight;
+    }
+    for (int rank = 0; rank < n_used; rank++) {
+        mine[rank].weight = mine[rank].weight / sum;
+        if (!table) continue;
+        const u64 *at = experts + 3 * mine[rank].expert;
+        Row row = {(const u8 *)at[0], (const u8 *)at[1], (const u8 *)at[2], (u32)t, (u32)(t * n_used + rank)};
+        table[t * n_used + rank] = row;
+        if (!row.gate) *stop = layer; // All that write here write the same.
+    }
+}
+
+// x[t] += the sum of weight * row over the ranks, in their order (`add_scaled` of simd/float.rs), for token blockIdx.y. The row of
+// a choice is `home[token * n_used + rank]` of `rows (n, d)`, or just that number.
+__device__ __forceinline__ void combine(float *x, const Choice *choices, const float *rows, const u32 *home, int n_used, int d) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= d) return;
+    float y = x[(u64)blockIdx.y * d + i];
+    for (int rank = 0; rank < n_used; rank++) {
+        u64 at = (u64)blockIdx.y * n_used + rank;
+        y = y + choices[at].weight * rows[(home ? home[at] : at) * d + i];
+    }
+    x[(u64)blockIdx.y * d + i] = y;
+}
+
+// The kernels by name. Threads of a block: 128. `stop`, `layer`: see `stopped`.
+
+KERNEL(quantize_32, const float *x, Chunk *out, int n, int k, const int *stop, int layer) {
+    quantize<32>(x, out, n, k, stop, layer);
+}
+KERNEL(quantize_256, const float *x, Chunk *out, int n, int k, const int *stop, int layer) {
+    quantize<256>(x, out, n, k, stop, layer);
+}
 
 // gate = silu(gate) * up, both (n).
 KERNEL(silu_mul_all, float *gate, const float *up, u64 n) {
@@ -483,12 +761,45 @@ KERNEL(silu_mul_all, float *gate, const float *up, u64 n) {
         gate[i] = silu_mul(gate[i], up[i]);
 }
 
+// Floats come as their bits.
+KERNEL(norm_rows, float *x, const float *add, const u32 *pick, const float *w, u32 eps, float *h, int d, const int *stop) {
+    if (!stopped(stop, 0)) norm(x, add, pick, w, __uint_as_float(eps), h, d);
+}
+KERNEL(rotate_heads, float *q, const float *k, const float *v, const float *cosine, const float *sine, const Place *places,
+       u8 *const *blocks, u64 at, u16 *fresh, int n_tok, int n_head, int n_kv, int d_head, int n_rot, u32 scale,
+       const int *stop) {
+    if (stopped(stop, 0)) return;
+    rotate(q, k, v, cosine, sine, places, blocks, at, fresh, n_tok, n_head, n_kv, d_head, n_rot, __uint_as_float(scale));
+}
+KERNEL(score_keys, const float *q, const Place *places, u8 *const *blocks, u64 at, float *p, int n_head, int n_kv, int d_head,
+       int room, const int *stop) {
+    if (!stopped(stop, 0)) scores(q, places, blocks, at, p, n_head, n_kv, d_head, room);
+}
+KERNEL(attend_values, const float *p, const Place *places, u8 *const *blocks, u64 at, float *out, int n_head, int n_kv,
+       int d_head, int room, const int *stop) {
+    if (!stopped(stop, 0)) attend(p, places, blocks, at, out, n_head, n_kv, d_head, room);
+}
+KERNEL(route_tokens, const float *w, const float *h, Choice *choices, const u64 *experts, Row *table, int *stop, int layer, int d,
+       int n_expert, int n_used) {
+    // Its own layer does not count: another block of this kernel may have written it already.
+    if (!stopped(stop, layer)) route(w, h, choices, experts, table, stop, layer, d, n_expert, n_used);
+}
+KERNEL(combine_rows, float *x, const Choice *choices, const float *rows, const u32 *home, int n_used, int d, const int *stop) {
+    if (!stopped(stop, 0)) combine(x, choices, rows, home, n_used, d);
+}
+
 #define FORMAT(F)                                                                                                        \
-    KERNEL(expert_up_##F, const Row *table, const Chunk *x, float *inner, int n_tok, int d, int d_ff) {                  \
-        expert_up<F>(table, x, inner, n_tok, d, d_ff);                                                                   \
+    KERNEL(expert_up_##F, const Row *table, const Chunk *x, float *inner, int n_tok, int d, int d_ff, const int *stop,   \
+           int layer) {                                                                                                  \
+        expert_up<F>(table, x, inner, n_tok, d, d_ff, stop, layer);                                                      \
     }                                                                                                                    \
-    KERNEL(gemv_##F, const Row *table, const Chunk *x, float *out, int n_tok, int k, int m) {                            \
-        gemv<F>(table, x, out, n_tok, k, m);                                                                             \
+    KERNEL(gemv_##F, const Row *table, const Chunk *x, float *out, int n_tok, int k, int m, const int *stop,             \
+           int layer) {                                                                                                  \
+        gemv<F>(table, x, out, n_tok, k, m, stop, layer);                                                                \
+    }                                                                                                                    \
+    /* y[t] = w . x[t] for token t = blockIdx.y; y: (n_tok, m). */                                                       \
+    KERNEL(dense_##F, const u8 *w, const Chunk *x, float *y, int n_tok, int k, int m, const int *stop) {                 \
+        if (!stopped(stop, 0)) product<F>(w, x + blockIdx.y, y + (u64)blockIdx.y * m, n_tok, k, m);                      \
     }                                                                                                                    \
     KERNEL(gemm_##F, const u8 *w, const Chunk *x, const u32 *pick, int base, float *y, int n_tok, int n, int m, int k) { \
         gemm<F>(w, x, pick, base, y, n_tok, n, m, k);                                                                    \

@@ -40,6 +40,8 @@ pub mod q5_1;
 pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
+#[cfg(test)]
+pub(crate) mod random;
 pub mod recipe;
 pub mod search;
 

@@ -2,25 +2,9 @@
 
 use super::act::{Acts, CHUNK, Slots, quantize};
 use super::bits::{idot, unpack};
+use super::random::Random;
 use super::search::Plain;
 use super::*;
-
-/// xorshift: the same numbers on every machine.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    /// In -1.0..1.0.
-    fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-}
 
 /// Reads the records that tools/make_quant_vectors.py writes.
 struct Reader<'a>(&'a [u8]);

@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, sys};
 use cudarc::nvrtc::{self, CompileOptions};
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -244,13 +244,7 @@ impl Driver for Cuda {
     unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault> {
         self.here()?;
         let function = self.functions[kernel];
-        let mut args: Vec<*mut c_void> = args
-            .iter()
-            .map(|arg| match arg {
-                Arg::Long(x) => std::ptr::from_ref(x) as *mut c_void,
-                Arg::Int(x) => std::ptr::from_ref(x) as *mut c_void,
-            })
-            .collect();
+        let mut args = Arg::pointers(args);
         let [x, y] = grid;
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
         let launched = unsafe {

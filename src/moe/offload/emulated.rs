@@ -143,13 +143,7 @@ impl Driver for Emulated {
 
     unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault> {
         let name = CString::new(kernel).unwrap();
-        let mut args: Vec<*mut c_void> = args
-            .iter()
-            .map(|arg| match arg {
-                Arg::Long(x) => std::ptr::from_ref(x) as *mut c_void,
-                Arg::Int(x) => std::ptr::from_ref(x) as *mut c_void,
-            })
-            .collect();
+        let mut args = Arg::pointers(args);
         let reverse = c_int::from(self.reverse.load(Ordering::Relaxed));
         let launch = self.launch.lock().unwrap();
         let [x, y] = grid;

@@ -9,6 +9,7 @@ use crate::quant::Format;
 use crate::quant::act::{ActKind, Acts, CHUNK, Chunk};
 use bytemuck::{Pod, Zeroable};
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,6 +71,17 @@ pub(super) enum Arg {
     Long(u64),
     /// A number.
     Int(i32),
+}
+
+impl Arg {
+    /// Where the arguments are, as drivers want to know it: pointers to values that live as long as `args`.
+    pub(super) fn pointers(args: &[Arg]) -> Vec<*mut c_void> {
+        let pointer = |arg: &Arg| match arg {
+            Arg::Long(x) => std::ptr::from_ref(x) as *mut c_void,
+            Arg::Int(x) => std::ptr::from_ref(x) as *mut c_void,
+        };
+        args.iter().map(pointer).collect()
+    }
 }
 
 /// `Row` of offload.cu.

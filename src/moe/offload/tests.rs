@@ -9,27 +9,12 @@ use crate::moe::linear::{Input, Weight};
 use crate::moe::weights::Expert;
 use crate::moe::{Kv, KvType, Machine, Model, Ram, Run, Scratch, Want};
 use crate::quant::Format;
+use crate::quant::random::Random;
 use crate::quant::search::Plain;
 use memmap2::MmapMut;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-
-/// A sequence of numbers that looks random.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-}
 
 fn demo(threads: usize, ram: Ram) -> Model {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo-Q4_K_M.gguf");
