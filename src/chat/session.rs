@@ -146,6 +146,10 @@ impl Answer {
 struct Pass(Vec<Vec<Choice>>);
 
 impl Observer for Pass {
+    fn sees_rows(&self) -> bool {
+        false
+    }
+
     fn routed(&mut self, layer: usize, _: &[f32], choices: &[Choice]) {
         self.0[layer].extend_from_slice(choices);
     }
@@ -536,6 +540,10 @@ struct Watch<'a, F> {
 }
 
 impl<F: FnMut(Event) -> ControlFlow<()> + Send> Observer for Watch<'_, F> {
+    fn sees_rows(&self) -> bool {
+        false
+    }
+
     fn passed(&mut self, layer: usize) -> ControlFlow<()> {
         if layer + 1 == self.n_layer {
             return ControlFlow::Continue(());

@@ -2,6 +2,7 @@
 //! read once for all tokens that chose it, and no other expert is touched.
 
 use super::linear::{Input, Job, matmul};
+use super::offload::Absent;
 use super::router::{self, Choice};
 use super::store::{Chosen, Store};
 use super::weights::{Expert, Layer};
@@ -105,6 +106,43 @@ pub(super) fn experts(
                 .add_scaled(choices[slot].weight, &result[slot * d..][..d], x);
         }
     });
+    Ok(bytes)
+}
+
+/// Runs some experts of a layer over some tokens of `input`: `out (rows, d_model)` for those of each of `absent`, in their order.
+/// Returns the bytes of expert weights that were read.
+///
+/// # Errors
+/// If the store cannot read an expert.
+pub(super) fn some_experts(
+    machine: &Machine,
+    config: &Config,
+    store: &Store,
+    layer: usize,
+    input: &Input,
+    absent: &[Absent],
+    s: &mut ExpertScratch,
+    out: &mut [f32],
+) -> Result<u64> {
+    s.bucket.clear();
+    let mut rest = Vec::new();
+    for Absent { expert, pick } in absent {
+        let range = s.bucket.len()..s.bucket.len() + pick.len();
+        s.bucket.extend(pick);
+        let expert = *expert;
+        rest.push(Bucket { expert, range });
+    }
+    s.home.clear();
+    s.home.extend(0..s.bucket.len() as u32);
+    s.result.resize(out.len(), 0.0);
+    let mut bytes = 0;
+    while !rest.is_empty() {
+        for wave in waves(store.ready(layer, &mut rest)?) {
+            run_wave(machine, config, input, &wave, s, &mut |_, _| ());
+            bytes += wave.iter().map(|(_, e, _)| e.bytes()).sum::<u64>();
+        }
+    }
+    out.copy_from_slice(&s.result);
     Ok(bytes)
 }
 

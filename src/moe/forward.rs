@@ -1,11 +1,11 @@
 //! The spine: a batch of tokens through all layers.
 
 use super::attention::{Place, Rope, attend};
-use super::experts::{ExpertScratch, choose, experts};
+use super::experts::{ExpertScratch, choose, experts, some_experts};
 use super::kv::Kv;
 use super::linear::{Input, Job, matmul};
 use super::observe::{Observer, Site};
-use super::offload::Plan;
+use super::offload::{Absent, Ask, Back, Host, Plan, take_in};
 use super::router::{self, Choice};
 use super::store::Store;
 use super::weights::{Layer, Weights};
@@ -13,7 +13,7 @@ use super::{Config, Machine};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::quant::act::{CHUNK, Chunk};
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 /// A model that is ready to run.
 pub struct Model {
@@ -96,6 +96,8 @@ pub struct Scratch {
     ahead_h: Vec<f32>,
     ahead_input: Input,
     ahead_logits: Vec<f32>,
+    /// What comes back from a pass on a device.
+    back: Back,
     /// Bytes of weights that the calls so far have read.
     pub weight_bytes: u64,
 }
@@ -182,11 +184,7 @@ impl Model {
     /// Has a device compute with what it has memory for ([`super::offload`]): what every token reads, then the most popular
     /// experts. They come in the background.
     pub fn offload_to(&mut self, plan: Plan) {
-        let c = &self.config;
-        let even = c.n_used as f32 / c.n_expert as f32;
-        // Of the embedding a token reads one row.
-        let dense = self.weights.dense();
-        self.store.offload_to(plan, &dense[1..], even);
+        self.store.offload_to(plan, &self.config, &self.weights);
     }
 
     /// [`matmul`] of jobs with one input, with a device's help where there is one.
@@ -304,6 +302,9 @@ impl Model {
         s.all.clear();
         s.all.extend(0..n_tok as u32);
         self.embed(runs, s);
+        if !observer.sees_rows() && self.on_device(runs, s, observer)? {
+            return Ok(());
+        }
         s.weight_bytes += self.weights.dense_bytes() - self.store.dense_elsewhere();
         for (i, layer) in self.weights.layers.iter().enumerate() {
             for start in (0..n_tok).step_by(PART) {
@@ -320,6 +321,51 @@ impl Model {
         }
         self.head(runs, s, observer);
         Ok(())
+    }
+
+    /// The same on a device that has what every token reads. False where there is none, or it does not take this pass.
+    fn on_device(
+        &self,
+        runs: &mut [Run<'_>],
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<bool> {
+        let c = &self.config;
+        // What is read from the disk is foreseen by the CPU's way through the layers.
+        let offload = self.store.offload().filter(|_| !self.store.is_paged());
+        let Some(offload) = offload else {
+            return Ok(false);
+        };
+        let wanted = wanted(runs);
+        let ask = Ask {
+            config: c,
+            weights: &self.weights,
+            x: &s.x,
+            cos: &s.cos,
+            sin: &s.sin,
+            wanted: &wanted,
+        };
+        let mut help = Help {
+            model: self,
+            input: &mut s.input,
+            scratch: &mut s.experts,
+            observer,
+            read: 0,
+            failed: None,
+        };
+        match offload.pass(&ask, runs, &mut help, &mut s.back) {
+            None => return Ok(false),
+            Some(false) => return Err(help.failed.unwrap_or(Error::Interrupted)),
+            Some(true) => s.weight_bytes += help.read,
+        }
+        let chosen = s.back.choices().chunks_exact(s.all.len() * c.n_used);
+        for (i, choices) in chosen.enumerate() {
+            observer.routed(i, &[], choices);
+        }
+        take_in(c, runs, &s.back);
+        s.logits.clear();
+        s.logits.extend_from_slice(s.back.logits());
+        Ok(true)
     }
 
     /// `x += o · attend(q · norm(x), …)` for some tokens of the pass. Those before them have been through here.
@@ -492,6 +538,43 @@ impl Model {
             pick: &wanted,
             y: &mut s.logits,
         }]);
+    }
+}
+
+/// What the CPU does in a pass on a device.
+struct Help<'a> {
+    model: &'a Model,
+    input: &'a mut Input,
+    scratch: &'a mut ExpertScratch,
+    observer: &'a mut dyn Observer,
+    /// Bytes of weights that it has read.
+    read: u64,
+    /// Why it ended the pass.
+    failed: Option<Error>,
+}
+
+impl Host for Help<'_> {
+    fn experts(&mut self, layer: usize, h: &[f32], absent: &[Absent], out: &mut [f32]) -> bool {
+        let Model {
+            config,
+            weights,
+            store,
+            machine,
+            ..
+        } = self.model;
+        let its = |absent: &Absent| &weights.layers[layer].experts[absent.expert];
+        let used = absent.iter().flat_map(|a| [&its(a).gate, &its(a).up]);
+        self.input.prepare(machine, h, config.d_model, used);
+        let (input, scratch) = (&*self.input, &mut *self.scratch);
+        match some_experts(machine, config, store, layer, input, absent, scratch, out) {
+            Ok(read) => self.read += read,
+            Err(e) => self.failed = Some(e),
+        }
+        self.failed.is_none()
+    }
+
+    fn passed(&mut self, layer: usize) -> ControlFlow<()> {
+        self.observer.passed(layer)
     }
 }
 

@@ -14,6 +14,7 @@ use bytemuck::Zeroable;
 use half::f16;
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Element type of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,6 +174,9 @@ pub struct Kv {
     len: usize,
     /// `layers[layer][block]`
     layers: Vec<Vec<Block>>,
+    /// How many of the first positions a device that knows this cache by this pointer has as they are here. Only tokens of one
+    /// model may enter a cache, so there is one such device at most ([`super::offload`]).
+    mirror: Arc<AtomicUsize>,
 }
 
 /// Keys and values of one layer and block, perhaps of several caches: whoever writes gets a copy of its own.
@@ -189,6 +193,7 @@ impl Kv {
             limit,
             len: 0,
             layers,
+            mirror: Arc::default(),
         }
     }
 
@@ -215,6 +220,17 @@ impl Kv {
     /// Forgets all tokens from position `len` on; memory is kept for what comes next.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+        self.changed(self.len);
+    }
+
+    /// Positions from `pos` on are not what they were.
+    fn changed(&mut self, pos: usize) {
+        self.mirror.fetch_min(pos, Ordering::Relaxed);
+    }
+
+    /// Where a device notes how many of the first positions it has.
+    pub(super) fn mirror(&self) -> &Arc<AtomicUsize> {
+        &self.mirror
     }
 
     /// A cache that holds the first `len` tokens of this one. It shares their blocks, so that it takes no
@@ -226,6 +242,7 @@ impl Kv {
         Kv {
             len,
             layers: self.layers.iter().map(share).collect(),
+            mirror: Arc::default(),
             ..*self
         }
     }
@@ -288,11 +305,31 @@ impl Kv {
 
     /// Stores one token's keys and values, each `(n_kv, d_head)`, at a reserved position.
     pub(super) fn write(&mut self, layer: usize, pos: usize, k: &[f32], v: &[f32]) {
+        self.changed(pos);
         let (keys, values) = Arc::make_mut(&mut self.layers[layer][pos / KV_BLOCK]);
         for head in 0..self.n_kv {
             let (from, pos) = (head * self.d_head..(head + 1) * self.d_head, pos % KV_BLOCK);
             keys.write(What::Keys, head, pos, &k[from.clone()]);
             values.write(What::Values, head, pos, &v[from]);
+        }
+    }
+
+    /// Stores what a device has computed and keeps, too: one token's keys and values, each `(n_kv, d_head)`, at a reserved
+    /// position of a cache of f16.
+    pub(super) fn take_in(&mut self, layer: usize, pos: usize, k: &[f16], v: &[f16]) {
+        let d = self.d_head;
+        let (Plane::F16(keys), Plane::F16(values)) =
+            Arc::make_mut(&mut self.layers[layer][pos / KV_BLOCK])
+        else {
+            unreachable!("devices keep caches of f16 only")
+        };
+        let pos = pos % KV_BLOCK;
+        for (head, (k, v)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
+            let plane = head * d * KV_BLOCK;
+            for (to, k) in keys[plane + pos..].iter_mut().step_by(KV_BLOCK).zip(k) {
+                *to = *k;
+            }
+            values[plane + pos * d..][..d].copy_from_slice(v);
         }
     }
 
@@ -303,6 +340,7 @@ impl Kv {
 
     /// A reserved block of a layer.
     pub(super) fn block_mut(&mut self, layer: usize, block: usize) -> &mut (Plane, Plane) {
+        self.changed(block * KV_BLOCK);
         Arc::make_mut(&mut self.layers[layer][block])
     }
 

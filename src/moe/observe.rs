@@ -32,6 +32,12 @@ pub enum Site {
 /// Somebody who looks on ([`super::Model::observe`]). What is shown are the same bits on every CPU tier and for
 /// every number of threads; the rows of a site come in the order of the tokens.
 pub trait Observer: Send {
+    /// Whether it looks at rows. Who does not may be shown none of them, neither as inputs nor with the choices: then a pass may
+    /// stay on a GPU, where nobody sees them.
+    fn sees_rows(&self) -> bool {
+        true
+    }
+
     /// Rows `(n, n_in)`, floats as they were before any quantization, go through the matrices of `site`.
     fn input(&mut self, _site: Site, _rows: &[f32]) {}
 
@@ -49,4 +55,8 @@ pub trait Observer: Send {
 }
 
 /// Nobody looks on.
-impl Observer for () {}
+impl Observer for () {
+    fn sees_rows(&self) -> bool {
+        false
+    }
+}

@@ -499,36 +499,29 @@ __device__ __forceinline__ void gemm(const u8 *w, const Chunk *x, const u32 *pic
 #define KV_BLOCK 64
 #define MOST_EXPERTS 64
 
-// The sum of 16 lanes in the fixed tree of `fold` (quant/float.rs); s: in shared memory, one thread.
-__device__ __forceinline__ float fold(const float *lanes) {
-    float s[LANES];
-#pragma unroll
-    for (int i = 0; i < LANES; i++) s[i] = lanes[i];
-#pragma unroll
-    for (int half = LANES / 2; half > 0; half /= 2)
-#pragma unroll
-        for (int i = 0; i < half; i++) s[i] = s[i] + s[i + half];
-    return s[0];
+// The sum of 16 neighbouring lanes in the fixed tree of `fold` (quant/float.rs), in the first of them. For whole warps.
+__device__ __forceinline__ float fold(float mine) {
+    for (int half = LANES / 2; half > 0; half /= 2) mine = mine + __shfl_down_sync(ALL, mine, half);
+    return mine;
 }
 
 // x += add, where there is something to add, and h = norm(x) * w (`add` and `rms_norm` of simd/float.rs). A block takes row
 // `pick[blockIdx.x]`, or blockIdx.x, of x (n_tok, d); add, h: (rows, d).
 __device__ __forceinline__ void norm(float *x, const float *add, const u32 *pick, const float *w, float eps, float *h, int d) {
-    __shared__ float lanes[LANES], shared;
+    __shared__ float shared;
     int t = threadIdx.x;
     float *mine = x + (u64)(pick ? pick[blockIdx.x] : blockIdx.x) * d;
     if (add) {
         for (int i = t; i < d; i += blockDim.x) mine[i] = mine[i] + add[(u64)blockIdx.x * d + i];
         __syncthreads();
     }
-    if (t < LANES) {
+    if (t < WARP) {
         float sum = 0.0f;
 #pragma unroll 8
-        for (int i = t; i < d; i += LANES) sum = fmaf(mine[i], mine[i], sum);
-        lanes[t] = sum;
+        for (int i = t; t < LANES && i < d; i += LANES) sum = fmaf(mine[i], mine[i], sum);
+        sum = fold(sum);
+        if (t == 0) shared = 1.0f / sqrtf(sum / (float)d + eps);
     }
-    __syncthreads();
-    if (t == 0) shared = 1.0f / sqrtf(fold(lanes) / (float)d + eps);
     __syncthreads();
     float scale = shared;
     for (int i = t; i < d; i += blockDim.x) h[(u64)blockIdx.x * d + i] = mine[i] * scale * w[i];
@@ -655,8 +648,7 @@ __device__ __forceinline__ void attend(const float *p, const Place *places, u8 *
             sum = sum + __shfl_down_sync(ALL, low, LANES);
             sum = sum + high;
             sum = sum + __shfl_down_sync(ALL, high, LANES);
-            for (int half = LANES / 2; half > 0; half /= 2) sum = sum + __shfl_down_sync(ALL, sum, half);
-            total = total * keep + __shfl_sync(ALL, sum, 0);
+            total = total * keep + __shfl_sync(ALL, fold(sum), 0);
             most = max;
             acc = acc * keep;
             __syncwarp();
@@ -691,7 +683,7 @@ __device__ __forceinline__ float likely(float logit, float max) {
 __device__ __forceinline__ void route(const float *w, const float *h, Choice *choices, const u64 *experts, Row *table, int *stop,
                                       int layer, int d, int n_expert, int n_used) {
     const int EACH = 128 / LANES;
-    __shared__ float part[EACH][LANES], logits[MOST_EXPERTS];
+    __shared__ float logits[MOST_EXPERTS];
     int t = blockIdx.x, which = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const float *x = h + (u64)t * d;
     for (int first = 0; first < n_expert; first += EACH) {
@@ -700,11 +692,10 @@ __device__ __forceinline__ void route(const float *w, const float *h, Choice *ch
         float sum = 0.0f;
 #pragma unroll 8
         for (int i = lane; i < d; i += LANES) sum = fmaf(row[i], x[i], sum);
-        part[which][lane] = sum;
-        __syncthreads();
-        if (lane == 0 && first + which < n_expert) logits[first + which] = fold(part[which]);
-        __syncthreads();
+        sum = fold(sum);
+        if (lane == 0 && first + which < n_expert) logits[first + which] = sum;
     }
+    __syncthreads();
     if (threadIdx.x != 0) return;
     float max = __uint_as_float(0xff800000u), total = 0.0f, sum = 0.0f;
     for (int e = 0; e < n_expert; e++) max = logits[e] > max ? logits[e] : max;

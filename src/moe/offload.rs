@@ -6,6 +6,9 @@
 //! on the CPU, in the order of the ranks. Weights move only in the background, while nobody waits for them, and are used
 //! from the pass on that follows their arrival; which ones, `offload/placement.rs` says.
 //!
+//! A device that has all that every token reads, and room for keys and values, takes whole passes (`offload/whole.rs`): what goes up
+//! are the tokens, what comes back are logits and the new keys and values, and the CPU is asked for the experts that are not there.
+//!
 //! [`Device`] is all that is known of a device. `offload/gpu.rs` says in which order kernels run on one with CUDA, over the
 //! few calls of a driver; `offload/cuda.rs` (feature `cuda`) makes those calls. `offload/software.rs` is a device for tests.
 //!
@@ -19,6 +22,8 @@ pub mod cuda;
 mod emulated;
 #[cfg(any(all(test, unix), feature = "cuda"))]
 mod gpu;
+#[cfg(any(all(test, unix), feature = "cuda"))]
+mod layers;
 #[cfg(all(test, unix))]
 mod nvrtc;
 mod placement;
@@ -26,14 +31,20 @@ mod placement;
 mod software;
 #[cfg(all(test, unix))]
 mod tests;
+mod whole;
 
-use super::Machine;
 use super::linear::{Input, Job, Weight, matmul};
+use super::router::Choice;
 use super::store::Chosen;
-use super::weights::Expert;
+use super::weights::{Expert, Weights};
+use super::{Config, Machine};
+use half::f16;
 use placement::{Placement, Step, Where};
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use whole::Whole;
+pub(super) use whole::{Ask, take_in};
 
 /// Why a device did not do something.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +133,137 @@ pub trait Device: Send {
     /// # Errors
     /// If it is lost.
     fn finish(&mut self, out: &mut [f32]) -> Result<(), Fault>;
+
+    /// Bytes that it takes besides to run passes of usual length through all layers of such a model; nothing if it cannot.
+    fn whole(&self, config: &Config) -> Option<u64>;
+
+    /// Writes into a slot, and returns when `bytes` are not needed any more; work that is begun later finds them there.
+    ///
+    /// # Errors
+    /// If it is lost.
+    fn put(&mut self, slot: usize, at: u64, bytes: &[u8]) -> Result<(), Fault>;
+
+    /// Runs tokens through all layers. False if the host has ended that.
+    ///
+    /// # Errors
+    /// [`Fault::Full`] if there is no memory for the rows; if it is lost. Nothing but what the pass itself would have written
+    /// is changed then.
+    fn pass(
+        &mut self,
+        pass: &Pass<'_>,
+        host: &mut dyn Host,
+        back: &mut Back,
+    ) -> Result<bool, Fault>;
+}
+
+/// Tokens on their way through all layers.
+pub struct Pass<'a> {
+    /// The model's shape …
+    pub config: &'a Config,
+    /// … and weights, as the file has them.
+    pub weights: &'a Weights,
+    /// Where each layer's are.
+    pub layers: &'a [Slots],
+    /// The slot of the head.
+    pub head: usize,
+    /// The slot of norms and routers as floats: [`small_at`].
+    pub small: usize,
+    /// The residual stream, `(n_tok, d_model)`.
+    pub x: &'a [f32],
+    /// RoPE's angles, `(n_tok, n_rot / 2)` …
+    pub cos: &'a [f32],
+    /// … each.
+    pub sin: &'a [f32],
+    /// Where each token stands.
+    pub seats: &'a [Seat],
+    /// Slots of the caches' blocks, those of a sequence one behind the other.
+    pub blocks: &'a [usize],
+    /// Tokens whose logits are wanted.
+    pub wanted: &'a [u32],
+}
+
+/// The slots of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slots {
+    /// Query, key and value projections, attention output.
+    pub attention: [usize; 4],
+    /// Experts; nothing for one that is not there.
+    pub experts: Vec<Option<usize>>,
+}
+
+/// Where a token stands in a pass. A block of the cache holds, for each layer, keys `(n_kv, d_head, 64)` and values `(n_kv, 64,
+/// d_head)` as f16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Seat {
+    /// Where its sequence's blocks begin in [`Pass::blocks`].
+    pub first: u32,
+    /// Its position.
+    pub pos: u32,
+}
+
+/// Where a layer's norms of attention and of the feed-forward part, `(d_model)`, and its router, `(n_expert, d_model)`, lie among
+/// the floats of norms and routers; behind those of the last layer, the final norm.
+pub fn small_at(config: &Config, layer: usize) -> [usize; 3] {
+    let d = config.d_model;
+    let first = layer * (2 + config.n_expert) * d;
+    [first, first + d, first + 2 * d]
+}
+
+/// Tokens of an expert that the device has not.
+pub struct Absent {
+    /// Which.
+    pub expert: usize,
+    /// The tokens.
+    pub pick: Vec<u32>,
+}
+
+/// Who does what a device cannot, while tokens are there.
+pub trait Host {
+    /// Runs experts of a layer: `h (n_tok, d_model)`, normalised; `out`: a row for each token of each of `absent`, in their
+    /// order. False if it cannot, which ends the pass.
+    fn experts(&mut self, layer: usize, h: &[f32], absent: &[Absent], out: &mut [f32]) -> bool;
+
+    /// All tokens have gone through `layer`; called for each, in their order. `Break` ends the pass.
+    fn passed(&mut self, layer: usize) -> ControlFlow<()>;
+}
+
+/// What comes back from a pass.
+#[derive(Default)]
+pub struct Back {
+    words: Vec<f32>,
+    /// Words of keys and values, and of choices.
+    parts: [usize; 2],
+}
+
+impl Back {
+    /// Makes room for what comes back from `n_tok` tokens and `wanted` rows of logits. Returns it as a device writes it:
+    /// [`Back::fresh`], [`Back::choices`], [`Back::logits`].
+    pub fn room(&mut self, c: &Config, n_tok: usize, wanted: usize) -> &mut [f32] {
+        // Two f16 a word, keys and values; two words a choice.
+        self.parts = [
+            c.n_layer * n_tok * c.n_kv * c.d_head,
+            2 * c.n_layer * n_tok * c.n_used,
+        ];
+        let all = self.parts.iter().sum::<usize>() + wanted * c.n_vocab;
+        self.words.resize(all, 0.0);
+        &mut self.words
+    }
+
+    /// The tokens' keys and values, `(n_layer, 2, n_tok, n_kv · d_head)`.
+    pub fn fresh(&self) -> &[f16] {
+        bytemuck::cast_slice(&self.words[..self.parts[0]])
+    }
+
+    /// What the router chose, `(n_layer, n_tok, n_used)`.
+    pub fn choices(&self) -> &[Choice] {
+        bytemuck::cast_slice(&self.words[self.parts[0]..][..self.parts[1]])
+    }
+
+    /// `(wanted, n_vocab)`
+    pub fn logits(&self) -> &[f32] {
+        &self.words[self.parts[0] + self.parts[1]..]
+    }
 }
 
 /// Most numbers that a product brings back: the logits of 512 tokens. What all tokens of a long text are to be
@@ -190,13 +332,24 @@ pub(super) struct Offload {
 }
 
 struct State {
-    /// Nothing, once it is lost.
+    /// Nothing, once it is lost, and while a whole pass has it.
     device: Option<Box<dyn Device>>,
+    /// A whole pass has it.
+    lent: bool,
+    /// Whole passes, if the device takes them.
+    whole: Option<Whole>,
     /// What every token reads, by the address of its bytes.
     dense: HashMap<usize, Dense>,
     placement: Placement,
     choices: u64,
     there: u64,
+}
+
+impl State {
+    /// The device is not lost.
+    fn alive(&self) -> bool {
+        self.device.is_some() || self.lent
+    }
 }
 
 /// A matrix that every token reads.
@@ -233,14 +386,12 @@ fn leave_out_others(bytes: &mut [Option<u64>], experts: &[Arc<Expert>]) {
 }
 
 impl Offload {
-    /// Begins to bring weights to the device: those of `dense` in their order, as far as there is room, then experts. `even`: the
-    /// share of tokens that take an expert, where nothing is known.
+    /// Begins to bring weights to the device: what every token reads, as far as there is room, then experts.
     pub(super) fn new(
         plan: Plan,
-        dense: &[&Weight],
+        config: &Config,
+        weights: &Weights,
         experts: Vec<Arc<Expert>>,
-        n_expert: usize,
-        even: f32,
     ) -> Offload {
         let Plan {
             mut device,
@@ -248,15 +399,21 @@ impl Offload {
             shares,
             tell,
         } = plan;
-        let expert = experts.first();
-        let scratch = expert.map_or(0, |e| device.scratch(e.gate.n_in, e.gate.n_out));
+        let n_expert = config.n_expert;
+        let scratch = device.scratch(config.d_model, config.d_ff);
         let free = device.free();
-        let room = free.clone().unwrap_or(0).min(memory);
         let mut bytes: Vec<_> = experts.iter().map(|e| device.bytes(&e.weights())).collect();
         let layers = bytes.chunks_mut(n_expert).zip(experts.chunks(n_expert));
         layers.for_each(|(bytes, experts)| leave_out_others(bytes, experts));
+        let even = config.n_used as f32 / n_expert as f32;
         let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
-        let room = room.saturating_sub(scratch);
+        // Of the embedding a token reads one row.
+        let all = weights.dense();
+        let dense = &all[1..];
+        let mut room = free.clone().unwrap_or(0).min(memory);
+        room = room.saturating_sub(scratch);
+        let whole = Whole::plan(&*device, config, weights, &bytes, room);
+        let room = room - whole.as_ref().map_or(0, Whole::set_aside);
         let offload = Offload {
             n_expert,
             experts,
@@ -264,6 +421,8 @@ impl Offload {
             turn: Mutex::new(()),
             state: Mutex::new(State {
                 device: Some(device),
+                lent: false,
+                whole,
                 dense: HashMap::new(),
                 placement: Placement::new(n_expert, bytes, shares, room),
                 choices: 0,
@@ -273,6 +432,7 @@ impl Offload {
         let mut state = offload.lock();
         match free {
             Ok(_) => {
+                offload.bring_small(&mut state, config, weights);
                 offload.bring_dense(&mut state, dense);
                 offload.bring(&mut state);
             }
@@ -482,6 +642,7 @@ impl Offload {
             }
             Fault::Lost(why) => {
                 state.device = None;
+                state.whole = None;
                 (self.tell)(format!("the GPU is lost, the CPU goes on alone: {why}"));
             }
         }
@@ -499,16 +660,13 @@ impl Offload {
     pub(super) fn holds(&self, layer: usize, expert: usize) -> bool {
         let state = self.lock();
         let place = state.placement.place(layer * self.n_expert + expert);
-        state.device.is_some() && matches!(place, Where::Here(_))
+        state.alive() && matches!(place, Where::Here(_))
     }
 
     /// Bytes of the file that every token reads, and that the device reads.
     pub(super) fn dense(&self) -> u64 {
         let state = self.lock();
-        let here = state
-            .dense
-            .values()
-            .filter(|d| d.here && state.device.is_some());
+        let here = state.dense.values().filter(|d| d.here && state.alive());
         here.map(|d| d.in_file).sum()
     }
 
@@ -516,7 +674,7 @@ impl Offload {
     pub(super) fn held(&self) -> Held {
         let state = self.lock();
         let (here, _) = state.placement.here();
-        let lost = state.device.is_none();
+        let lost = !state.alive();
         let here_too = state.dense.values().filter(|d| d.here && !lost);
         let dense = here_too.map(|d| d.bytes).sum();
         let slots: u64 = state.dense.values().map(|d| d.bytes).sum();

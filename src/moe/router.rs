@@ -5,7 +5,8 @@ use super::linear::{Input, Job, Weight, matmul};
 use crate::simd::float::exp;
 
 /// One of a token's experts.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
 pub struct Choice {
     /// The expert.
     pub expert: u32,

@@ -13,6 +13,10 @@ pub struct Routes {
 }
 
 impl Observer for Routes {
+    fn sees_rows(&self) -> bool {
+        false
+    }
+
     fn routed(&mut self, layer: usize, _: &[f32], choices: &[Choice]) {
         let counts = &mut self.counts[layer * self.n_expert..][..self.n_expert];
         for choice in choices {

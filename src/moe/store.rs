@@ -13,7 +13,6 @@ mod popularity;
 mod reads;
 
 use super::Config;
-use super::linear::Weight;
 use super::offload::{Held, Offload, Plan};
 use super::weights::{Expert, Weights};
 use crate::error::{Error, Result};
@@ -271,11 +270,11 @@ impl Store {
         }
     }
 
-    /// Has a device compute with what it has memory for: `dense` first, then experts; they come in the background. `even`: the
-    /// share of tokens that take an expert, where nothing is known.
-    pub(super) fn offload_to(&mut self, plan: Plan, dense: &[&Weight], even: f32) {
+    /// Has a device compute with what it has memory for: what every token reads first, then experts; they come in the
+    /// background.
+    pub(super) fn offload_to(&mut self, plan: Plan, config: &Config, weights: &Weights) {
         let experts = self.experts.clone();
-        self.offload = Some(Offload::new(plan, dense, experts, self.n_expert, even));
+        self.offload = Some(Offload::new(plan, config, weights, experts));
     }
 
     /// The device.

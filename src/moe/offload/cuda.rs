@@ -51,7 +51,13 @@ struct Cuda {
     /// What is allocated.
     memory: Mutex<HashSet<u64>>,
     staging: Mutex<Staging>,
+    /// What was recorded; nothing, once it is forgotten.
+    graphs: Mutex<Vec<Option<Graph>>>,
 }
+
+/// A record, and what it became to be run.
+#[derive(Clone, Copy)]
+struct Graph(sys::CUgraph, sys::CUgraphExec);
 
 /// Two pinned buffers by turns: one is filled while the other is on its way.
 struct Staging {
@@ -132,6 +138,7 @@ impl Cuda {
                 compute: stream().map_err(failed("making a stream"))?,
                 memory: Mutex::default(),
                 staging: Mutex::new(staging),
+                graphs: Mutex::default(),
                 context,
             })
         }
@@ -260,6 +267,55 @@ impl Driver for Cuda {
         launched.map_err(lost("starting a kernel"))
     }
 
+    fn record(&self) -> Result<(), Fault> {
+        self.here()?;
+        // Of this thread alone: weights are copied by another one meanwhile, in a stream of their own.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as this.
+        let begun = unsafe { stream::begin_capture(self.compute, mode) };
+        begun.map_err(lost("recording kernels"))
+    }
+
+    fn recorded(&self) -> Result<u64, Fault> {
+        self.here()?;
+        let failed = lost("recording kernels");
+        // SAFETY: the capture was begun in `record`; what it gave is destroyed once, here or in `release`.
+        let graph = unsafe {
+            let graph = stream::end_capture(self.compute).map_err(&failed)?;
+            if graph.is_null() {
+                return Err(Fault::Lost("recording kernels: nothing came of it".into()));
+            }
+            match result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) {
+                Ok(exec) => Graph(graph, exec),
+                Err(e) => {
+                    let _ = result::graph::destroy(graph);
+                    return Err(failed(e));
+                }
+            }
+        };
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        graphs.push(Some(graph));
+        Ok(graphs.len() as u64 - 1)
+    }
+
+    fn replay(&self, graph: u64) -> Result<(), Fault> {
+        self.here()?;
+        let graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Graph(_, exec) = graphs[graph as usize].expect("it is not forgotten");
+        // SAFETY: it was made in `recorded` and not destroyed since; what its kernels read and write is the promise of whoever
+        // recorded it.
+        let launched = unsafe { result::graph::launch(exec, self.compute) };
+        launched.map_err(lost("starting kernels"))
+    }
+
+    fn forget(&self, graph: u64) {
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        let graph = graphs[graph as usize].take();
+        if let Some(graph) = graph.filter(|_| self.here().is_ok()) {
+            release(graph);
+        }
+    }
+
     fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault> {
         self.here()?;
         // SAFETY: the memory is this driver's; `out` is not touched until the stream has come to its end.
@@ -296,6 +352,15 @@ impl Driver for Cuda {
     }
 }
 
+/// Destroys a record that nobody has any more; one that runs goes on to its end.
+fn release(Graph(graph, exec): Graph) {
+    // SAFETY: both were made in `recorded`, and whoever calls this has taken them out of the list.
+    unsafe {
+        let _ = result::graph::exec_destroy(exec);
+        let _ = result::graph::destroy(graph);
+    }
+}
+
 impl Drop for Cuda {
     fn drop(&mut self) {
         if self.here().is_err() {
@@ -309,6 +374,11 @@ impl Drop for Cuda {
             .memory
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner);
+        let graphs = self
+            .graphs
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        graphs.drain(..).flatten().for_each(release);
         // SAFETY: nobody else has the driver any more; everything was made in `open` or `alloc` and is freed once. What a
         // device that is lost says to this is of no use to anybody.
         unsafe {

@@ -35,7 +35,17 @@ pub(super) struct Emulated {
     pub(super) reverse: AtomicBool,
     /// Bytes that may be taken.
     pub(super) room: AtomicUsize,
+    /// Calls until it is lost.
+    pub(super) lives: AtomicUsize,
+    /// What is being recorded, and what was.
+    recording: Mutex<Option<Graph>>,
+    graphs: Mutex<Vec<Option<Graph>>>,
+    /// Records that were replayed.
+    pub(super) replays: AtomicUsize,
 }
+
+/// Launches: kernel, grid, arguments.
+type Graph = Vec<(String, [u32; 2], Vec<Arg>)>;
 
 /// Compiles the kernels; nothing where there is no C++ compiler, which is said.
 fn compiled(tensor_cores: bool) -> Option<Mutex<Launch>> {
@@ -89,7 +99,24 @@ impl Emulated {
             memory: Mutex::default(),
             reverse: AtomicBool::new(false),
             room: AtomicUsize::new(usize::MAX),
+            lives: AtomicUsize::new(usize::MAX),
+            recording: Mutex::default(),
+            graphs: Mutex::default(),
+            replays: AtomicUsize::new(0),
         })
+    }
+
+    /// Records that are kept.
+    pub(super) fn records(&self) -> usize {
+        self.graphs.lock().unwrap().iter().flatten().count()
+    }
+
+    /// Every call begins so.
+    fn call(&self) -> Result<(), Fault> {
+        let (get, set) = (Ordering::Relaxed, Ordering::Relaxed);
+        let left = self.lives.fetch_update(set, get, |n| n.checked_sub(1));
+        let gone = |_| Fault::Lost("the test took it away".into());
+        left.map(|_| ()).map_err(gone)
     }
 
     /// The memory behind an address: what it belongs to must have `len` bytes from there on.
@@ -133,6 +160,8 @@ impl Driver for Emulated {
     }
 
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Fault> {
+        self.call()?;
+        assert!(self.recording.lock().unwrap().is_none());
         // SAFETY: `inside` looked; kernels, which could read it, run in `launch` only.
         unsafe {
             let to = self.inside(at, bytes.len());
@@ -142,6 +171,11 @@ impl Driver for Emulated {
     }
 
     unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault> {
+        self.call()?;
+        if let Some(graph) = &mut *self.recording.lock().unwrap() {
+            graph.push((kernel.to_string(), grid, args.to_vec()));
+            return Ok(());
+        }
         let name = CString::new(kernel).unwrap();
         let mut args = Arg::pointers(args);
         let reverse = c_int::from(self.reverse.load(Ordering::Relaxed));
@@ -153,7 +187,41 @@ impl Driver for Emulated {
         Ok(())
     }
 
+    fn record(&self) -> Result<(), Fault> {
+        self.call()?;
+        let before = self.recording.lock().unwrap().replace(Graph::new());
+        assert!(before.is_none());
+        Ok(())
+    }
+
+    fn recorded(&self) -> Result<u64, Fault> {
+        // What has begun ends in any case.
+        let graph = self.recording.lock().unwrap().take();
+        self.call()?;
+        let mut graphs = self.graphs.lock().unwrap();
+        graphs.push(Some(graph.expect("it was begun")));
+        Ok(graphs.len() as u64 - 1)
+    }
+
+    fn replay(&self, graph: u64) -> Result<(), Fault> {
+        self.call()?;
+        let graph = self.graphs.lock().unwrap()[graph as usize].clone();
+        for (kernel, grid, args) in graph.expect("it is not forgotten") {
+            // SAFETY: the promise that was made when it was recorded.
+            unsafe { self.launch(&kernel, grid, &args)? };
+        }
+        self.replays.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn forget(&self, graph: u64) {
+        let forgotten = self.graphs.lock().unwrap()[graph as usize].take();
+        assert!(forgotten.is_some());
+    }
+
     fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.call()?;
+        assert!(self.recording.lock().unwrap().is_none());
         // SAFETY: `inside` looked.
         unsafe {
             let from = self.inside(at, out.len());

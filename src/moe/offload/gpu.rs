@@ -1,7 +1,9 @@
 //! A device with CUDA's kernels (`offload.cu`): where its buffers are, and which kernels run in which order.
 
-use super::{Device, Fault, MOST_OUT, Product, Share};
+use super::layers::Lasting;
+use super::{Back, Device, Fault, Host, MOST_OUT, Pass, Product, Share};
 use crate::gguf::Bytes;
+use crate::moe::Config;
 use crate::moe::linear::{Input, Weight};
 use crate::moe::weights::Expert;
 use crate::pool::apart;
@@ -24,15 +26,15 @@ pub(super) const THREADS: u32 = 128;
 
 /// Experts with fewer tokens than this go token by token, which reads their weights for each (from the device's cache after the
 /// first), others tile by tile.
-const FEW: usize = 8;
+pub(super) const FEW: usize = 8;
 /// Rows that go through the device's buffers together.
-const WAVE: usize = 1024;
+pub(super) const WAVE: usize = 1024;
 /// Matrices of a slot begin at multiples of this.
-const ALIGN: usize = 256;
+pub(super) const ALIGN: usize = 256;
 /// Outputs of a block: rows of `expert_up` and `gemv`, rows and tokens of `gemm`, chunks of `quantize`.
-const ROWS: usize = 16;
-const TILE: usize = 64;
-const CHUNKS: usize = 4;
+pub(super) const ROWS: usize = 16;
+pub(super) const TILE: usize = 64;
+pub(super) const CHUNKS: usize = 4;
 
 /// The calls that a device takes. Those that return at once happen in the order in which they were made.
 pub(super) trait Driver: Send + Sync + 'static {
@@ -59,6 +61,18 @@ pub(super) trait Driver: Send + Sync + 'static {
 
     /// Copies from the device, after everything before.
     fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault>;
+
+    /// Launches of this thread are noted from now on and not done, until `recorded`.
+    fn record(&self) -> Result<(), Fault>;
+
+    /// Ends what `record` began. Returns what it was, for `replay`.
+    fn recorded(&self) -> Result<u64, Fault>;
+
+    /// Does what was recorded, with the same arguments and whatever the memory holds now.
+    fn replay(&self, graph: u64) -> Result<(), Fault>;
+
+    /// Lets a record go that is not used any more.
+    fn forget(&self, graph: u64);
 
     /// Copies to the device beside all of the above, which go on meanwhile, and waits for it. Called from a thread of its own.
     fn stage(&self, at: u64, bytes: &[u8]) -> Result<(), Fault>;
@@ -87,7 +101,7 @@ impl Arg {
 /// `Row` of offload.cu.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Row {
+pub(super) struct Row {
     gate: u64,
     up: u64,
     down: u64,
@@ -96,13 +110,15 @@ struct Row {
 }
 
 /// A device of some driver.
-pub(super) struct Gpu<D> {
-    driver: Arc<D>,
+pub(super) struct Gpu<D: Driver> {
+    pub(super) driver: Arc<D>,
     slots: HashMap<usize, Slot>,
     next: usize,
-    buffers: Buffers,
+    pub(super) buffers: Buffers,
     /// What goes to the device in one copy.
-    host: Vec<u8>,
+    pub(super) host: Vec<u8>,
+    /// What whole passes keep.
+    pub(super) lasting: Lasting,
     /// Where the rows of the last start are.
     out: u64,
     copies: Sender<Copy>,
@@ -128,11 +144,15 @@ struct Copy {
 
 /// Buffers that grow when they have to.
 #[derive(Default)]
-struct Buffers([(u64, usize); For::Out as usize + 1]);
+pub(super) struct Buffers {
+    all: [(u64, usize); For::Back as usize + 1],
+    /// How often one has moved.
+    pub(super) moves: u64,
+}
 
 /// What [`Buffers`] are for.
 #[derive(Clone, Copy)]
-enum For {
+pub(super) enum For {
     /// What comes with a job ([`Sent`]).
     Input,
     /// `(rows of a wave, d_ff)`
@@ -142,13 +162,46 @@ enum For {
     Inner,
     /// `(rows, d_model)`
     Out,
+    /// What comes with a whole pass, its residual stream among it.
+    Ask,
+    /// `(n_tok, d_model)`, normalised.
+    Normed,
+    /// `(n_tok, heads · d_head)`
+    Q,
+    K,
+    V,
+    Heads,
+    /// `(n_tok, d_model)`: what attention adds.
+    Added,
+    /// Activations of either kind.
+    Q8,
+    Q8K,
+    /// `(n_part, n_head, room)`
+    Scores,
+    /// [`Row`]s that the device makes itself.
+    Rows,
+    /// `(n_layer, n_expert, 3)` addresses.
+    Experts,
+    /// What goes back to the host.
+    Back,
 }
 
 impl Buffers {
+    /// Where a buffer is that room was made in.
+    pub(super) fn at(&self, what: For) -> u64 {
+        self.all[what as usize].0
+    }
+
     /// A buffer of at least so many bytes; what was in it is lost if it has to grow.
-    fn room(&mut self, driver: &impl Driver, what: For, bytes: usize) -> Result<u64, Fault> {
-        let (at, have) = &mut self.0[what as usize];
+    pub(super) fn room(
+        &mut self,
+        driver: &impl Driver,
+        what: For,
+        bytes: usize,
+    ) -> Result<u64, Fault> {
+        let (at, have) = &mut self.all[what as usize];
         if *have < bytes {
+            self.moves += 1;
             if *have > 0 {
                 driver.dealloc(*at);
                 (*at, *have) = (0, 0);
@@ -162,11 +215,13 @@ impl Buffers {
 }
 
 /// Where on the device the parts of a job are, which came in one copy: each copy takes some microseconds, however short.
-struct Sent {
+pub(super) struct Sent {
     /// [`Row`]s.
-    table: u64,
+    pub(super) table: u64,
     /// The token of each row.
-    picks: u64,
+    pub(super) picks: u64,
+    /// Where the row of each choice is.
+    pub(super) homes: u64,
     /// Activations.
     inputs: Vec<u64>,
 }
@@ -179,7 +234,7 @@ struct Group {
 }
 
 /// Where matrices are in their slot, one behind the other, and bytes of all.
-fn parts(weights: &[&Weight]) -> (Vec<u64>, u64) {
+pub(super) fn parts(weights: &[&Weight]) -> (Vec<u64>, u64) {
     let mut at = 0;
     let starts = weights.iter().map(|w| {
         let start = at;
@@ -200,14 +255,25 @@ const FORMATS: [Format; 5] = [
 
 /// The names of all kernels.
 pub(super) fn kernels() -> Vec<String> {
-    let plain = ["quantize_32", "quantize_256", "silu_mul_all"];
-    let by_format = ["expert_up", "gemv", "gemm"];
+    let plain = [
+        "quantize_32",
+        "quantize_256",
+        "silu_mul_all",
+        "norm_rows",
+        "rotate_heads",
+        "score_keys",
+        "attend_values",
+        "route_tokens",
+        "combine_rows",
+    ];
+    let by_format = ["expert_up", "gemv", "dense", "gemm"];
     let of = |kernel: &&str| FORMATS.map(|format| format!("{kernel}_{}", format.name()));
     let all = by_format.iter().flat_map(of);
     plain.map(String::from).into_iter().chain(all).collect()
 }
 
-fn blocks(n: usize, of: usize) -> u32 {
+/// Blocks for `n` outputs.
+pub(super) fn blocks(n: usize, of: usize) -> u32 {
     n.div_ceil(of) as u32
 }
 
@@ -240,6 +306,7 @@ impl<D: Driver> Gpu<D> {
             next: 0,
             buffers: Buffers::default(),
             host: Vec::new(),
+            lasting: Lasting::default(),
             out: 0,
             copies,
             copied,
@@ -249,7 +316,7 @@ impl<D: Driver> Gpu<D> {
     }
 
     /// What the kernels of one layer need to know of each row; where a wave begins, its inner rows begin.
-    fn rows(&self, shares: &[Share<'_>]) -> Vec<Row> {
+    pub(super) fn rows(&self, shares: &[Share<'_>]) -> Vec<Row> {
         let mut table: Vec<Row> = Vec::new();
         for share in shares {
             let at = self.slots[&share.slot].at;
@@ -267,9 +334,19 @@ impl<D: Driver> Gpu<D> {
         table
     }
 
-    /// Brings rows and activations to the device.
-    fn send(&mut self, table: &[Row], inputs: &[&Acts]) -> Result<Sent, Fault> {
-        let n_tok = inputs.iter().map(|acts| acts.n_tok()).min().unwrap_or(0);
+    /// The address of a slot.
+    pub(super) fn at(&self, slot: usize) -> u64 {
+        self.slots[&slot].at
+    }
+
+    /// Brings rows and activations to the device. Tokens of rows are below `n_tok`.
+    pub(super) fn send(
+        &mut self,
+        table: &[Row],
+        n_tok: usize,
+        inputs: &[&Acts],
+        homes: &[u32],
+    ) -> Result<Sent, Fault> {
         assert!(table.iter().all(|row| (row.token as usize) < n_tok));
         let picks: Vec<u32> = table.iter().map(|row| row.token).collect();
         let host = &mut self.host;
@@ -281,6 +358,7 @@ impl<D: Driver> Gpu<D> {
         };
         let table = put(bytemuck::cast_slice(table));
         let picks = put(bytemuck::cast_slice(&picks));
+        let homes = put(bytemuck::cast_slice(homes));
         let input = inputs
             .iter()
             .map(|acts| put(bytemuck::cast_slice(acts.all_chunks())));
@@ -292,13 +370,14 @@ impl<D: Driver> Gpu<D> {
         Ok(Sent {
             table: at + table,
             picks: at + picks,
+            homes: at + homes,
             inputs: inputs.into_iter().map(|input| at + input).collect(),
         })
     }
 
     /// # Safety
     /// As for [`Driver::launch`].
-    unsafe fn launch(
+    pub(super) unsafe fn launch(
         &self,
         kernel: &str,
         format: Format,
@@ -308,6 +387,142 @@ impl<D: Driver> Gpu<D> {
         let kernel = format!("{kernel}_{}", format.name());
         // SAFETY: the caller's promise, handed on.
         unsafe { self.driver.launch(&kernel, grid, args) }
+    }
+
+    /// Room for what experts have inside.
+    pub(super) fn room_inside(&mut self, rows: usize, d_ff: usize) -> Result<(), Fault> {
+        let (driver, wave) = (Arc::clone(&self.driver), rows.min(WAVE));
+        let inner = wave * d_ff.div_ceil(CHUNK) * size_of::<Chunk>();
+        for (what, bytes) in [
+            (For::Gate, 4 * wave * d_ff),
+            (For::Up, 4 * wave * d_ff),
+            (For::Inner, inner),
+        ] {
+            self.buffers.room(&*driver, what, bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Begins to run experts, for which there is room: `table` are the rows of `shares`, which were sent with their tokens; `x`:
+    /// activations of `n_tok` tokens; `out`: `(rows, d_model)`.
+    pub(super) fn run(
+        &self,
+        shares: &[Share<'_>],
+        table: &[Row],
+        sent: &Sent,
+        x: u64,
+        n_tok: usize,
+        out: u64,
+    ) -> Result<(), Fault> {
+        let Expert { gate, down, .. } = shares[0].expert;
+        let (d, d_ff) = (gate.n_in, gate.n_out);
+        let (up_format, down_format) = (gate.format, down.format);
+        for share in shares {
+            let Expert { gate, up, down } = share.expert;
+            assert!(gate.format == up_format && up.format == up_format);
+            assert!(down.format == down_format && (gate.n_in, down.n_in) == (d, d_ff));
+        }
+        let inner_chunks = d_ff.div_ceil(CHUNK);
+        let driver = &*self.driver;
+        let [gate, up, inner] = [For::Gate, For::Up, For::Inner].map(|what| self.buffers.at(what));
+        let (rows, pick) = (sent.table, sent.picks);
+
+        use Arg::{Int, Long};
+        let int = |n: usize| Int(i32::try_from(n).expect("sizes of a model"));
+        let at = |base: u64, elements: usize, size: usize| Long(base + (elements * size) as u64);
+        for wave in waves(shares) {
+            let Some((first, last)) = wave.first().zip(wave.last()) else {
+                continue;
+            };
+            let (base, n) = (first.rows.start, last.rows.end - first.rows.start);
+            for Group { rows: r, large } in &wave {
+                let (inside, count) = (r.start - base, r.len());
+                let table_row = at(rows, r.start, size_of::<Row>());
+                let inner_row = at(gate, inside * d_ff, 4);
+                // SAFETY: the arguments are those of `offload.cu`. The table's addresses are of slots that hold experts of
+                // these formats and shapes; its tokens are below `n_tok`; all buffers were made large enough above.
+                unsafe {
+                    match large {
+                        None => {
+                            let args = [
+                                table_row,
+                                Long(x),
+                                inner_row,
+                                int(n_tok),
+                                int(d),
+                                int(d_ff),
+                                Long(0),
+                                Int(0),
+                            ];
+                            let grid = [blocks(d_ff, ROWS), count as u32];
+                            self.launch("expert_up", up_format, grid, &args)?;
+                        }
+                        Some(_) => {
+                            let weights = table[r.start];
+                            let grid = [blocks(d_ff, TILE), blocks(count, TILE)];
+                            let up_row = at(up, inside * d_ff, 4);
+                            for (w, y) in [(weights.gate, inner_row), (weights.up, up_row)] {
+                                let (m, k) = (int(d_ff), int(d));
+                                let (x, pick) = (Long(x), at(pick, r.start, 4));
+                                let args =
+                                    [Long(w), x, pick, Int(0), y, int(n_tok), int(count), m, k];
+                                self.launch("gemm", up_format, grid, &args)?;
+                            }
+                            let n = count * d_ff;
+                            let args = [inner_row, up_row, Long(n as u64)];
+                            let grid = [blocks(n, 8 * THREADS as usize), 1];
+                            driver.launch("silu_mul_all", grid, &args)?;
+                        }
+                    }
+                }
+            }
+            let quantize = quantize(down_format.act());
+            let args = [Long(gate), Long(inner), int(n), int(d_ff), Long(0), Int(0)];
+            let grid = [blocks(inner_chunks, CHUNKS), n as u32];
+            // SAFETY: as above.
+            unsafe { driver.launch(quantize, grid, &args)? };
+            for Group { rows: r, large } in &wave {
+                let (inside, count) = (r.start - base, r.len());
+                let y = at(out, r.start * d, 4);
+                // SAFETY: as above.
+                unsafe {
+                    match large {
+                        None => {
+                            let table_row = at(rows, r.start, size_of::<Row>());
+                            let args = [
+                                table_row,
+                                Long(inner),
+                                y,
+                                int(n),
+                                int(d_ff),
+                                int(d),
+                                Long(0),
+                                Int(0),
+                            ];
+                            let grid = [blocks(d, ROWS), count as u32];
+                            self.launch("gemv", down_format, grid, &args)?;
+                        }
+                        Some(_) => {
+                            let w = Long(table[r.start].down);
+                            let (m, k) = (int(d), int(d_ff));
+                            let (x, base) = (Long(inner), int(inside));
+                            let args = [w, x, Long(0), base, y, int(n), int(count), m, k];
+                            let grid = [blocks(d, TILE), blocks(count, TILE)];
+                            self.launch("gemm", down_format, grid, &args)?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The kernel that makes activations.
+pub(super) fn quantize(kind: ActKind) -> &'static str {
+    match kind {
+        ActKind::Q8 => "quantize_32",
+        _ => "quantize_256",
     }
 }
 
@@ -406,105 +621,18 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn start(&mut self, input: &Input, shares: &[Share<'_>]) -> Result<(), Fault> {
-        let Expert { gate, down, .. } = shares[0].expert;
-        let (d, d_ff) = (gate.n_in, gate.n_out);
-        let (up_format, down_format) = (gate.format, down.format);
-        for share in shares {
-            let Expert { gate, up, down } = share.expert;
-            assert!(gate.format == up_format && up.format == up_format);
-            assert!(down.format == down_format && (gate.n_in, down.n_in) == (d, d_ff));
-        }
         let table = self.rows(shares);
-        let n_rows = table.len();
-        let wave = n_rows.min(WAVE);
-        let inner_chunks = d_ff.div_ceil(CHUNK);
-
-        let driver = Arc::clone(&self.driver);
-        let driver = &*driver;
-        let b = &mut self.buffers;
-        let gate = b.room(driver, For::Gate, 4 * wave * d_ff)?;
-        let up = b.room(driver, For::Up, 4 * wave * d_ff)?;
-        let inner = b.room(driver, For::Inner, wave * inner_chunks * size_of::<Chunk>())?;
-        let out = b.room(driver, For::Out, 4 * n_rows * d)?;
+        let Expert { gate, down, .. } = shares[0].expert;
+        let (driver, rows) = (Arc::clone(&self.driver), table.len());
+        self.room_inside(rows, gate.n_out)?;
+        let out = self
+            .buffers
+            .room(&*driver, For::Out, 4 * rows * down.n_out)?;
         self.out = out;
-        let acts = input.of(up_format);
-        let sent = self.send(&table, &[acts])?;
-        let (rows, pick, x, n_tok) = (sent.table, sent.picks, sent.inputs[0], acts.n_tok());
-
-        use Arg::{Int, Long};
-        let int = |n: usize| Int(i32::try_from(n).expect("sizes of a model"));
-        let at = |base: u64, elements: usize, size: usize| Long(base + (elements * size) as u64);
-        for wave in waves(shares) {
-            let Some((first, last)) = wave.first().zip(wave.last()) else {
-                continue;
-            };
-            let (base, n) = (first.rows.start, last.rows.end - first.rows.start);
-            for Group { rows: r, large } in &wave {
-                let (inside, count) = (r.start - base, r.len());
-                let table_row = at(rows, r.start, size_of::<Row>());
-                let inner_row = at(gate, inside * d_ff, 4);
-                // SAFETY: the arguments are those of `offload.cu`. The table's addresses are of slots that hold experts of
-                // these formats and shapes; its tokens are below `n_tok`; all buffers were made large enough above.
-                unsafe {
-                    match large {
-                        None => {
-                            let args =
-                                [table_row, Long(x), inner_row, int(n_tok), int(d), int(d_ff)];
-                            let grid = [blocks(d_ff, ROWS), count as u32];
-                            self.launch("expert_up", up_format, grid, &args)?;
-                        }
-                        Some(_) => {
-                            let weights = table[r.start];
-                            let grid = [blocks(d_ff, TILE), blocks(count, TILE)];
-                            let up_row = at(up, inside * d_ff, 4);
-                            for (w, y) in [(weights.gate, inner_row), (weights.up, up_row)] {
-                                let (m, k) = (int(d_ff), int(d));
-                                let (x, pick) = (Long(x), at(pick, r.start, 4));
-                                let args =
-                                    [Long(w), x, pick, Int(0), y, int(n_tok), int(count), m, k];
-                                self.launch("gemm", up_format, grid, &args)?;
-                            }
-                            let n = count * d_ff;
-                            let args = [inner_row, up_row, Long(n as u64)];
-                            let grid = [blocks(n, 8 * THREADS as usize), 1];
-                            driver.launch("silu_mul_all", grid, &args)?;
-                        }
-                    }
-                }
-            }
-            let quantize = match down_format.act() {
-                ActKind::Q8 => "quantize_32",
-                _ => "quantize_256",
-            };
-            let args = [Long(gate), Long(inner), int(n), int(d_ff)];
-            let grid = [blocks(inner_chunks, CHUNKS), n as u32];
-            // SAFETY: as above.
-            unsafe { driver.launch(quantize, grid, &args)? };
-            for Group { rows: r, large } in &wave {
-                let (inside, count) = (r.start - base, r.len());
-                let y = at(out, r.start * d, 4);
-                // SAFETY: as above.
-                unsafe {
-                    match large {
-                        None => {
-                            let table_row = at(rows, r.start, size_of::<Row>());
-                            let args = [table_row, Long(inner), y, int(n), int(d_ff), int(d)];
-                            let grid = [blocks(d, ROWS), count as u32];
-                            self.launch("gemv", down_format, grid, &args)?;
-                        }
-                        Some(_) => {
-                            let w = Long(table[r.start].down);
-                            let (m, k) = (int(d), int(d_ff));
-                            let (x, base) = (Long(inner), int(inside));
-                            let args = [w, x, Long(0), base, y, int(n), int(count), m, k];
-                            let grid = [blocks(d, TILE), blocks(count, TILE)];
-                            self.launch("gemm", down_format, grid, &args)?;
-                        }
-                    }
-                }
-            }
-        }
-        Ok(())
+        let acts = input.of(gate.format);
+        let sent = self.send(&table, acts.n_tok(), &[acts], &[])?;
+        let (x, n_tok) = (sent.inputs[0], acts.n_tok());
+        self.run(shares, &table, &sent, x, n_tok, out)
     }
 
     fn multiply(&mut self, input: &Input, products: &[Product<'_>]) -> Result<(), Fault> {
@@ -529,7 +657,8 @@ impl<D: Driver> Device for Gpu<D> {
             }
         }
         let out = self.buffers.room(&*self.driver, For::Out, 4 * outs)?;
-        let sent = self.send(&table, &inputs)?;
+        let n_tok = inputs.iter().map(|acts| acts.n_tok()).min().unwrap_or(0);
+        let sent = self.send(&table, n_tok, &inputs, &[])?;
         self.out = out;
 
         use Arg::{Int, Long};
@@ -557,6 +686,8 @@ impl<D: Driver> Device for Gpu<D> {
                         int(n_tok),
                         int(k),
                         int(m),
+                        Long(0),
+                        Int(0),
                     ];
                     let grid = [blocks(m, ROWS), count as u32];
                     self.launch("gemv", w.format, grid, &args)?;
@@ -578,16 +709,35 @@ impl<D: Driver> Device for Gpu<D> {
     fn finish(&mut self, out: &mut [f32]) -> Result<(), Fault> {
         self.driver.read(self.out, bytemuck::cast_slice_mut(out))
     }
+
+    fn whole(&self, config: &Config) -> Option<u64> {
+        Some(self.whole_scratch(config))
+    }
+
+    fn put(&mut self, slot: usize, at: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let slot = &self.slots[&slot];
+        assert!(at + bytes.len() as u64 <= slot.bytes);
+        self.driver.write(slot.at + at, bytes)
+    }
+
+    fn pass(
+        &mut self,
+        pass: &Pass<'_>,
+        host: &mut dyn Host,
+        back: &mut Back,
+    ) -> Result<bool, Fault> {
+        self.through_layers(pass, host, back)
+    }
 }
 
-impl<D> Drop for Gpu<D> {
+impl<D: Driver> Drop for Gpu<D> {
     fn drop(&mut self) {
         self.closing.store(true, Ordering::Relaxed);
     }
 }
 
 #[cfg(test)]
-impl<D> Gpu<D> {
+impl<D: Driver> Gpu<D> {
     /// For tests.
     pub(super) fn driver(&self) -> &D {
         &self.driver

@@ -1,5 +1,8 @@
 //! The split by equality: wherever experts are computed, the logits are the same bits.
 
+mod kernels;
+mod whole;
+
 use super::emulated::Emulated;
 use super::gpu::{Driver, Gpu};
 use super::software::{Script, Software};

@@ -1,0 +1,374 @@
+//! Passes that stay on the device from the first layer to the last: what they need there, and which keys and values are there.
+//!
+//! The host's cache ([`Kv`]) is the one that counts: what a pass adds comes back with the logits, 128 KiB a token for Mixtral
+//! 8x7B, and sessions, forks and the CPU find everything where it always is. The device has a copy of it, in blocks of the same 64
+//! positions. How much of the copy is right is noted at the cache itself, where changes are made (`Kv::mirror`); what is
+//! not, goes up before the next pass. So a device that is lost takes nothing with it, and a pass that it does not finish
+//! is done again by the CPU.
+//!
+//! An eighth of the memory is for keys and values, or whatever all weights leave. For a sequence that finds no block left, the
+//! others that were used least recently give theirs back; if there is nobody else, its attention is the CPU's.
+
+use super::{Back, Device, Fault, Host, MOST_OUT, Offload, Pass, Seat, Slots, State, small_at};
+use crate::moe::kv::{KV_BLOCK, KvType, Plane};
+use crate::moe::offload::placement::Where;
+use crate::moe::weights::Weights;
+use crate::moe::{Config, Run};
+use half::f16;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The part of the memory that is for keys and values at least.
+const KV_PART: u64 = 8;
+/// Most experts of a layer that a device's router chooses from.
+const MOST_EXPERTS: usize = 64;
+
+/// What a device has and keeps for whole passes.
+pub(super) struct Whole {
+    /// The slot of norms and routers, once it is there.
+    small: Option<usize>,
+    small_bytes: u64,
+    /// Bytes that the device computes with.
+    scratch: u64,
+    /// Bytes of a block of keys and values, that all blocks may take, and that they do take.
+    block: u64,
+    room: u64,
+    taken: u64,
+    /// By the address of the cache's mark.
+    copies: HashMap<usize, Copy>,
+    /// Passes so far.
+    clock: u64,
+    /// That there is no room was said.
+    told: bool,
+}
+
+/// A cache's copy on the device.
+struct Copy {
+    /// The cache's mark: positions that are right. Nobody else holds it when the cache is gone.
+    mark: Arc<AtomicUsize>,
+    /// Slots.
+    blocks: Vec<usize>,
+    /// When it was used.
+    used: u64,
+}
+
+/// A pass, as the forward pass asks for it.
+pub(in crate::moe) struct Ask<'a> {
+    pub(in crate::moe) config: &'a Config,
+    pub(in crate::moe) weights: &'a Weights,
+    /// As in [`Pass`].
+    pub(in crate::moe) x: &'a [f32],
+    pub(in crate::moe) cos: &'a [f32],
+    pub(in crate::moe) sin: &'a [f32],
+    pub(in crate::moe) wanted: &'a [u32],
+}
+
+/// Bytes of keys, or values, of a block in one layer.
+fn plane_bytes(c: &Config) -> u64 {
+    (c.n_kv * c.d_head * KV_BLOCK * size_of::<f16>()) as u64
+}
+
+impl Whole {
+    /// Divides `room` bytes of a device among keys and values and weights; nothing if it cannot do whole passes of this model.
+    /// `experts`: bytes of each there.
+    pub(super) fn plan(
+        device: &dyn Device,
+        c: &Config,
+        weights: &Weights,
+        experts: &[Option<u64>],
+        room: u64,
+    ) -> Option<Whole> {
+        let floats = |l: &crate::moe::weights::Layer| {
+            let router = l.router.as_ref();
+            router.is_some_and(|r| r.format.block_weights() == 1)
+        };
+        if c.n_expert > MOST_EXPERTS || !weights.layers.iter().all(floats) {
+            return None;
+        }
+        let scratch = device.whole(c)?;
+        let layers = weights.layers.iter();
+        let dense = layers.flat_map(|l| [&l.q, &l.k, &l.v, &l.o]);
+        let dense = dense.chain([&weights.head]).map(|w| device.bytes(&[w]));
+        let dense: u64 = dense.sum::<Option<u64>>()?;
+        let experts: u64 = experts.iter().flatten().sum();
+        let small_bytes = 4 * (small_at(c, c.n_layer)[0] + c.d_model) as u64;
+        let room = room.checked_sub(scratch + small_bytes)?;
+        let block = 2 * c.n_layer as u64 * plane_bytes(c);
+        let kv = (room / KV_PART).max(room.saturating_sub(dense + experts));
+        (kv >= block && room - kv >= dense).then_some(Whole {
+            small: None,
+            small_bytes,
+            scratch,
+            block,
+            room: kv,
+            taken: 0,
+            copies: HashMap::new(),
+            clock: 0,
+            told: false,
+        })
+    }
+
+    /// Bytes that are not for weights.
+    pub(super) fn set_aside(&self) -> u64 {
+        self.scratch + self.small_bytes + self.room
+    }
+
+    /// Gives blocks back: those of a cache that is gone, else those of the cache that was used least recently and not in
+    /// this pass. False if there was none.
+    fn evict(&mut self, device: &mut dyn Device) -> bool {
+        let gone = |copy: &Copy| Arc::strong_count(&copy.mark) == 1;
+        let idle = self.copies.iter().filter(|(_, c)| c.used < self.clock);
+        let next = idle
+            .min_by_key(|(_, c)| (!gone(c), c.used))
+            .map(|(k, _)| *k);
+        let Some(copy) = next.and_then(|key| self.copies.remove(&key)) else {
+            return false;
+        };
+        copy.mark.store(0, Ordering::Relaxed);
+        self.taken -= self.block * copy.blocks.len() as u64;
+        copy.blocks.into_iter().for_each(|slot| device.unmake(slot));
+        true
+    }
+
+    /// A slot for a block; nothing if there is no room for it.
+    fn take(&mut self, device: &mut dyn Device) -> Result<Option<usize>, Fault> {
+        loop {
+            if self.taken + self.block <= self.room {
+                match device.make(self.block) {
+                    Ok(slot) => {
+                        self.taken += self.block;
+                        return Ok(Some(slot));
+                    }
+                    Err(Fault::Full) => self.room = self.taken,
+                    Err(lost) => return Err(lost),
+                }
+            } else if !self.evict(device) {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Has the device know what is in the caches of `runs` and have room for what comes. Returns where the tokens stand, and
+    /// the blocks; nothing if there is no room.
+    fn seat(
+        &mut self,
+        device: &mut dyn Device,
+        c: &Config,
+        runs: &[Run<'_>],
+    ) -> Result<Option<(Vec<Seat>, Vec<usize>)>, Fault> {
+        self.clock += 1;
+        let key = |run: &Run<'_>| Arc::as_ptr(run.kv.mirror()) as usize;
+        for run in runs {
+            let copy = self.copies.entry(key(run)).or_insert_with(|| {
+                let mark = Arc::clone(run.kv.mirror());
+                mark.store(0, Ordering::Relaxed);
+                let blocks = Vec::new();
+                Copy {
+                    mark,
+                    blocks,
+                    used: 0,
+                }
+            });
+            copy.used = self.clock;
+        }
+        let (mut seats, mut blocks) = (Vec::new(), Vec::new());
+        for run in runs {
+            let (key, len) = (key(run), run.kv.len());
+            let want = (len + run.tokens.len()).div_ceil(KV_BLOCK);
+            while self.copies[&key].blocks.len() < want {
+                let Some(slot) = self.take(device)? else {
+                    return Ok(None);
+                };
+                let copy = self.copies.get_mut(&key);
+                copy.expect("it was just made").blocks.push(slot);
+            }
+            let copy = &self.copies[&key];
+            let right = copy.mark.load(Ordering::Relaxed).min(len);
+            for b in right / KV_BLOCK..len.div_ceil(KV_BLOCK) {
+                for layer in 0..c.n_layer {
+                    let (Plane::F16(k), Plane::F16(v)) = &*run.kv.blocks(layer)[b] else {
+                        unreachable!("other caches were not let in");
+                    };
+                    let at = 2 * layer as u64 * plane_bytes(c);
+                    device.put(copy.blocks[b], at, bytemuck::cast_slice(k))?;
+                    device.put(copy.blocks[b], at + plane_bytes(c), bytemuck::cast_slice(v))?;
+                }
+            }
+            copy.mark.store(len, Ordering::Relaxed);
+            let first = blocks.len() as u32;
+            seats.extend((len..len + run.tokens.len()).map(|pos| Seat {
+                first,
+                pos: pos as u32,
+            }));
+            blocks.extend(&copy.blocks[..want]);
+        }
+        Ok(Some((seats, blocks)))
+    }
+}
+
+impl State {
+    /// The slots of all layers and of the head; nothing while something that every token reads is not there.
+    fn slots(&self, weights: &Weights) -> Option<(Vec<Slots>, usize)> {
+        let dense = |w: &crate::moe::linear::Weight| {
+            let dense = self.dense.get(&(w.bytes.as_ptr() as usize))?;
+            dense.here.then_some(dense.slot)
+        };
+        let mut key = 0;
+        let layers = weights.layers.iter().map(|l| {
+            let experts = (0..l.experts.len()).map(|_| {
+                key += 1;
+                match self.placement.place(key - 1) {
+                    Where::Here(slot) => Some(slot),
+                    _ => None,
+                }
+            });
+            let experts = experts.collect();
+            let attention = [dense(&l.q)?, dense(&l.k)?, dense(&l.v)?, dense(&l.o)?];
+            Some(Slots { attention, experts })
+        });
+        Some((layers.collect::<Option<_>>()?, dense(&weights.head)?))
+    }
+}
+
+impl Offload {
+    /// Brings norms and routers, which whole passes need.
+    pub(super) fn bring_small(&self, state: &mut State, c: &Config, weights: &Weights) {
+        let (Some(device), Some(whole)) = (&mut state.device, &mut state.whole) else {
+            return;
+        };
+        let mut small = vec![0.0; whole.small_bytes as usize / 4];
+        let d = c.d_model;
+        for (i, layer) in weights.layers.iter().enumerate() {
+            let [attn, ffn, router] = small_at(c, i);
+            small[attn..attn + d].copy_from_slice(&layer.attn_norm);
+            small[ffn..ffn + d].copy_from_slice(&layer.ffn_norm);
+            // Widened, if they are narrower floats, which changes no product.
+            if let Some(w) = &layer.router {
+                let rows = small[router..router + c.n_expert * d].chunks_exact_mut(d);
+                rows.enumerate().for_each(|(e, row)| w.decode_row(e, row));
+            }
+        }
+        let norm = small.len() - d;
+        small[norm..].copy_from_slice(&weights.norm);
+        let slot = device.make(whole.small_bytes);
+        let bytes = bytemuck::cast_slice(&small);
+        match slot.and_then(|slot| device.put(slot, 0, bytes).map(|()| slot)) {
+            Ok(slot) => whole.small = Some(slot),
+            Err(Fault::Full) => state.whole = None,
+            Err(lost) => self.fault(state, lost),
+        }
+    }
+
+    /// Has the device run `runs` through all layers. `Some(false)` if the host has ended it; nothing if the device does not take
+    /// it or failed: then nothing has changed.
+    pub(in crate::moe) fn pass(
+        &self,
+        ask: &Ask<'_>,
+        runs: &[Run<'_>],
+        host: &mut dyn Host,
+        back: &mut Back,
+    ) -> Option<bool> {
+        let c = ask.config;
+        let n_tok = ask.x.len() / c.d_model;
+        let fits = ask.wanted.len() * c.n_vocab <= MOST_OUT;
+        let of_f16 = runs.iter().all(|run| run.kv.kind() == KvType::F16);
+        if n_tok == 0 || !fits || !of_f16 {
+            return None;
+        }
+        let _turn = self.turn()?;
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let (layers, head) = state.slots(ask.weights)?;
+        let (device, whole) = (state.device.as_mut()?, state.whole.as_mut()?);
+        let small = whole.small?;
+        let (seats, blocks) = match whole.seat(&mut **device, c, runs) {
+            Ok(Some(seated)) => seated,
+            Ok(None) => {
+                if !std::mem::replace(&mut whole.told, true) {
+                    let gb = whole.room as f64 / 1e9;
+                    (self.tell)(format!(
+                        "the GPU has {gb:.1} GB for keys and values, which are too few: the CPU does the attention of long contexts"
+                    ));
+                }
+                return None;
+            }
+            Err(fault) => {
+                self.fault(state, fault);
+                return None;
+            }
+        };
+        let mut device = state.device.take()?;
+        state.lent = true;
+        drop(guard);
+        let pass = Pass {
+            config: c,
+            weights: ask.weights,
+            layers: &layers,
+            head,
+            small,
+            x: ask.x,
+            cos: ask.cos,
+            sin: ask.sin,
+            seats: &seats,
+            blocks: &blocks,
+            wanted: ask.wanted,
+        };
+        let done = device.pass(&pass, host, back);
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        (state.device, state.lent) = (Some(device), false);
+        match done {
+            Ok(true) => {
+                state.learn_all(c, &layers, back, n_tok);
+                Some(true)
+            }
+            Ok(false) => Some(false),
+            // There is room for it the next time.
+            Err(Fault::Full) => {
+                self.shrink(state);
+                None
+            }
+            Err(lost) => {
+                self.fault(state, lost);
+                None
+            }
+        }
+    }
+}
+
+impl State {
+    /// Counts what a whole pass chose.
+    fn learn_all(&mut self, c: &Config, layers: &[Slots], back: &Back, n_tok: usize) {
+        let chosen = back.choices().chunks_exact(n_tok * c.n_used);
+        for (layer, (slots, chosen)) in layers.iter().zip(chosen).enumerate() {
+            let mut counts = vec![0; c.n_expert];
+            chosen.iter().for_each(|c| counts[c.expert as usize] += 1);
+            self.placement.learn(layer, &counts, n_tok);
+            let there = counts.iter().zip(&slots.experts);
+            let there = there.filter(|(_, slot)| slot.is_some());
+            self.there += there.map(|(n, _)| *n as u64).sum::<u64>();
+            self.choices += chosen.len() as u64;
+        }
+    }
+}
+
+/// Takes what a pass has brought back into the caches, which know then that the device has it, too.
+pub(in crate::moe) fn take_in(c: &Config, runs: &mut [Run<'_>], back: &Back) {
+    let n_tok: usize = runs.iter().map(|run| run.tokens.len()).sum();
+    let d_kv = c.n_kv * c.d_head;
+    let planes: Vec<&[f16]> = back.fresh().chunks_exact(n_tok * d_kv).collect();
+    let mut t = 0;
+    for run in runs {
+        let first = run.kv.len();
+        for pos in first..first + run.tokens.len() {
+            for (layer, kv) in planes.chunks_exact(2).enumerate() {
+                let row = t * d_kv..(t + 1) * d_kv;
+                run.kv.take_in(layer, pos, &kv[0][row.clone()], &kv[1][row]);
+            }
+            t += 1;
+        }
+        run.kv.advance(run.tokens.len());
+        run.kv.mirror().store(run.kv.len(), Ordering::Relaxed);
+    }
+}
