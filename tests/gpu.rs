@@ -69,3 +69,27 @@ fn the_same_bits_with_a_gpu_or_a_word_why_there_is_none() {
     // Nobody asked for one: no word.
     assert!(!ask(&home, &[]).stderr.contains("no GPU"));
 }
+
+/// What would lie on a GPU is told with or without one.
+#[test]
+fn a_plan_says_what_would_lie_on_a_gpu() {
+    let home = Home::new();
+    let out = home.octet(&["plan", DEMO, "--gpu-mem", "1G", "--json"]);
+    if !cfg!(feature = "cuda") {
+        let line = out.error(2);
+        assert!(line.contains("--features cuda"), "{line}");
+        return;
+    }
+    let gpu = &out.json()["gpu"];
+    assert_eq!(
+        (gpu["experts"].as_u64(), gpu["hit_rate"].as_f64()),
+        (Some(32), Some(1.0))
+    );
+    assert_eq!(gpu["cpu_bytes_token"], 0.0);
+    let out = home.octet(&["plan", DEMO, "--gpu-mem", "240M"]);
+    let text = out.text();
+    assert!(
+        text.contains("On the GPU") && text.contains("of 32 experts"),
+        "{text}"
+    );
+}

@@ -29,11 +29,7 @@ pub fn offload(
     }
     if !cfg!(feature = "cuda") {
         return match asked {
-            true => Err(Error::Usage(
-                "--gpu-mem, --gpu: this octet was built without CUDA (expected --gpu-mem 0); \
-                 cargo build --release --features cuda makes one that uses a GPU"
-                    .to_string(),
-            )),
+            true => Err(built_without()),
             false => Ok(()),
         };
     }
@@ -70,6 +66,40 @@ pub fn offload(
         tell: Box::new(note),
     });
     Ok(())
+}
+
+/// What this program was not built for.
+fn built_without() -> Error {
+    Error::Usage(
+        "--gpu-mem, --gpu: this octet was built without CUDA (expected --gpu-mem 0); \
+         cargo build --release --features cuda makes one that uses a GPU"
+            .to_string(),
+    )
+}
+
+/// Bytes of a GPU that would be used, as the options say: so many as they name, with or without a GPU, or what is free of
+/// the one that is there. Nothing, if there is none, or none is to be used.
+///
+/// # Errors
+/// [`Error::Usage`] if a GPU is asked for that this program was not built for.
+pub fn memory_to_plan(options: &GpuOptions) -> Result<Option<u64>> {
+    match options.gpu_mem {
+        Some(GpuMemory::Bytes(0)) => Ok(None),
+        _ if cfg!(feature = "cuda") => Ok(match options.gpu_mem {
+            Some(GpuMemory::Bytes(bytes)) => Some(bytes),
+            _ => {
+                let free = open(options.gpu.unwrap_or(0).into())
+                    .and_then(|mut device| device.free().map_err(|e| format!("{e:?}")));
+                let asked = options.gpu_mem.is_some() || options.gpu.is_some();
+                if let (Err(why), true) = (&free, asked) {
+                    note(format!("no GPU: {why}; --gpu-mem 8G plans with one"));
+                }
+                free.ok().map(|free| free.saturating_sub(RESERVE))
+            }
+        }),
+        None if options.gpu.is_none() => Ok(None),
+        _ => Err(built_without()),
+    }
 }
 
 #[cfg(feature = "cuda")]

@@ -1,6 +1,7 @@
 //! `octet plan`: what this machine will do with a file, before anyone waits for it.
 
 use super::bench::{Limits, limits};
+use super::gpu::memory_to_plan;
 use super::inspect::bytes;
 use super::load::{FIRST_TOKENS, machine, memory_to_use, ram};
 use super::options::{MachineOptions, RamLimit, kv_values};
@@ -106,6 +107,7 @@ impl Outcome {
 /// If the file or the profile cannot be read, or the model does not fit into the budget with the fewest experts that
 /// will do.
 pub fn run(args: &Args) -> Result<()> {
+    let gpu_memory = memory_to_plan(&args.machine.gpu)?;
     let file = Gguf::open(&args.file)?;
     let profile = match &args.machine.profile {
         Some(path) => Some(Profile::read_of(path, &file)?),
@@ -148,6 +150,8 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(too_small(args, budget.unwrap_or(0), least));
     }
 
+    let gpu = gpu_memory.filter(|_| config.routed);
+    let gpu = gpu.map(|memory| on_gpu(&model, memory, profile.as_ref()));
     let limits = limits(model.machine());
     let at_work = (
         model.machine().kernels.tier().name(),
@@ -174,6 +178,7 @@ pub fn run(args: &Args) -> Result<()> {
         available,
         limits,
         at_work,
+        gpu,
     };
     match args.json {
         true => show(&format!("{}\n", plan.document())),
@@ -361,6 +366,53 @@ struct Plan<'a> {
     limits: Limits,
     /// CPU tier and threads.
     at_work: (&'static str, usize),
+    /// What would lie on a GPU.
+    gpu: Option<OnGpu>,
+}
+
+/// What would lie on a GPU: for people, and as JSON. How fast that is, nobody has measured.
+struct OnGpu {
+    lines: Vec<(String, String)>,
+    figures: Value,
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(model: &Model, memory: u64, profile: Option<&Profile>) -> OnGpu {
+    use crate::moe::offload::forecast::forecast;
+    let shares = profile.map(Profile::shares);
+    let told = forecast(&model.config, &model.weights, memory, shares);
+    let size = |n: u64| format!("{:>10}", bytes(n));
+    let mut lines = vec![
+        ("to compute with".to_string(), size(told.scratch)),
+        ("everything but experts".to_string(), size(told.dense)),
+        (
+            format!("{} of {} experts", told.experts, told.of),
+            size(told.bytes),
+        ),
+        (
+            "a token's experts there".to_string(),
+            format!("{:.0}%", 100.0 * told.hits),
+        ),
+        (
+            "left to the CPU".to_string(),
+            format!("{} a token", bytes(told.left as u64)),
+        ),
+    ];
+    if told.kv > 0 {
+        let what = format!("KV cache, {} tokens", told.kv_tokens);
+        lines.insert(1, (what, size(told.kv)));
+    }
+    let figures = json!({
+        "memory": memory, "scratch": told.scratch, "kv": told.kv, "kv_tokens": told.kv_tokens, "dense": told.dense,
+        "experts": told.experts, "experts_bytes": told.bytes, "hit_rate": told.hits, "cpu_bytes_token": told.left,
+    });
+    lines.insert(0, ("memory".to_string(), size(memory)));
+    OnGpu { lines, figures }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(_: &Model, _: u64, _: Option<&Profile>) -> OnGpu {
+    unreachable!("without the feature no memory of a GPU is planned with")
 }
 
 impl Plan<'_> {
@@ -412,6 +464,13 @@ impl Plan<'_> {
             ),
         };
 
+        if let Some(gpu) = &self.gpu {
+            out += "\nOn the GPU\n";
+            for (name, text) in &gpu.lines {
+                out += &line(name, text.clone());
+            }
+        }
+
         let disk = |phase: &Phase| {
             let read = bytes(phase.bytes as u64);
             format!("waits for the disk, {read}")
@@ -436,7 +495,10 @@ impl Plan<'_> {
             false => String::new(),
         };
 
-        out += "\nPrediction\n";
+        out += match self.gpu {
+            Some(_) => "\nPrediction, for the CPU alone\n",
+            None => "\nPrediction\n",
+        };
         if fit.slots < all {
             let hits = format!("{:.0}% of a token's experts", 100.0 * self.outcome.hits);
             out += &line("found in memory", hits);
@@ -480,7 +542,7 @@ impl Plan<'_> {
         let better: Vec<Value> = (self.better.iter())
             .map(|b| json!({ "change": b.change, "prediction": figures(&b.outcome) }))
             .collect();
-        json!({
+        let mut document = json!({
             "machine": {
                 "available": self.available, "disk_gb_s": case.speeds.disk / 1e9,
                 "read_gb_s": self.limits.read_gb_s, "int8_gmac_s": self.limits.int8_gmac_s,
@@ -496,7 +558,11 @@ impl Plan<'_> {
                 "prefill": if now.prefill.waits() { "disk" } else { "arithmetic" },
             },
             "better": better,
-        })
+        });
+        if let Some(gpu) = &self.gpu {
+            document["gpu"] = gpu.figures.clone();
+        }
+        document
     }
 }
 

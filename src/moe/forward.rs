@@ -66,6 +66,8 @@ pub struct Run<'a> {
 const PART: usize = 512;
 /// Most tokens of a pass whose experts are read from the disk.
 const LONGEST_PASS: usize = 8192;
+/// Tokens of a pass whose experts come through a GPU: an expert of Mixtral gets a quarter of them, for which it comes up once.
+const STREAMED_PASS: usize = 2048;
 
 /// Buffers of [`Model::forward`], reused from call to call.
 #[derive(Default)]
@@ -213,10 +215,16 @@ impl Model {
     }
 
     /// How many tokens of a prompt should go through the layers together, where `ubatch` would do for a model in memory: as
-    /// many as may be if experts are read from the disk, so that each is read once for all of them.
+    /// many as may be if experts are read from the disk, so that each is read once for all of them; more, if they pass through
+    /// a GPU.
     pub fn pass_tokens(&self, ubatch: usize) -> usize {
         let Some(ram) = self.store.total() else {
-            return ubatch;
+            let streams = self.store.offload().is_some_and(|gpu| gpu.streams());
+            return if streams {
+                ubatch.max(STREAMED_PASS)
+            } else {
+                ubatch
+            };
         };
         let (one, two) = (1 << 12, 1 << 13);
         let growth = |n| Scratch::default().growth(&self.config, n, 0);
@@ -344,6 +352,7 @@ impl Model {
             cos: &s.cos,
             sin: &s.sin,
             wanted: &wanted,
+            threads: self.machine.pool.batch_threads(),
         };
         let mut help = Help {
             model: self,

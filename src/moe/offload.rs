@@ -21,6 +21,8 @@ pub mod cuda;
 #[cfg(all(test, unix))]
 mod emulated;
 #[cfg(any(all(test, unix), feature = "cuda"))]
+pub mod forecast;
+#[cfg(any(all(test, unix), feature = "cuda"))]
 mod gpu;
 #[cfg(any(all(test, unix), feature = "cuda"))]
 mod layers;
@@ -180,6 +182,10 @@ pub struct Pass<'a> {
     pub blocks: &'a [usize],
     /// Tokens whose logits are wanted.
     pub wanted: &'a [u32],
+    /// Slots that experts which are not there may pass through, one after the other …
+    pub ring: &'a [usize],
+    /// … if they have so many tokens: fewer are sooner computed by the host.
+    pub stream_from: usize,
 }
 
 /// The slots of a layer.
@@ -412,7 +418,14 @@ impl Offload {
         let dense = &all[1..];
         let mut room = free.clone().unwrap_or(0).min(memory);
         room = room.saturating_sub(scratch);
-        let whole = Whole::plan(&*device, config, weights, &bytes, room);
+        let whole = Whole::plan(
+            device.whole(config),
+            |weights| device.bytes(weights),
+            config,
+            weights,
+            &bytes,
+            room,
+        );
         let room = room - whole.as_ref().map_or(0, Whole::set_aside);
         let offload = Offload {
             n_expert,
@@ -433,6 +446,7 @@ impl Offload {
         match free {
             Ok(_) => {
                 offload.bring_small(&mut state, config, weights);
+                offload.bring_ring(&mut state);
                 offload.bring_dense(&mut state, dense);
                 offload.bring(&mut state);
             }

@@ -1,7 +1,7 @@
 //! The driver of an NVIDIA GPU, by way of cudarc: libraries are looked for at run time, so that this builds and starts where
 //! there are none.
 
-use super::gpu::{Arg, Driver, Gpu, OPTIONS, SOURCE, THREADS, kernels};
+use super::gpu::{Arg, Driver, Gpu, MARKS, OPTIONS, SOURCE, THREADS, kernels};
 use super::{Device, Fault};
 use crate::disk::{self, WholeFile};
 use crate::gguf::hex;
@@ -15,8 +15,9 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes of one of the two buffers that weights go through.
+/// Bytes of one of the pinned buffers that weights go through, and how many there are.
 const STAGE: usize = 8 << 20;
+const STAGES: usize = 4;
 /// The kernels as PTX are smaller.
 const MOST_PTX: u64 = 64 << 20;
 /// Instruction sets that the kernels are compiled for, if a device's own is too new for the compiler.
@@ -53,16 +54,18 @@ struct Cuda {
     staging: Mutex<Staging>,
     /// What was recorded; nothing, once it is forgotten.
     graphs: Mutex<Vec<Option<Graph>>>,
+    /// Behind kernels of `compute`.
+    marks: [sys::CUevent; MARKS],
 }
 
 /// A record, and what it became to be run.
 #[derive(Clone, Copy)]
 struct Graph(sys::CUgraph, sys::CUgraphExec);
 
-/// Two pinned buffers by turns: one is filled while the other is on its way.
+/// Pinned buffers by turns: one is filled while the others are on their way.
 struct Staging {
     stream: sys::CUstream,
-    buffers: [(*mut u8, sys::CUevent); 2],
+    buffers: [(*mut u8, sys::CUevent); STAGES],
 }
 
 // SAFETY: handles and pinned memory belong to the process, not to a thread; each call makes the context current on its own
@@ -129,8 +132,16 @@ impl Cuda {
             let pinned = failed("making pinned memory");
             let staging = Staging {
                 stream: stream().map_err(failed("making a stream"))?,
-                buffers: [buffer().map_err(pinned)?, buffer().map_err(pinned)?],
+                buffers: [
+                    buffer().map_err(&pinned)?,
+                    buffer().map_err(&pinned)?,
+                    buffer().map_err(&pinned)?,
+                    buffer().map_err(&pinned)?,
+                ],
             };
+            let event = || event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+            let event = || event().map_err(failed("making an event"));
+            let marks = [event()?, event()?, event()?];
             Ok(Cuda {
                 name,
                 module,
@@ -139,6 +150,7 @@ impl Cuda {
                 memory: Mutex::default(),
                 staging: Mutex::new(staging),
                 graphs: Mutex::default(),
+                marks,
                 context,
             })
         }
@@ -326,12 +338,26 @@ impl Driver for Cuda {
         }
     }
 
+    fn mark(&self, i: usize) -> Result<(), Fault> {
+        self.here()?;
+        // SAFETY: stream and event live as long as this.
+        let set = unsafe { event::record(self.marks[i], self.compute) };
+        set.map_err(lost("marking kernels"))
+    }
+
+    fn reached(&self, i: usize) -> Result<(), Fault> {
+        self.here()?;
+        // SAFETY: the event lives as long as this; one that was never recorded has happened.
+        let reached = unsafe { event::synchronize(self.marks[i]) };
+        reached.map_err(lost("waiting for kernels"))
+    }
+
     fn stage(&self, at: u64, bytes: &[u8]) -> Result<(), Fault> {
         self.here()?;
         let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let Staging { stream, buffers } = &*staging;
         for (i, piece) in bytes.chunks(STAGE).enumerate() {
-            let (buffer, event) = buffers[i % 2];
+            let (buffer, event) = buffers[i % STAGES];
             // SAFETY: the buffer has `STAGE` bytes and its last copy has ended once its event has happened (an event that was
             // never recorded has); nobody else uses it while the lock is held.
             unsafe {
@@ -390,6 +416,9 @@ impl Drop for Cuda {
             for (buffer, event) in staging.buffers {
                 let _ = event::destroy(event);
                 let _ = result::free_host(buffer.cast());
+            }
+            for mark in self.marks {
+                let _ = event::destroy(mark);
             }
             let _ = stream::destroy(self.compute);
             let _ = stream::destroy(staging.stream);

@@ -1,9 +1,10 @@
 //! A driver without a device: `offload.cu`, compiled for the CPU by a C++ compiler (`offload/emulated.h`).
 
 use super::Fault;
-use super::gpu::{Arg, Driver, THREADS};
+use super::gpu::{Arg, Driver, MARKS, THREADS};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -42,6 +43,19 @@ pub(super) struct Emulated {
     graphs: Mutex<Vec<Option<Graph>>>,
     /// Records that were replayed.
     pub(super) replays: AtomicUsize,
+    /// Copies that came beside the kernels.
+    pub(super) staged: AtomicUsize,
+    order: Mutex<Order>,
+}
+
+/// Who uses which memory, as far as a device would know: kernels here end at once, on a device they do not.
+#[derive(Default)]
+struct Order {
+    /// Addresses that kernels read since the last mark, and those before each mark that nobody has waited for.
+    unmarked: Vec<u64>,
+    marked: [Vec<u64>; MARKS],
+    /// Where a copy goes that has not ended.
+    coming: Vec<Range<u64>>,
 }
 
 /// Launches: kernel, grid, arguments.
@@ -103,6 +117,8 @@ impl Emulated {
             recording: Mutex::default(),
             graphs: Mutex::default(),
             replays: AtomicUsize::new(0),
+            staged: AtomicUsize::new(0),
+            order: Mutex::default(),
         })
     }
 
@@ -176,6 +192,16 @@ impl Driver for Emulated {
             graph.push((kernel.to_string(), grid, args.to_vec()));
             return Ok(());
         }
+        {
+            let mut order = self.order.lock().unwrap();
+            for arg in args {
+                if let Arg::Long(at) = arg {
+                    let early = order.coming.iter().any(|range| range.contains(at));
+                    assert!(!early, "{kernel} reads what has not arrived");
+                    order.unmarked.push(*at);
+                }
+            }
+        }
         let name = CString::new(kernel).unwrap();
         let mut args = Arg::pointers(args);
         let reverse = c_int::from(self.reverse.load(Ordering::Relaxed));
@@ -219,8 +245,26 @@ impl Driver for Emulated {
         assert!(forgotten.is_some());
     }
 
+    fn mark(&self, i: usize) -> Result<(), Fault> {
+        self.call()?;
+        let order = &mut *self.order.lock().unwrap();
+        order.marked[i] = std::mem::take(&mut order.unmarked);
+        Ok(())
+    }
+
+    fn reached(&self, i: usize) -> Result<(), Fault> {
+        self.call()?;
+        self.order.lock().unwrap().marked[i].clear();
+        Ok(())
+    }
+
     fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault> {
         self.call()?;
+        // Everything before has ended.
+        let mut order = self.order.lock().unwrap();
+        order.unmarked.clear();
+        order.marked.iter_mut().for_each(Vec::clear);
+        drop(order);
         assert!(self.recording.lock().unwrap().is_none());
         // SAFETY: `inside` looked.
         unsafe {
@@ -231,6 +275,20 @@ impl Driver for Emulated {
     }
 
     fn stage(&self, at: u64, bytes: &[u8]) -> Result<(), Fault> {
-        self.write(at, bytes)
+        let range = at..at + bytes.len() as u64;
+        {
+            let mut order = self.order.lock().unwrap();
+            let reads = order.unmarked.iter().chain(order.marked.iter().flatten());
+            let used = reads.into_iter().any(|at| range.contains(at));
+            assert!(!used, "a kernel may still read what this overwrites");
+            order.coming.push(range.clone());
+        }
+        self.staged.fetch_add(1, Ordering::Relaxed);
+        // So that whoever does not wait is seen.
+        std::thread::yield_now();
+        let written = self.write(at, bytes);
+        let mut order = self.order.lock().unwrap();
+        order.coming.retain(|other| *other != range);
+        written
     }
 }

@@ -29,6 +29,8 @@ pub(super) const THREADS: u32 = 128;
 pub(super) const FEW: usize = 8;
 /// Rows that go through the device's buffers together.
 pub(super) const WAVE: usize = 1024;
+/// Marks of a driver: experts on their way through the device at a time.
+pub(super) const MARKS: usize = 3;
 /// Matrices of a slot begin at multiples of this.
 pub(super) const ALIGN: usize = 256;
 /// Outputs of a block: rows of `expert_up` and `gemv`, rows and tokens of `gemm`, chunks of `quantize`.
@@ -74,8 +76,21 @@ pub(super) trait Driver: Send + Sync + 'static {
     /// Lets a record go that is not used any more.
     fn forget(&self, graph: u64);
 
+    /// Sets mark `i`, one of [`MARKS`], behind everything that was begun.
+    fn mark(&self, i: usize) -> Result<(), Fault>;
+
+    /// Waits until everything before mark `i` has ended; not at all, if it was never set.
+    fn reached(&self, i: usize) -> Result<(), Fault>;
+
     /// Copies to the device beside all of the above, which go on meanwhile, and waits for it. Called from a thread of its own.
     fn stage(&self, at: u64, bytes: &[u8]) -> Result<(), Fault>;
+}
+
+/// A kernel that is to run.
+pub(super) struct Launch {
+    pub(super) kernel: String,
+    pub(super) grid: [u32; 2],
+    pub(super) args: Vec<Arg>,
 }
 
 /// An argument of a kernel.
@@ -215,6 +230,7 @@ impl Buffers {
 }
 
 /// Where on the device the parts of a job are, which came in one copy: each copy takes some microseconds, however short.
+#[derive(Clone)]
 pub(super) struct Sent {
     /// [`Row`]s.
     pub(super) table: u64,
@@ -223,7 +239,7 @@ pub(super) struct Sent {
     /// Where the row of each choice is.
     pub(super) homes: u64,
     /// Activations.
-    inputs: Vec<u64>,
+    pub(super) inputs: Vec<u64>,
 }
 
 /// What is launched together: rows of one large share, or of several small ones, one behind the other.
@@ -242,6 +258,28 @@ pub(super) fn parts(weights: &[&Weight]) -> (Vec<u64>, u64) {
         start
     });
     (starts.collect(), at)
+}
+
+/// [`Device::scratch`].
+pub(super) fn scratch(d_model: usize, d_ff: usize) -> u64 {
+    // Gate, up, and gate as activations; input, output and what else there is of a few thousand rows; logits; the kernels.
+    let wave = WAVE * 10 * d_ff;
+    let rows = 4096 * (6 * d_model + 64);
+    (wave + rows + 4 * MOST_OUT + (64 << 20)) as u64
+}
+
+/// [`Device::bytes`].
+pub(super) fn slot_bytes(weights: &[&Weight]) -> Option<u64> {
+    // Sizes are `int` in the kernels.
+    let small = |w: &&&Weight| w.n_in.max(w.n_out) <= i32::MAX as usize;
+    let known = weights
+        .iter()
+        .filter(small)
+        .filter(|w| FORMATS.contains(&w.format));
+    let known = known.count() == weights.len();
+    // Gate and up go through one kernel.
+    let same = weights.len() < 2 || weights[0].format == weights[1].format;
+    (known && same).then(|| parts(weights).1)
 }
 
 /// Formats that there are kernels for; experts of others stay with the CPU.
@@ -403,9 +441,9 @@ impl<D: Driver> Gpu<D> {
         Ok(())
     }
 
-    /// Begins to run experts, for which there is room: `table` are the rows of `shares`, which were sent with their tokens; `x`:
+    /// What runs experts, for which there is room: `table` are the rows of `shares`, which were sent with their tokens; `x`:
     /// activations of `n_tok` tokens; `out`: `(rows, d_model)`.
-    pub(super) fn run(
+    pub(super) fn launches(
         &self,
         shares: &[Share<'_>],
         table: &[Row],
@@ -413,7 +451,7 @@ impl<D: Driver> Gpu<D> {
         x: u64,
         n_tok: usize,
         out: u64,
-    ) -> Result<(), Fault> {
+    ) -> Vec<Launch> {
         let Expert { gate, down, .. } = shares[0].expert;
         let (d, d_ff) = (gate.n_in, gate.n_out);
         let (up_format, down_format) = (gate.format, down.format);
@@ -423,7 +461,15 @@ impl<D: Driver> Gpu<D> {
             assert!(down.format == down_format && (gate.n_in, down.n_in) == (d, d_ff));
         }
         let inner_chunks = d_ff.div_ceil(CHUNK);
-        let driver = &*self.driver;
+        let mut launches = Vec::new();
+        let mut launch = |kernel: &str, format: Option<Format>, grid, args: &[Arg]| {
+            let suffix = format.map_or(String::new(), |f| format!("_{}", f.name()));
+            launches.push(Launch {
+                kernel: format!("{kernel}{suffix}"),
+                grid,
+                args: args.to_vec(),
+            });
+        };
         let [gate, up, inner] = [For::Gate, For::Up, For::Inner].map(|what| self.buffers.at(what));
         let (rows, pick) = (sent.table, sent.picks);
 
@@ -439,83 +485,85 @@ impl<D: Driver> Gpu<D> {
                 let (inside, count) = (r.start - base, r.len());
                 let table_row = at(rows, r.start, size_of::<Row>());
                 let inner_row = at(gate, inside * d_ff, 4);
-                // SAFETY: the arguments are those of `offload.cu`. The table's addresses are of slots that hold experts of
-                // these formats and shapes; its tokens are below `n_tok`; all buffers were made large enough above.
-                unsafe {
-                    match large {
-                        None => {
-                            let args = [
-                                table_row,
-                                Long(x),
-                                inner_row,
-                                int(n_tok),
-                                int(d),
-                                int(d_ff),
-                                Long(0),
-                                Int(0),
-                            ];
-                            let grid = [blocks(d_ff, ROWS), count as u32];
-                            self.launch("expert_up", up_format, grid, &args)?;
+                match large {
+                    None => {
+                        let args = [
+                            table_row,
+                            Long(x),
+                            inner_row,
+                            int(n_tok),
+                            int(d),
+                            int(d_ff),
+                            Long(0),
+                            Int(0),
+                        ];
+                        let grid = [blocks(d_ff, ROWS), count as u32];
+                        launch("expert_up", Some(up_format), grid, &args);
+                    }
+                    Some(_) => {
+                        let weights = table[r.start];
+                        let grid = [blocks(d_ff, TILE), blocks(count, TILE)];
+                        let up_row = at(up, inside * d_ff, 4);
+                        for (w, y) in [(weights.gate, inner_row), (weights.up, up_row)] {
+                            let (m, k) = (int(d_ff), int(d));
+                            let (x, pick) = (Long(x), at(pick, r.start, 4));
+                            let args = [Long(w), x, pick, Int(0), y, int(n_tok), int(count), m, k];
+                            launch("gemm", Some(up_format), grid, &args);
                         }
-                        Some(_) => {
-                            let weights = table[r.start];
-                            let grid = [blocks(d_ff, TILE), blocks(count, TILE)];
-                            let up_row = at(up, inside * d_ff, 4);
-                            for (w, y) in [(weights.gate, inner_row), (weights.up, up_row)] {
-                                let (m, k) = (int(d_ff), int(d));
-                                let (x, pick) = (Long(x), at(pick, r.start, 4));
-                                let args =
-                                    [Long(w), x, pick, Int(0), y, int(n_tok), int(count), m, k];
-                                self.launch("gemm", up_format, grid, &args)?;
-                            }
-                            let n = count * d_ff;
-                            let args = [inner_row, up_row, Long(n as u64)];
-                            let grid = [blocks(n, 8 * THREADS as usize), 1];
-                            driver.launch("silu_mul_all", grid, &args)?;
-                        }
+                        let n = count * d_ff;
+                        let args = [inner_row, up_row, Long(n as u64)];
+                        let grid = [blocks(n, 8 * THREADS as usize), 1];
+                        launch("silu_mul_all", None, grid, &args);
                     }
                 }
             }
             let quantize = quantize(down_format.act());
             let args = [Long(gate), Long(inner), int(n), int(d_ff), Long(0), Int(0)];
             let grid = [blocks(inner_chunks, CHUNKS), n as u32];
-            // SAFETY: as above.
-            unsafe { driver.launch(quantize, grid, &args)? };
+            launch(quantize, None, grid, &args);
             for Group { rows: r, large } in &wave {
                 let (inside, count) = (r.start - base, r.len());
                 let y = at(out, r.start * d, 4);
-                // SAFETY: as above.
-                unsafe {
-                    match large {
-                        None => {
-                            let table_row = at(rows, r.start, size_of::<Row>());
-                            let args = [
-                                table_row,
-                                Long(inner),
-                                y,
-                                int(n),
-                                int(d_ff),
-                                int(d),
-                                Long(0),
-                                Int(0),
-                            ];
-                            let grid = [blocks(d, ROWS), count as u32];
-                            self.launch("gemv", down_format, grid, &args)?;
-                        }
-                        Some(_) => {
-                            let w = Long(table[r.start].down);
-                            let (m, k) = (int(d), int(d_ff));
-                            let (x, base) = (Long(inner), int(inside));
-                            let args = [w, x, Long(0), base, y, int(n), int(count), m, k];
-                            let grid = [blocks(d, TILE), blocks(count, TILE)];
-                            self.launch("gemm", down_format, grid, &args)?;
-                        }
+                match large {
+                    None => {
+                        let table_row = at(rows, r.start, size_of::<Row>());
+                        let args = [
+                            table_row,
+                            Long(inner),
+                            y,
+                            int(n),
+                            int(d_ff),
+                            int(d),
+                            Long(0),
+                            Int(0),
+                        ];
+                        let grid = [blocks(d, ROWS), count as u32];
+                        launch("gemv", Some(down_format), grid, &args);
+                    }
+                    Some(_) => {
+                        let w = Long(table[r.start].down);
+                        let (m, k) = (int(d), int(d_ff));
+                        let (x, base) = (Long(inner), int(inside));
+                        let args = [w, x, Long(0), base, y, int(n), int(count), m, k];
+                        let grid = [blocks(d, TILE), blocks(count, TILE)];
+                        launch("gemm", Some(down_format), grid, &args);
                     }
                 }
             }
         }
-        Ok(())
+        launches
     }
+}
+
+/// Begins all of `launches`.
+///
+/// # Safety
+/// As for [`Driver::launch`].
+pub(super) unsafe fn begin(driver: &impl Driver, launches: &[Launch]) -> Result<(), Fault> {
+    launches.iter().try_for_each(|launch| {
+        // SAFETY: the caller's promise, handed on.
+        unsafe { driver.launch(&launch.kernel, launch.grid, &launch.args) }
+    })
 }
 
 /// The kernel that makes activations.
@@ -561,23 +609,11 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn scratch(&self, d_model: usize, d_ff: usize) -> u64 {
-        // Gate, up, and gate as activations; input, output and what else there is of a few thousand rows; logits; the kernels.
-        let wave = WAVE * 10 * d_ff;
-        let rows = 4096 * (6 * d_model + 64);
-        (wave + rows + 4 * MOST_OUT + (64 << 20)) as u64
+        scratch(d_model, d_ff)
     }
 
     fn bytes(&self, weights: &[&Weight]) -> Option<u64> {
-        // Sizes are `int` in the kernels.
-        let small = |w: &&&Weight| w.n_in.max(w.n_out) <= i32::MAX as usize;
-        let known = weights
-            .iter()
-            .filter(small)
-            .filter(|w| FORMATS.contains(&w.format));
-        let known = known.count() == weights.len();
-        // Gate and up go through one kernel.
-        let same = weights.len() < 2 || weights[0].format == weights[1].format;
-        (known && same).then(|| parts(weights).1)
+        slot_bytes(weights)
     }
 
     fn make(&mut self, bytes: u64) -> Result<usize, Fault> {
@@ -632,7 +668,9 @@ impl<D: Driver> Device for Gpu<D> {
         let acts = input.of(gate.format);
         let sent = self.send(&table, acts.n_tok(), &[acts], &[])?;
         let (x, n_tok) = (sent.inputs[0], acts.n_tok());
-        self.run(shares, &table, &sent, x, n_tok, out)
+        let launches = self.launches(shares, &table, &sent, x, n_tok, out);
+        // SAFETY: as `launches` says; all buffers were made large enough above.
+        unsafe { begin(&*self.driver, &launches) }
     }
 
     fn multiply(&mut self, input: &Input, products: &[Product<'_>]) -> Result<(), Fault> {
@@ -711,7 +749,7 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn whole(&self, config: &Config) -> Option<u64> {
-        Some(self.whole_scratch(config))
+        Some(super::layers::whole_scratch(config))
     }
 
     fn put(&mut self, slot: usize, at: u64, bytes: &[u8]) -> Result<(), Fault> {

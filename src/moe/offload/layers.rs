@@ -8,17 +8,23 @@
 //!
 //! **Many tokens** (a prompt's) are gathered by expert, for which the host reads what the router chose, once for each layer.
 
-use super::gpu::{ALIGN, Arg, Driver, FEW, For, Gpu, ROWS, Row, TILE, blocks, quantize};
+use super::gpu::{
+    ALIGN, Arg, CHUNKS, Driver, FEW, For, Gpu, Launch, MARKS, ROWS, Row, Sent, THREADS, TILE,
+    begin, blocks, parts, quantize, slot_bytes,
+};
 use super::{Absent, Back, Fault, Host, Pass, Seat, Share, Slots, small_at};
+use crate::gguf::Bytes;
 use crate::moe::Config;
 use crate::moe::kv::KV_BLOCK;
 use crate::moe::linear::Weight;
 use crate::moe::router::Choice;
 use crate::moe::weights::Expert;
+use crate::pool::apart;
 use crate::quant::act::{ActKind, CHUNK, Chunk};
 use std::collections::HashMap;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use Arg::{Int, Long};
 
@@ -45,6 +51,52 @@ pub(super) struct Lasting {
     experts: (Vec<u64>, u64),
     /// The share of layers that had all experts of few tokens.
     share: f32,
+    /// The thread that brings experts of many tokens through the device.
+    stream: Option<Stream>,
+}
+
+/// A thread that copies one expert after the other into slots by turns, and begins what is to be done with each when it has
+/// arrived. A slot is not written before the kernels of whoever was there have ended.
+struct Stream {
+    jobs: Sender<Passing>,
+    done: Receiver<Result<(), Fault>>,
+}
+
+/// An expert that passes through the device.
+struct Passing {
+    /// Which of the slots.
+    turn: usize,
+    parts: Vec<(u64, Bytes)>,
+    launches: Vec<Launch>,
+}
+
+impl Stream {
+    fn new<D: Driver>(driver: Arc<D>) -> Result<Stream, Fault> {
+        let (jobs, passing) = channel::<Passing>();
+        let (said, done) = channel();
+        let run = move || {
+            for job in passing {
+                let Passing {
+                    turn,
+                    parts,
+                    launches,
+                } = job;
+                let mut parts = parts.into_iter();
+                let done = driver
+                    .reached(turn)
+                    .and_then(|()| parts.try_for_each(|(at, bytes)| driver.stage(at, &bytes)))
+                    // SAFETY: `many` made them for this expert in this slot, where it is now; it launches nothing itself until
+                    // it has heard of all.
+                    .and_then(|()| unsafe { begin(&*driver, &launches) })
+                    .and_then(|()| driver.mark(turn));
+                if said.send(done).is_err() {
+                    return;
+                }
+            }
+        };
+        apart("octet-gpu-stream", run).map_err(|e| Fault::Lost(e.to_string()))?;
+        Ok(Stream { jobs, done })
+    }
 }
 
 /// What was recorded: everything that its launches depend on.
@@ -108,13 +160,10 @@ fn float(x: f32) -> Arg {
 }
 
 /// The experts that a layer's kernels are for: all on the device are of the formats of the first that could be there.
-fn pattern<'p>(
-    pass: &Pass<'p>,
-    layer: usize,
-    knows: impl Fn(&Expert) -> bool,
-) -> Option<&'p Expert> {
+fn pattern<'p>(pass: &Pass<'p>, layer: usize) -> Option<&'p Expert> {
     let experts = &pass.weights.layers[layer].experts;
-    experts.iter().map(|e| &**e).find(|e| knows(e))
+    let mut experts = experts.iter().map(|e| &**e);
+    experts.find(|e| slot_bytes(&e.weights()).is_some())
 }
 
 /// What the host has to do of a layer: the experts that are not there, and where the row of each of their tokens belongs.
@@ -136,16 +185,16 @@ fn lacking(choices: &[Choice], n_used: usize, slots: &Slots) -> (Vec<Absent>, Ve
     (absent, homes)
 }
 
-impl<D: Driver> Gpu<D> {
-    /// Bytes of the buffers of this file.
-    pub(super) fn whole_scratch(&self, c: &Config) -> u64 {
-        let (d, d_q, d_kv) = (c.d_model, c.n_head * c.d_head, c.n_kv * c.d_head);
-        let rows = 4 * (3 * d + 2 * d_q + 2 * d_kv + c.n_rot + c.n_used * d);
-        let acts = 2 * d.max(d_q).div_ceil(CHUNK) * size_of::<Chunk>();
-        let back = c.n_layer * (4 * d_kv + 8 * c.n_used);
-        (SCORES + USUAL * (rows + acts + back)) as u64
-    }
+/// Bytes of the buffers of this file.
+pub(super) fn whole_scratch(c: &Config) -> u64 {
+    let (d, d_q, d_kv) = (c.d_model, c.n_head * c.d_head, c.n_kv * c.d_head);
+    let rows = 4 * (3 * d + 2 * d_q + 2 * d_kv + c.n_rot + c.n_used * d);
+    let acts = 2 * d.max(d_q).div_ceil(CHUNK) * size_of::<Chunk>();
+    let back = c.n_layer * (4 * d_kv + 8 * c.n_used);
+    (SCORES + USUAL * (rows + acts + back)) as u64
+}
 
+impl<D: Driver> Gpu<D> {
     /// Runs tokens through all layers; false if the host has ended it.
     pub(super) fn through_layers(
         &mut self,
@@ -258,7 +307,7 @@ impl<D: Driver> Gpu<D> {
                 match slot {
                     None => addresses.extend([0; 3]),
                     Some(slot) => {
-                        let (starts, _) = super::gpu::parts(&expert.weights());
+                        let (starts, _) = parts(&expert.weights());
                         addresses.extend(starts.iter().map(|start| self.at(*slot) + start));
                     }
                 }
@@ -319,10 +368,7 @@ impl<D: Driver> Gpu<D> {
             done.push(kind);
             let out = Long(lie.acts(kind));
             let args = [Long(x), out, int(n), int(w.n_in), Long(stop), Int(0)];
-            let grid = [
-                blocks(w.n_in.div_ceil(CHUNK), super::gpu::CHUNKS) as usize,
-                n,
-            ];
+            let grid = [blocks(w.n_in.div_ceil(CHUNK), CHUNKS) as usize, n];
             // SAFETY: as in `norm`.
             unsafe { self.plain(quantize(kind), grid, &args)? };
         }
@@ -422,8 +468,7 @@ impl<D: Driver> Gpu<D> {
 
     /// A layer's experts for few tokens, by the table that the router made: those that are there.
     fn few_experts(&self, pass: &Pass<'_>, lie: &Lie, layer: usize) -> Result<(), Fault> {
-        let knows = |e: &Expert| super::Device::bytes(self, &e.weights()).is_some();
-        let Some(Expert { gate, up: _, down }) = pattern(pass, layer, knows) else {
+        let Some(Expert { gate, up: _, down }) = pattern(pass, layer) else {
             return Ok(());
         };
         let (d, d_ff, n) = (gate.n_in, gate.n_out, lie.n_tok);
@@ -434,7 +479,7 @@ impl<D: Driver> Gpu<D> {
         let x = lie.acts(gate.format.act());
         let kind = gate.format.act();
         let args = [Long(lie.normed), Long(x), int(n), int(d), stop, own];
-        let grid = |k: usize, n| [blocks(k.div_ceil(CHUNK), super::gpu::CHUNKS) as usize, n];
+        let grid = |k: usize, n| [blocks(k.div_ceil(CHUNK), CHUNKS) as usize, n];
         // SAFETY: as in `attention`; experts on the device are of these formats (`leave_out_others`), and rows of those that are
         // not have no addresses.
         unsafe {
@@ -465,7 +510,7 @@ impl<D: Driver> Gpu<D> {
         let choices = lie.choices + (8 * layer * lie.n_tok * c.n_used) as u64;
         let from = [lie.x, choices, lie.out, home].map(Long);
         let args = [&from[..], &[int(c.n_used), int(c.d_model), Long(stop)]].concat();
-        let threads = super::gpu::THREADS as usize;
+        let threads = THREADS as usize;
         // SAFETY: as in `attention`; `home` leads to rows that there are.
         unsafe {
             self.plain(
@@ -643,52 +688,85 @@ impl<D: Driver> Gpu<D> {
         for layer in 0..c.n_layer {
             self.attention(pass, lie, layer, false)?;
             let choices = self.choices(pass, lie, layer)?;
-            let slots = &pass.layers[layer];
-            let experts = &pass.weights.layers[layer].experts;
-            let (absent, mut order) = lacking(&choices, c.n_used, slots);
-
-            // The rows of the experts that are there come first, then those of the host.
-            let mut own = Vec::new();
-            let mut picks = Vec::new();
-            for (expert, slot) in slots.experts.iter().enumerate() {
-                let chosen = choices.iter().enumerate();
-                let chosen = chosen.filter(|(_, c)| slot.is_some() && c.expert as usize == expert);
-                let first = own.len();
-                own.extend(chosen.map(|(at, _)| at as u32));
-                let tokens = own[first..].iter().map(|at| at / c.n_used as u32);
-                picks.push(tokens.collect::<Vec<u32>>());
+            let mut homes: Vec<Vec<u32>> = vec![Vec::new(); c.n_expert];
+            for (at, choice) in choices.iter().enumerate() {
+                homes[choice.expert as usize].push(at as u32);
             }
-            let shares = slots.experts.iter().zip(experts).zip(&picks);
-            let shares = shares.filter_map(|((slot, expert), pick)| {
-                let share = Share {
-                    slot: (*slot)?,
-                    expert,
-                    pick,
-                };
-                (!pick.is_empty()).then_some(share)
-            });
-            let shares: Vec<Share<'_>> = shares.collect();
-            let table = self.rows(&shares);
-            let hers = own.len();
-            own.append(&mut order);
-            let mut home = vec![0u32; own.len()];
-            for (row, at) in own.iter().enumerate() {
+            let token = |at: &u32| at / c.n_used as u32;
+            let picks = homes.iter().map(|its| its.iter().map(token).collect());
+            let picks: Vec<Vec<u32>> = picks.collect();
+
+            // In this order: experts that are there, those that pass through, those of the host.
+            let experts = &pass.weights.layers[layer].experts;
+            let slots = &pass.layers[layer].experts;
+            let formats = |e: &Expert| e.weights().map(|w| w.format);
+            let known = pattern(pass, layer).map(formats);
+            let place = |e: usize| match slots[e] {
+                Some(slot) => (0, slot),
+                None if picks[e].len() >= pass.stream_from
+                    && known == Some(formats(&experts[e])) =>
+                {
+                    (1, 0)
+                }
+                None => (2, 0),
+            };
+            let mut order: Vec<usize> = (0..c.n_expert).collect();
+            order.retain(|e| !picks[*e].is_empty());
+            order.sort_by_key(|e| place(*e).0);
+            let mut home = vec![0u32; n * c.n_used];
+            for (row, at) in order.iter().flat_map(|e| &homes[*e]).enumerate() {
                 home[*at as usize] = row as u32;
             }
-            let sent = self.send(&table, n, &[], &home)?;
-            if let Some(Share { expert, .. }) = shares.first() {
-                self.activate(lie, lie.normed, n, [&expert.gate], 0)?;
-                let x = lie.acts(expert.gate.format.act());
-                self.run(&shares, &table, &sent, x, n, lie.out)?;
+            let (mut shares, mut absent, mut resident) = (Vec::new(), Vec::new(), 0);
+            for e in order {
+                let slot = match place(e) {
+                    (0, slot) => {
+                        resident += 1;
+                        slot
+                    }
+                    (1, _) => pass.ring[(shares.len() - resident) % pass.ring.len()],
+                    _ => {
+                        let pick = picks[e].clone();
+                        absent.push(Absent { expert: e, pick });
+                        continue;
+                    }
+                };
+                let (expert, pick) = (&*experts[e], &picks[e][..]);
+                shares.push(Share { slot, expert, pick });
             }
-            if !absent.is_empty() {
-                let h = self.normed(lie, d)?;
-                let mut rows = vec![0.0; (own.len() - hers) * d];
-                if !host.experts(layer, &h, &absent, &mut rows) {
-                    return Ok(false);
+            let table = self.rows(&shares);
+            let sent = self.send(&table, n, &[], &home)?;
+            let mut streamed = 0;
+            if let Some(share) = shares.first() {
+                let gate = &share.expert.gate;
+                self.activate(lie, lie.normed, n, [gate], 0)?;
+                let x = lie.acts(gate.format.act());
+                let (here, passing) = shares.split_at(resident);
+                let mut row = here.iter().map(|s| s.pick.len()).sum();
+                if resident > 0 {
+                    let launches = self.launches(here, &table[..row], &sent, x, n, lie.out);
+                    // SAFETY: as `launches` says; `arrange` made room for all rows.
+                    unsafe { begin(&*self.driver, &launches)? };
                 }
-                let at = lie.out + (4 * hers * d) as u64;
-                self.driver.write(at, bytemuck::cast_slice(&rows))?;
+                for (i, share) in passing.iter().enumerate() {
+                    let rows = row..row + share.pick.len();
+                    row = rows.end;
+                    let its = Sent {
+                        table: sent.table + (rows.start * size_of::<Row>()) as u64,
+                        picks: sent.picks + 4 * rows.start as u64,
+                        ..sent.clone()
+                    };
+                    let out = lie.out + (4 * rows.start * d) as u64;
+                    let share = std::slice::from_ref(share);
+                    let launches = self.launches(share, &table[rows], &its, x, n, out);
+                    self.pass_through(i % pass.ring.len(), &share[0], launches)?;
+                    streamed += 1;
+                }
+            }
+            let goes_on =
+                self.many_absent(pass, lie, layer, &absent, table.len(), streamed, host)?;
+            if !goes_on {
+                return Ok(false);
             }
             self.combine(pass, lie, layer, sent.homes, 0)?;
             if host.passed(layer).is_break() {
@@ -697,5 +775,67 @@ impl<D: Driver> Gpu<D> {
         }
         self.head(pass, lie, 0)?;
         Ok(true)
+    }
+
+    /// Has an expert brought into a slot, and `launches` begun then.
+    fn pass_through(
+        &mut self,
+        turn: usize,
+        share: &Share<'_>,
+        launches: Vec<Launch>,
+    ) -> Result<(), Fault> {
+        assert!(turn < MARKS);
+        let weights = share.expert.weights();
+        let (starts, _) = parts(&weights);
+        let at = self.at(share.slot);
+        let parts = starts.iter().zip(weights);
+        let parts = parts.map(|(start, w)| (at + start, w.bytes.clone()));
+        let job = Passing {
+            turn,
+            parts: parts.collect(),
+            launches,
+        };
+        if self.lasting.stream.is_none() {
+            self.lasting.stream = Some(Stream::new(Arc::clone(&self.driver))?);
+        }
+        let stream = self.lasting.stream.as_ref().expect("it was just made");
+        let gone = |_| Fault::Lost("the thread that copies has ended".into());
+        stream.jobs.send(job).map_err(gone)
+    }
+
+    /// Has the host do the experts of many tokens that are `absent`, whose rows come behind the first `rows`, while `streamed`
+    /// others come through the device, and waits for those. False if the host has ended the pass.
+    fn many_absent(
+        &mut self,
+        pass: &Pass<'_>,
+        lie: &Lie,
+        layer: usize,
+        absent: &[Absent],
+        rows: usize,
+        streamed: usize,
+        host: &mut dyn Host,
+    ) -> Result<bool, Fault> {
+        let d = pass.config.d_model;
+        let n: usize = absent.iter().map(|a| a.pick.len()).sum();
+        let mut theirs = vec![0.0; n * d];
+        let mut helped = Ok(true);
+        if !absent.is_empty() {
+            helped = self
+                .normed(lie, d)
+                .map(|h| host.experts(layer, &h, absent, &mut theirs));
+        }
+        // In any case: while one is on its way, nobody else may launch anything.
+        for _ in 0..streamed {
+            let stream = self.lasting.stream.as_ref().expect("jobs were sent");
+            let ended = Fault::Lost("the thread that copies has ended".into());
+            let done = stream.done.recv().unwrap_or(Err(ended));
+            helped = helped.and_then(|goes_on| done.map(|()| goes_on));
+        }
+        let goes_on = helped?;
+        if goes_on && n > 0 {
+            let at = lie.out + (4 * rows * d) as u64;
+            self.driver.write(at, bytemuck::cast_slice(&theirs))?;
+        }
+        Ok(goes_on)
     }
 }

@@ -32,6 +32,8 @@ pub(super) struct Script {
     pub(super) calls: Vec<&'static str>,
     /// Rows that it computed.
     pub(super) rows: usize,
+    /// Experts that passed through.
+    pub(super) streamed: usize,
     /// Bytes that were put into slots.
     pub(super) put: usize,
 }
@@ -393,6 +395,26 @@ impl Device for Software {
                         let share = Share {
                             slot: *slot,
                             expert: &weights.experts[e],
+                            pick: &pick,
+                        };
+                        let computed = self.expert(&input, &share);
+                        self.script.lock().unwrap().rows += its.len();
+                        for (row, at) in computed.chunks_exact(d).zip(its) {
+                            rows[at * d..][..d].copy_from_slice(row);
+                        }
+                    }
+                    None if pick.len() >= pass.stream_from => {
+                        // Slots by turns, filled and used before the next one comes.
+                        let expert = &weights.experts[e];
+                        let slot =
+                            pass.ring[self.script.lock().unwrap().streamed % pass.ring.len()];
+                        self.script.lock().unwrap().streamed += 1;
+                        let into = self.slots.get_mut(&slot).expect("a slot that there is");
+                        assert!(expert.bytes() <= into.bytes);
+                        into.weights = expert.weights().map(copied).into();
+                        let share = Share {
+                            slot,
+                            expert,
                             pick: &pick,
                         };
                         let computed = self.expert(&input, &share);

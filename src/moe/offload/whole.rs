@@ -11,8 +11,9 @@
 
 use super::{Back, Device, Fault, Host, MOST_OUT, Offload, Pass, Seat, Slots, State, small_at};
 use crate::moe::kv::{KV_BLOCK, KvType, Plane};
+use crate::moe::linear::Weight;
 use crate::moe::offload::placement::Where;
-use crate::moe::weights::Weights;
+use crate::moe::weights::{Expert, Layer, Weights};
 use crate::moe::{Config, Run};
 use half::f16;
 use std::collections::HashMap;
@@ -21,6 +22,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The part of the memory that is for keys and values at least.
 const KV_PART: u64 = 8;
+/// Slots that experts pass through, if not all are there: one is filled while the one before it is computed with, and one more, as
+/// they do not take equally long.
+const RING: usize = 3;
+/// Bytes that come to a device a second, and products of int8 that a thread of the CPU does a second: about what PCI Express 4.0
+/// with 16 lanes and one copying thread give, and half of what a core with AVX-512 VNNI does at best.
+const LINK: u64 = 12_000_000_000;
+const THREAD: u64 = 150_000_000_000;
+/// Tokens that a tile of the device's product is worth for.
+const LEAST_STREAM: u64 = 8;
 /// Most experts of a layer that a device's router chooses from.
 const MOST_EXPERTS: usize = 64;
 
@@ -35,6 +45,9 @@ pub(super) struct Whole {
     block: u64,
     room: u64,
     taken: u64,
+    /// Slots that experts pass through, each of so many bytes: as large as the largest. None, if all have a place.
+    ring: Vec<usize>,
+    ring_slot: u64,
     /// By the address of the cache's mark.
     copies: HashMap<usize, Copy>,
     /// Passes so far.
@@ -62,6 +75,17 @@ pub(in crate::moe) struct Ask<'a> {
     pub(in crate::moe) cos: &'a [f32],
     pub(in crate::moe) sin: &'a [f32],
     pub(in crate::moe) wanted: &'a [u32],
+    /// Threads of the CPU.
+    pub(in crate::moe) threads: usize,
+}
+
+/// Tokens from which on an expert that is not there comes up sooner than the CPU has computed with it: its bytes take `bytes /
+/// LINK`, a token `weights / (THREAD · threads)`.
+fn stream_from(expert: &Expert, threads: usize) -> usize {
+    let weights: usize = expert.weights().iter().map(|w| w.n_in * w.n_out).sum();
+    let ratio = THREAD / 1_000_000 * threads as u64 * expert.bytes();
+    let tokens = ratio / (LINK / 1_000_000 * weights.max(1) as u64);
+    tokens.max(LEAST_STREAM) as usize
 }
 
 /// Bytes of keys, or values, of a block in one layer.
@@ -71,38 +95,51 @@ fn plane_bytes(c: &Config) -> u64 {
 
 impl Whole {
     /// Divides `room` bytes of a device among keys and values and weights; nothing if it cannot do whole passes of this model.
-    /// `experts`: bytes of each there.
+    /// `scratch`: bytes that it computes with, if it takes such passes; `bytes`: of a matrix there; `experts`: of each.
     pub(super) fn plan(
-        device: &dyn Device,
+        scratch: Option<u64>,
+        bytes: impl Fn(&[&Weight]) -> Option<u64>,
         c: &Config,
         weights: &Weights,
         experts: &[Option<u64>],
         room: u64,
     ) -> Option<Whole> {
-        let floats = |l: &crate::moe::weights::Layer| {
+        let floats = |l: &Layer| {
             let router = l.router.as_ref();
             router.is_some_and(|r| r.format.block_weights() == 1)
         };
         if c.n_expert > MOST_EXPERTS || !weights.layers.iter().all(floats) {
             return None;
         }
-        let scratch = device.whole(c)?;
+        let scratch = scratch?;
         let layers = weights.layers.iter();
         let dense = layers.flat_map(|l| [&l.q, &l.k, &l.v, &l.o]);
-        let dense = dense.chain([&weights.head]).map(|w| device.bytes(&[w]));
+        let dense = dense.chain([&weights.head]).map(|w| bytes(&[w]));
         let dense: u64 = dense.sum::<Option<u64>>()?;
-        let experts: u64 = experts.iter().flatten().sum();
+        let all: u64 = experts.iter().flatten().sum();
         let small_bytes = 4 * (small_at(c, c.n_layer)[0] + c.d_model) as u64;
         let room = room.checked_sub(scratch + small_bytes)?;
         let block = 2 * c.n_layer as u64 * plane_bytes(c);
-        let kv = (room / KV_PART).max(room.saturating_sub(dense + experts));
-        (kv >= block && room - kv >= dense).then_some(Whole {
+        let kv = (room / KV_PART).max(room.saturating_sub(dense + all));
+        let weights_fit = room - kv >= dense + all;
+        let largest = experts.iter().flatten().max().copied().unwrap_or(0);
+        let ring = if weights_fit { 0 } else { largest };
+        // Without room for what every token reads, and some experts, the ring is not worth it.
+        let left = room.checked_sub(kv + dense)?;
+        let ring_slot = if left >= 4 * RING as u64 * ring {
+            ring
+        } else {
+            0
+        };
+        (kv >= block).then_some(Whole {
             small: None,
             small_bytes,
             scratch,
             block,
             room: kv,
             taken: 0,
+            ring: Vec::new(),
+            ring_slot,
             copies: HashMap::new(),
             clock: 0,
             told: false,
@@ -111,7 +148,18 @@ impl Whole {
 
     /// Bytes that are not for weights.
     pub(super) fn set_aside(&self) -> u64 {
-        self.scratch + self.small_bytes + self.room
+        self.scratch + self.small_bytes + self.room + RING as u64 * self.ring_slot
+    }
+
+    /// Bytes for keys and values, and the tokens that these are of.
+    #[cfg(any(all(test, unix), feature = "cuda"))]
+    pub(super) fn kv(&self) -> (u64, u64) {
+        (self.room, self.room / self.block * KV_BLOCK as u64)
+    }
+
+    /// Whether experts of long prompts pass through.
+    pub(super) fn streams(&self) -> bool {
+        !self.ring.is_empty()
     }
 
     /// Gives blocks back: those of a cache that is gone, else those of the cache that was used least recently and not in
@@ -185,7 +233,13 @@ impl Whole {
             }
             let copy = &self.copies[&key];
             let right = copy.mark.load(Ordering::Relaxed).min(len);
-            for b in right / KV_BLOCK..len.div_ceil(KV_BLOCK) {
+            // Nothing, where all of it is there.
+            let end = if right < len {
+                len.div_ceil(KV_BLOCK)
+            } else {
+                0
+            };
+            for b in right / KV_BLOCK..end {
                 for layer in 0..c.n_layer {
                     let (Plane::F16(k), Plane::F16(v)) = &*run.kv.blocks(layer)[b] else {
                         unreachable!("other caches were not let in");
@@ -210,7 +264,7 @@ impl Whole {
 impl State {
     /// The slots of all layers and of the head; nothing while something that every token reads is not there.
     fn slots(&self, weights: &Weights) -> Option<(Vec<Slots>, usize)> {
-        let dense = |w: &crate::moe::linear::Weight| {
+        let dense = |w: &Weight| {
             let dense = self.dense.get(&(w.bytes.as_ptr() as usize))?;
             dense.here.then_some(dense.slot)
         };
@@ -260,6 +314,28 @@ impl Offload {
         }
     }
 
+    /// Makes the slots that experts pass through; without memory for all of them there are none.
+    pub(super) fn bring_ring(&self, state: &mut State) {
+        let (Some(device), Some(whole)) = (&mut state.device, &mut state.whole) else {
+            return;
+        };
+        while whole.ring_slot > 0 && whole.ring.len() < RING {
+            match device.make(whole.ring_slot) {
+                Ok(slot) => whole.ring.push(slot),
+                Err(Fault::Full) => {
+                    whole.ring.drain(..).for_each(|slot| device.unmake(slot));
+                    whole.ring_slot = 0;
+                }
+                Err(lost) => return self.fault(state, lost),
+            }
+        }
+    }
+
+    /// Whether experts of long prompts pass through the device.
+    pub(in crate::moe) fn streams(&self) -> bool {
+        self.lock().whole.as_ref().is_some_and(Whole::streams)
+    }
+
     /// Has the device run `runs` through all layers. `Some(false)` if the host has ended it; nothing if the device does not take
     /// it or failed: then nothing has changed.
     pub(in crate::moe) fn pass(
@@ -298,6 +374,11 @@ impl Offload {
                 return None;
             }
         };
+        let ring = whole.ring.clone();
+        let stream_from = match ring.is_empty() {
+            true => usize::MAX,
+            false => stream_from(&self.experts[0], ask.threads),
+        };
         let mut device = state.device.take()?;
         state.lent = true;
         drop(guard);
@@ -313,6 +394,8 @@ impl Offload {
             seats: &seats,
             blocks: &blocks,
             wanted: ask.wanted,
+            ring: &ring,
+            stream_from,
         };
         let done = device.pass(&pass, host, back);
         let mut guard = self.lock();
@@ -320,7 +403,7 @@ impl Offload {
         (state.device, state.lent) = (Some(device), false);
         match done {
             Ok(true) => {
-                state.learn_all(c, &layers, back, n_tok);
+                state.learn_all(c, &pass, back);
                 Some(true)
             }
             Ok(false) => Some(false),
@@ -339,15 +422,20 @@ impl Offload {
 
 impl State {
     /// Counts what a whole pass chose.
-    fn learn_all(&mut self, c: &Config, layers: &[Slots], back: &Back, n_tok: usize) {
+    fn learn_all(&mut self, c: &Config, pass: &Pass<'_>, back: &Back) {
+        let n_tok = pass.seats.len();
         let chosen = back.choices().chunks_exact(n_tok * c.n_used);
-        for (layer, (slots, chosen)) in layers.iter().zip(chosen).enumerate() {
+        for (layer, (slots, chosen)) in pass.layers.iter().zip(chosen).enumerate() {
             let mut counts = vec![0; c.n_expert];
             chosen.iter().for_each(|c| counts[c.expert as usize] += 1);
             self.placement.learn(layer, &counts, n_tok);
-            let there = counts.iter().zip(&slots.experts);
-            let there = there.filter(|(_, slot)| slot.is_some());
-            self.there += there.map(|(n, _)| *n as u64).sum::<u64>();
+            for (e, n) in counts.into_iter().enumerate() {
+                let key = layer * c.n_expert + e;
+                let passes = n >= pass.stream_from && self.placement.bytes(key).is_some();
+                if slots.experts[e].is_some() || passes {
+                    self.there += n as u64;
+                }
+            }
             self.choices += chosen.len() as u64;
         }
     }

@@ -53,7 +53,7 @@ impl Pair {
 
     /// A new sequence; returns its number.
     fn begin(&mut self, kind: KvType) -> usize {
-        let new = || Kv::new(&self.alone.config, kind, 512);
+        let new = || Kv::new(&self.alone.config, kind, 1024);
         self.kvs.push([new(), new()]);
         self.kvs.len() - 1
     }
@@ -136,13 +136,16 @@ fn position(kv: &Kv, layer: usize, pos: usize) -> Vec<u8> {
     out
 }
 
-/// Devices that take whole passes of the demo model, with `percent` of its experts: one in software, the kernels on a CPU (in two
-/// ways), and a GPU if there is one.
+/// Devices that take whole passes of the demo model, with `percent` of its experts: one in software, the kernels on a CPU (with
+/// tensor cores' instructions, where all experts are there), and a GPU if there is one.
 fn whole_devices(percent: u64) -> Vec<(&'static str, Model, Heard)> {
     let mut all: Vec<(&'static str, Box<dyn Device>)> = Vec::new();
     let memory = memory_for(&demo(1, Ram::Mapped), percent);
     all.push(("software", Box::new(scripted(whole(memory)).0)));
-    all.extend(devices());
+    let slow = |name: &str| name.starts_with("emulated");
+    let wanted = |name: &str| name.contains("tensor cores") == (percent == 100);
+    let more = devices().into_iter();
+    all.extend(more.filter(|(name, _)| !slow(name) || wanted(name)));
     let mut out = Vec::new();
     for (name, device) in all {
         let mut model = demo(2, Ram::Mapped);
@@ -177,12 +180,14 @@ fn a_whole_pass_gives_the_same_bits_for_any_share_of_experts() {
         let choices = ((PROMPT + 8) * c.n_layer * c.n_used) as u64;
         let rows = script.lock().unwrap().rows as u64;
         assert_eq!((held.choices, held.there), (choices, rows));
-        assert!((100 * rows / choices).abs_diff(percent) <= 15);
+        // Slots that experts of long prompts pass through take some of it.
+        assert!((100 * rows / choices).abs_diff(percent) <= 22);
         assert!(heard.lock().unwrap().is_empty());
     }
+    let alone = answer(&demo(2, Ram::Mapped), 12, 3);
     for percent in [60, 100] {
         for (name, model, heard) in whole_devices(percent) {
-            assert!(answer(&model, PROMPT, 8) == alone, "{name} {percent}%");
+            assert!(answer(&model, 12, 3) == alone, "{name} {percent}%");
             let held = model.store().reads().gpu;
             assert_eq!(held.choices == held.there, percent == 100, "{name}");
             assert!(held.there > 0 && heard.lock().unwrap().is_empty());
@@ -321,7 +326,7 @@ fn a_driver_that_fails_in_a_whole_pass_changes_no_bit() {
     };
     let Some(calls) = run(usize::MAX) else { return };
     assert!(calls > 40, "{calls}");
-    for lives in (0..calls).step_by(calls / 12) {
+    for lives in (0..calls).step_by(calls / 6) {
         run(lives);
     }
 }
@@ -412,8 +417,8 @@ fn a_whole_pass_that_is_ended_leaves_the_cache_as_it_was() {
     for (name, model, _) in whole_devices(70) {
         let mut pair = Pair::new(model);
         let a = pair.begin(KvType::F16);
-        pair.step(&[(a, 12, Want::Last)]);
-        for tokens in [&[5; 20][..], &[5; 2]] {
+        pair.step(&[(a, 9, Want::Nothing)]);
+        for tokens in [&[5; 10][..], &[5; 2]] {
             let run = Run {
                 kv: &mut pair.kvs[a][1],
                 tokens,
@@ -454,4 +459,86 @@ fn tokens_of_an_answer_are_replayed() {
     // Two tokens, as when a guess is checked, are another record.
     pair.step(&[(a, 2, Want::All)]);
     assert_eq!(handle.records(), 2);
+}
+
+/// Experts that are not there come through the device where they have many tokens, in slots by turns: the same bits, each slot
+/// written when the kernels of the one before have ended, and read when all of it has arrived (which `Emulated` looks at).
+#[test]
+fn experts_of_a_long_prompt_pass_through() {
+    let steps = |pair: &mut Pair| {
+        let a = pair.begin(KvType::F16);
+        pair.step(&[(a, 110, Want::Nothing)]);
+        pair.step(&[(a, 1, Want::Last)]);
+    };
+    let mut model = demo(2, Ram::Mapped);
+    let memory = memory_for(&model, 50);
+    let (device, script) = scripted(whole(memory));
+    model.offload_to(plan(device, memory).0);
+    model.settle();
+    assert!(model.pass_tokens(512) > 512);
+    let mut pair = Pair::new(model);
+    steps(&mut pair);
+    let streamed = script.lock().unwrap().streamed;
+    assert!(streamed > 3, "{streamed}: more than there are slots");
+    let held = pair.model.store().reads().gpu;
+    assert_eq!(held.there, script.lock().unwrap().rows as u64);
+
+    let Some(driver) = Emulated::new(false) else {
+        return;
+    };
+    let mut model = demo(2, Ram::Mapped);
+    let gpu = Gpu::new(driver).unwrap();
+    let handle = Arc::clone(&gpu.driver);
+    let c = &model.config;
+    let more = gpu.scratch(c.d_model, c.d_ff) + gpu.whole(c).unwrap();
+    let (mut plan, heard) = plan(scripted(Script::default()).0, memory + more);
+    plan.device = Box::new(gpu);
+    model.offload_to(plan);
+    model.settle();
+    let before = handle.staged.load(Ordering::Relaxed);
+    let mut pair = Pair::new(model);
+    steps(&mut pair);
+    let staged = handle.staged.load(Ordering::Relaxed) - before;
+    assert_eq!(staged, 3 * streamed, "three matrices each");
+    assert!(heard.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_forecast_is_what_happens() {
+    use crate::moe::offload::forecast::forecast;
+    let Some(driver) = Emulated::new(false) else {
+        return;
+    };
+    let mut device = Some(Gpu::new(driver).unwrap());
+    let c = demo(1, Ram::Mapped).config;
+    let gpu = device.as_ref().unwrap();
+    let more = gpu.scratch(c.d_model, c.d_ff) + gpu.whole(&c).unwrap();
+    for percent in [0, 55, 100] {
+        let mut model = demo(1, Ram::Mapped);
+        let memory = memory_for(&model, percent) + more;
+        let told = forecast(&model.config, &model.weights, memory, None);
+        let gpu = device.take().unwrap_or_else(|| {
+            let driver = Emulated::new(false).expect("there was one");
+            Gpu::new(driver).unwrap()
+        });
+        let (mut plan, _) = plan(scripted(Script::default()).0, memory);
+        plan.device = Box::new(gpu);
+        model.offload_to(plan);
+        model.settle();
+        let held = model.store().reads().gpu;
+        assert_eq!(
+            (told.experts, told.bytes),
+            (held.experts as usize, held.bytes)
+        );
+        assert_eq!((told.dense, told.of as u64), (held.dense, held.of));
+        assert!(told.kv > 0 && told.kv_tokens > 0 && told.scratch > more);
+        assert!((told.hits - held.experts as f64 / held.of as f64).abs() < 1e-6);
+        assert_eq!(told.left == 0.0, held.experts == held.of, "{told:?}");
+        assert!(told.scratch + told.kv + told.dense + told.bytes <= memory);
+    }
+    let none = forecast(&c, &demo(1, Ram::Mapped).weights, 0, None);
+    assert_eq!(
+        (none.dense, none.experts, none.scratch, none.kv),
+        (0, 0, 0, 0)
+    );
 }

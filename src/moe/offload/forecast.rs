@@ -1,0 +1,94 @@
+//! What would lie on a GPU with so much memory: arithmetic, for which none is needed.
+
+use super::gpu::{scratch, slot_bytes};
+use super::layers::whole_scratch;
+use super::leave_out_others;
+use super::placement::{Placement, Step, Where};
+use super::whole::Whole;
+use crate::moe::Config;
+use crate::moe::weights::{Expert, Weights};
+use std::sync::Arc;
+
+/// What would lie on a GPU, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Forecast {
+    /// What it computes with.
+    pub scratch: u64,
+    /// Keys and values, and the tokens that there is room for; none where passes do not stay there.
+    pub kv: u64,
+    /// Those tokens.
+    pub kv_tokens: u64,
+    /// What every token reads, norms and routers not counted.
+    pub dense: u64,
+    /// Experts …
+    pub experts: usize,
+    /// … of so many …
+    pub of: usize,
+    /// … in so many bytes.
+    pub bytes: u64,
+    /// Share of choices that find their expert there.
+    pub hits: f64,
+    /// Bytes of weights that the CPU still reads for a token.
+    pub left: f64,
+}
+
+/// What would lie on a GPU of which octet may use `memory` bytes. `shares (n_layer, n_expert)`: how often a token takes each
+/// expert, if that is known.
+pub fn forecast(c: &Config, weights: &Weights, memory: u64, shares: Option<Vec<f32>>) -> Forecast {
+    let experts = weights
+        .layers
+        .iter()
+        .flat_map(|l| l.experts.iter().cloned());
+    let experts: Vec<Arc<Expert>> = experts.collect();
+    let mut bytes: Vec<_> = experts.iter().map(|e| slot_bytes(&e.weights())).collect();
+    let layers = bytes.chunks_mut(c.n_expert).zip(experts.chunks(c.n_expert));
+    layers.for_each(|(bytes, experts)| leave_out_others(bytes, experts));
+    let even = c.n_used as f32 / c.n_expert as f32;
+    let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
+    let room = memory.saturating_sub(scratch(c.d_model, c.d_ff));
+    let extra = Some(whole_scratch(c));
+    let whole = Whole::plan(extra, slot_bytes, c, weights, &bytes, room);
+    let aside = whole.as_ref().map_or(0, Whole::set_aside);
+    let mut placement = Placement::new(c.n_expert, bytes, shares.clone(), room - aside);
+    let mut seen = Vec::new();
+    let (mut dense, mut in_file) = (0, 0);
+    for w in &weights.dense()[1..] {
+        let key = w.bytes.as_ptr();
+        let Some(bytes) = slot_bytes(&[w]) else {
+            continue;
+        };
+        if !seen.contains(&key) && placement.reserve(bytes) {
+            seen.push(key);
+            dense += bytes;
+            in_file += w.bytes.len() as u64;
+        }
+    }
+    // Shares are of tokens: a layer's sum is the experts that a token takes.
+    let (mut n, mut found) = (0, 0.0);
+    while let Some(Step::Add(key)) = placement.next() {
+        placement.begun(Step::Add(key), n);
+        placement.arrived(n);
+        n += 1;
+        found += f64::from(shares[key]);
+    }
+    let all = shares.iter().map(|s| f64::from(*s)).sum::<f64>().max(1e-9);
+    let away = (0..experts.len()).filter(|key| placement.place(*key) == Where::Away);
+    let left = away.map(|key| f64::from(shares[key]) * experts[key].bytes() as f64);
+    let left: f64 = left.sum();
+    let (kv, kv_tokens) = whole.as_ref().map_or((0, 0), Whole::kv);
+    let dense_left = match whole {
+        Some(_) => 0,
+        None => weights.dense_bytes() - in_file,
+    };
+    Forecast {
+        scratch: memory.min(scratch(c.d_model, c.d_ff) + aside - kv),
+        kv,
+        kv_tokens,
+        dense,
+        experts: n,
+        of: experts.len(),
+        bytes: placement.taken() - dense,
+        hits: found / all,
+        left: left + dense_left as f64,
+    }
+}
