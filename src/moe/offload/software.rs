@@ -85,7 +85,7 @@ impl Software {
     /// The rows of an expert.
     fn expert(&self, input: &Input, share: &Share<'_>) -> Vec<f32> {
         let m = &self.machine;
-        let [gate, up, down] = &self.filled_with(share.slot)[..] else {
+        let [gate, up, down] = self.filled_with(share.slot) else {
             panic!("it was filled with an expert");
         };
         assert_eq!(*gate.bytes, *share.expert.gate.bytes);

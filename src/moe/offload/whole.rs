@@ -66,6 +66,9 @@ struct Copy {
     used: u64,
 }
 
+/// Where the tokens of a pass stand, and the slots of their blocks.
+type Seated = (Vec<Seat>, Vec<usize>);
+
 /// A pass, as the forward pass asks for it.
 pub(in crate::moe) struct Ask<'a> {
     pub(in crate::moe) config: &'a Config,
@@ -204,7 +207,7 @@ impl Whole {
         device: &mut dyn Device,
         c: &Config,
         runs: &[Run<'_>],
-    ) -> Result<Option<(Vec<Seat>, Vec<usize>)>, Fault> {
+    ) -> Result<Option<Seated>, Fault> {
         self.clock += 1;
         let key = |run: &Run<'_>| Arc::as_ptr(run.kv.mirror()) as usize;
         for run in runs {
