@@ -690,10 +690,10 @@ fn chat_answers_standard_input_line_by_line() {
     assert_eq!(
         chat(
             &["chat"],
-            "/system You are a king.\nHello\n/system\nHello\n"
+            "/system You are a king.\nHello\n/clear\n/system\n/system none\nHello\n"
         )
         .0,
-        king + &hello
+        king + "You are a king.\n" + &hello
     );
 }
 
@@ -755,10 +755,15 @@ fn an_empty_answer_does_not_break_the_conversation() {
 #[test]
 fn a_line_that_is_no_text_is_an_error() {
     let home = Home::new();
-    let out = home.octet_with(&["chat", "-n", "1"], b"Hello \xff\n");
-    assert!(out.error(1).contains(
-        "<stdin>: the text is wrong (expected valid UTF-8, found byte 0xff at offset 6)"
+    // The others are answered.
+    let out = home.octet_with(&["chat", "-n", "1"], b"Hello \xff\nHello\n");
+    assert_eq!(out.code, Some(1));
+    assert!(out.stderr.starts_with(
+        "octet: <stdin>: the text is wrong (expected valid UTF-8, found byte 0xff at offset 6)\n"
     ));
+    assert!(out.stderr.contains("answer 1 token;"), "{}", out.stderr);
+    let failed = "octet: <stdin>: 1 of 2 lines failed; it is said above why\n";
+    assert!(out.stderr.ends_with(failed), "{}", out.stderr);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -205,6 +205,22 @@ fn calls_run_only_when_that_was_asked_for() {
     assert_eq!(log, "add {\"a\": 2, \"b\": 3}\n".repeat(2));
     std::fs::remove_file(home.path("adder.sh.log")).unwrap();
 
+    // The prompt with a call's result goes on where the one with the call ended: no token is read twice but the last
+    // ones of two messages, which give the logits.
+    let run = home.octet_with(
+        &[&common[..], &["--tool-exec", &exec, "--yes"]].concat(),
+        "2 + 3?\n/stats\n",
+    );
+    std::fs::remove_file(home.path("adder.sh.log")).unwrap();
+    let said = run.text().replace([';', '\n'], " ");
+    let before = |words: &str| -> usize {
+        let number = said.split(words).next().unwrap().split_whitespace();
+        number.last().unwrap().parse().unwrap()
+    };
+    let (held, read) = (before(" of 264 tokens of context"), before(" tokens read"));
+    let written = before(" written");
+    assert!((held - 2..=held + 2).contains(&(read + written)), "{said}");
+
     // Nobody is there to confirm; nobody said what runs tools. The conversation goes on.
     for more in [&["--tool-exec", exec.as_str()][..], &[]] {
         let run = home.octet_with(&[&common[..], more].concat(), "2 + 3?\nAgain?\n");

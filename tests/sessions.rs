@@ -492,6 +492,49 @@ fn files_of_others_are_not_touched() {
     assert_eq!(fs::read(home.path("new.kv")).unwrap(), b"my own file");
 }
 
+/// A file of another kind in the cache's place costs the cache, not the conversation.
+#[test]
+fn a_conversation_goes_on_without_its_cache() {
+    let home = Home::new();
+    let file = home.path("s").to_str().unwrap().to_string();
+    chat(&home, &file, &[], "Hello\n");
+    home.write("s.kv", "something else");
+    let (_, stderr) = chat(&home, &file, &[], "And?\n");
+    assert!(
+        stderr.contains("s.kv: it is no KV cache of octet's and is kept as ")
+            && stderr.contains("octet: 1 turn in "),
+        "{stderr}"
+    );
+    assert_eq!(messages(&file).len(), 4);
+    let kept = fs::read(home.path("s.kv.damaged1")).unwrap();
+    assert_eq!(kept, b"something else");
+    // From then on there is a cache again.
+    let (_, stderr) = chat(&home, &file, &[], "And?\n");
+    assert!(!stderr.contains("0 tokens are in the KV cache"), "{stderr}");
+}
+
+/// What was recovered from a damaged text is saved at once: looking at it and leaving loses nothing.
+#[test]
+fn what_was_recovered_is_recovered_once() {
+    let home = Home::new();
+    let file = home.path("s").to_str().unwrap().to_string();
+    chat(&home, &file, &[], "Hello\nAnd?\n");
+    let text = fs::read_to_string(&file).unwrap();
+    let damaged = text.replacen("\"role\":\"user\",", "\"rule\":\"user\",", 1);
+    assert_ne!(text, damaged);
+    fs::write(&file, &damaged).unwrap();
+    let (_, stderr) = chat(&home, &file, &[], "/stats\n");
+    assert!(stderr.contains("3 messages could be read"), "{stderr}");
+    let copy = fs::read_to_string(home.path("s.damaged1")).unwrap();
+    assert_eq!(copy, damaged);
+    let (_, stderr) = chat(&home, &file, &[], "More\n");
+    assert!(
+        stderr.contains(" in ") && !stderr.contains("a new session") && !stderr.contains("damaged"),
+        "{stderr}"
+    );
+    assert_eq!(messages(&file).len(), 5);
+}
+
 #[test]
 fn a_session_is_for_one_process_at_a_time() {
     let home = Home::new();

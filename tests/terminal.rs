@@ -103,6 +103,9 @@ fn a_conversation() {
     ] {
         assert!(greeting.contains(words), "{words}: {greeting}");
     }
+    // It fits a usual terminal.
+    let columns = greeting.lines().map(|line| line.chars().count()).max();
+    assert!(columns <= Some(80), "{greeting}");
     assert!(person.until("> ").len() < 20);
 
     let hello = answer(&home, &["-p", "Hello"]);
@@ -128,14 +131,22 @@ fn a_conversation() {
     person.line("/system You are a king.");
     let king = answer(&home, &["-s", "You are a king.", "-p", "Hello"]);
     assert_ne!(king, hello);
-    assert!(person.line("Hello").ends_with(&king));
+    // The conversation stays, and the text is for its next answers.
+    assert!(person.line("/stats").contains("1 turn;"));
+    assert!(person.line("/regen").ends_with(&king));
     person.line("/clear");
     assert!(
         person.line("Hello").ends_with(&king),
         "/clear keeps the system text"
     );
-    person.line("/system");
-    assert!(person.line("Hello").ends_with(&hello));
+    assert!(person.line("/system").ends_with("You are a king.\r\n"));
+    person.line("/system none");
+    assert!(
+        person
+            .line("/system")
+            .contains("octet: there is nothing set; /system TEXT sets it")
+    );
+    assert!(person.line("/regen").ends_with(&hello));
     person.line("/clear");
 
     // A text of several lines: the editor goes on until it is closed.
@@ -155,6 +166,42 @@ fn a_conversation() {
 
     // Half a command and the Tab key.
     assert!(person.line("/he\t").contains("/system [TEXT]"));
+    // What may be meant is listed; what all have in common is there already.
+    for (keys, listed) in [
+        ("/\t", &["/help", "/regen", "/set", "/exit"][..]),
+        ("/se\t", &["/sessions", "/set"]),
+        ("/set dyn\t", &["dynatemp-exp", "dynatemp-range"]),
+        ("/set mirostat \t", &["0", "2"]),
+        ("/set samplers top_k;t\t", &["top_k", "top_p", "typ_p"]),
+    ] {
+        person.type_keys(keys);
+        // The line is drawn again below the list.
+        person.until("\n");
+        let list = person.until("> /");
+        let words: Vec<_> = list.split_whitespace().collect();
+        for name in listed {
+            assert!(words.contains(name), "{keys:?}: {list:?}");
+        }
+        assert_eq!(words.contains(&"/undo"), keys == "/\t", "{list:?}");
+        person.type_keys("\x03");
+        person.until(READS);
+    }
+    // A space behind what goes on.
+    assert!(
+        person
+            .line("/set mirostat-l\t0.2")
+            .contains("* mirostat-lr          0.2")
+    );
+    assert!(
+        person
+            .line("/set samplers temp\t")
+            .contains("* samplers             temperature")
+    );
+    assert!(
+        person
+            .line("/set samplers no\t")
+            .contains("samplers             none")
+    );
 
     person.type_keys("\x04");
     let (last, code) = person.end();
@@ -404,7 +451,18 @@ fn long_texts_come_by_keys_paste_file_and_editor() {
 fn conversations_are_kept_under_names() {
     let home = Home::new();
     let (mut person, _) = Person::new(&home, &CHAT);
-    assert!(person.line("/save").contains("expected a name"));
+    // Without a name it gets one.
+    assert!(person.line("/save").contains("sessions/chat-1.chat, and"));
+    person.line("/clear");
+    assert!(person.line("/save").contains("sessions/chat-2.chat, and"));
+    assert!(person.line("/save").contains("it is kept in "));
+    person.line("/clear");
+    for name in ["chat-1", "chat-2"] {
+        for end in ["chat", "chat.kv"] {
+            fs::remove_file(home.path(&format!("state/octet/sessions/{name}.{end}"))).unwrap();
+        }
+    }
+    assert!(person.line("/save -").contains("expected a name"));
     assert!(person.line("/fork").contains("/save NAME makes one"));
     assert!(
         person
@@ -510,6 +568,22 @@ fn settings_are_shown_and_changed() {
             .line("/set logit-bias 99999+1")
             .contains("no such token")
     );
+    // The first breaker takes the place of the usual ones, others come to it.
+    let breakers = |person: &mut Person, text: &str| {
+        let said = person.line(&format!("/set dry-sequence-breaker {text}"));
+        let row = said.split("dry-sequence-breaker ").last().unwrap();
+        row.lines().next().unwrap().trim().to_string()
+    };
+    assert_eq!(breakers(&mut person, "x"), r#""x""#);
+    assert_eq!(breakers(&mut person, "y"), r#""x" "y""#);
+    assert_eq!(breakers(&mut person, "none"), "none");
+    // The same seed, the same answer, however often it is set.
+    person.line("/set seed 7");
+    let lucky = person.line("Hello");
+    assert_ne!(person.line("/regen"), lucky);
+    person.line("/set seed 7");
+    assert!(lucky.ends_with(person.line("/regen").trim_start()));
+    person.line("/clear");
     assert!(
         person
             .line("/set tem\t 0")

@@ -50,7 +50,7 @@ pub struct Repl<'a> {
     pub history: Option<PathBuf>,
     /// Lines that come from elsewhere than the terminal.
     pub lines: Option<Box<dyn Iterator<Item = Result<String>> + 'a>>,
-    /// Told how many tokens of a prompt are done, and how many there are.
+    /// Told how many tokens of a prompt are done, and how many there are; 0 of 0 when the prompt matters no more.
     pub progress: Box<dyn FnMut(usize, usize) + Send + 'a>,
     /// Set by Ctrl-C while an answer is written.
     pub interrupted: &'a AtomicBool,
@@ -199,10 +199,15 @@ impl Talk<'_> {
         // look at it before the next line comes, so one is enough to end the program then.
         self.repl.interrupted.store(true, Ordering::Relaxed);
         for line in lines {
-            let line = line?;
             self.repl.interrupted.store(false, Ordering::Relaxed);
-            if !line.trim().is_empty() {
-                self.line(&line)?;
+            match line {
+                Ok(line) if line.trim().is_empty() => {}
+                Ok(line) => self.line(&line)?,
+                // Bytes that are no text are one line that cannot be answered.
+                Err(e) => {
+                    self.lines += 1;
+                    self.survive(Err(e))?;
+                }
             }
             if self.done {
                 break;
@@ -335,6 +340,10 @@ impl Talk<'_> {
             path.display(),
             self.repl.session.len(),
         ));
+        if resumed.damaged {
+            // What was recovered shall not have to be recovered again.
+            self.save();
+        }
         self.recall()
     }
 
@@ -417,7 +426,9 @@ impl Talk<'_> {
                     true => ControlFlow::Break(()),
                     false => ControlFlow::Continue(()),
                 }
-            })?;
+            });
+            (self.repl.progress)(0, 0);
+            let answer = answer?;
             self.last.add(&answer.stats);
             self.stats.add(&answer.stats);
             if let Some(e) = failed {

@@ -51,6 +51,8 @@ pub struct Resumed {
     pub conversation: Conversation,
     /// Whether there was a session; if not, it is new.
     pub found: bool,
+    /// Whether its text was damaged. The file has another name then, and the conversation no file until it is saved.
+    pub damaged: bool,
     /// What could not be used, for the user.
     pub notes: Vec<String>,
 }
@@ -73,10 +75,23 @@ impl Saved {
     ) -> Result<(Saved, Resumed)> {
         // Before anything is made or locked: is it a session at all?
         read(path)?;
-        let mut kv = KvFile::open(&kv_path(path), session.cache().0, &model.hash)?;
+        let mut resumed = Resumed::default();
+        let mut kv = match KvFile::open(&kv_path(path), session.cache().0, &model.hash) {
+            // Beside a session's text this was its cache, or takes its place. The text goes on without.
+            Err(Error::Invalid { .. }) if path.exists() => {
+                let file = kv_path(path);
+                let copy = keep_copy(&file)?;
+                resumed.notes.push(format!(
+                    "{}: it is no KV cache of octet's and is kept as {}; the cache is computed again",
+                    file.display(),
+                    copy.display()
+                ));
+                KvFile::open(&file, session.cache().0, &model.hash)?
+            }
+            opened => opened?,
+        };
         // Again, now that nobody else can change it.
         let text = read(path)?;
-        let mut resumed = Resumed::default();
         let mut refused = None;
         session.refill(|cache| {
             let loaded = kv.load(cache)?;
@@ -91,6 +106,7 @@ impl Saved {
         if let Some(text) = text {
             resumed.found = true;
             if let Some(damage) = text.damage {
+                resumed.damaged = true;
                 let copy = keep_copy(path)?;
                 let note = format!(
                     "{}: {damage}; the file is kept as {}",
@@ -340,6 +356,14 @@ impl Shelf {
             Some(stem) => stem.to_string_lossy().into_owned(),
             None => path.display().to_string(),
         }
+    }
+
+    /// A place for a session that nobody named.
+    pub fn free(&self) -> PathBuf {
+        let path = |i: u64| self.0.join(format!("chat-{i}.{EXTENSION}"));
+        let mut paths = (1..).map(path);
+        let free = paths.find(|path| !path.exists());
+        free.expect("some number is free")
     }
 
     /// The names of all sessions on the shelf, in order.

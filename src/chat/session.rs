@@ -258,7 +258,8 @@ impl Stats {
     }
 }
 
-pub(super) fn rate(n: f64, time: Duration) -> f64 {
+/// How many come in a second; 0 in no time.
+pub fn rate(n: f64, time: Duration) -> f64 {
     if time.is_zero() {
         0.0
     } else {

@@ -130,6 +130,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let mut input = Input::open(&lines)?;
     let mut progress = Progress::of("", "prompts");
+    let in_all = total.map_or(usize::MAX, |n| n as usize);
+    progress.set(work.done as usize, in_all);
     let mut line = Vec::new();
     let mut number = 0;
     let mut more = true;
@@ -163,8 +165,8 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
         work.step().map_err(hint)?;
-        progress.set(work.done as usize, total.map_or(usize::MAX, |n| n as usize));
         progress.tell(|| format!("{:.1} tok/s", work.batch.totals().answer_rate()));
+        progress.set(work.done as usize, in_all);
     }
     progress.clear();
     let (done, failed) = (work.done, work.failed);

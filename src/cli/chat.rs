@@ -161,7 +161,7 @@ fn greet(loaded: &Loaded) -> Result<()> {
     };
     let machine = loaded.model.machine();
     show(&format!(
-        "octet {} · {} · {} layers, {experts} · context {} · {}, {} threads\n",
+        "octet {} · {}\n{} layers, {experts} · context {} · {}, {} threads\n",
         env!("CARGO_PKG_VERSION"),
         file_name(&loaded.path),
         c.n_layer,
@@ -171,7 +171,8 @@ fn greet(loaded: &Loaded) -> Result<()> {
     ))?;
     if loaded.demo {
         show(
-            "A small demo model: its tales make little sense. Try: Tell me a story about a fox.\n\
+            "A small demo model: its tales make little sense.\n\
+             Try: Tell me a story about a fox.\n\
              For a real Mixtral: octet chat --model FILE.gguf\n",
         )?;
     }

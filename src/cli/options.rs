@@ -249,10 +249,15 @@ pub struct DraftOptions {
 #[command(next_help_heading = "Answer")]
 pub struct FormOptions {
     /// Answer with JSON that this schema accepts: a file, or the schema itself
-    #[arg(long, value_name = "SCHEMA", group = "form")]
+    #[arg(
+        long,
+        alias = "json-schema-file",
+        value_name = "SCHEMA",
+        group = "form"
+    )]
     pub json_schema: Option<String>,
     /// Answer with a text of this grammar: a file in Lark's notation, or llama.cpp's GBNF
-    #[arg(long, value_name = "FILE", group = "form")]
+    #[arg(long, alias = "grammar-file", value_name = "FILE", group = "form")]
     pub grammar: Option<PathBuf>,
     /// Answer with a text that this regular expression matches as a whole
     #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]

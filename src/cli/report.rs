@@ -2,7 +2,7 @@
 
 use super::input::note;
 use crate::chat::batch::Totals;
-use crate::chat::session::{LogitsHash, Stats};
+use crate::chat::session::{LogitsHash, Stats, rate};
 use crate::moe::Machine;
 use crate::pool::Pool;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 /// A progress bar for work that may take longer than a second; shown after the first second, on a
 /// terminal, on stderr.
 pub struct Progress {
-    /// When the work began that is told of; none before that, and after its end.
-    started: Option<Instant>,
+    /// When the work began that is told of, and what was done then; none before that, and after its end.
+    started: Option<(Instant, usize)>,
     what: &'static str,
     unit: &'static str,
+    /// What [`Progress::tell`] was told.
+    speed: Option<String>,
     bar: Option<ProgressBar>,
 }
 
@@ -33,61 +35,72 @@ impl Progress {
             started: None,
             what,
             unit,
+            speed: None,
             bar: None,
         }
     }
 
-    /// `done` of `total` are done.
+    /// `done` of `total` are done; nobody knows how many there are of `usize::MAX`.
     pub fn set(&mut self, done: usize, total: usize) {
         if done >= total {
             return self.clear();
         }
-        let elapsed = self.started.get_or_insert_with(Instant::now).elapsed();
+        let (began, first) = *self.started.get_or_insert_with(|| (Instant::now(), done));
+        let elapsed = began.elapsed();
         if self.bar.is_none() && std::io::stderr().is_terminal() && elapsed > Duration::from_secs(1)
         {
-            self.bar = Some(self.begin(elapsed, done, total));
+            self.bar = Some(self.begin(total));
         }
         if let Some(bar) = &self.bar {
             bar.set_position(done as u64);
+            let new = done.saturating_sub(first);
+            bar.set_message(pace(self.speed.as_deref(), new, total, done, elapsed));
         }
     }
 
-    /// Says how fast it goes.
+    /// Says how fast it goes, from the next [`Progress::set`] on.
     pub fn tell(&mut self, speed: impl FnOnce() -> String) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(speed());
+        if self.bar.is_some() {
+            self.speed = Some(speed());
         }
     }
 
-    fn begin(&self, elapsed: Duration, done: usize, total: usize) -> ProgressBar {
-        let speed = match self.unit {
-            "tokens" => "{per_sec:1}",
-            _ => "{msg}",
-        };
-        // Nobody knows how much more there is on a pipe.
-        let (of, left) = match total {
-            usize::MAX => ("", ""),
-            _ => ("/{len}", ", {eta} left"),
-        };
+    fn begin(&self, total: usize) -> ProgressBar {
+        let of = if total == usize::MAX { "" } else { "/{len}" };
         let (what, unit) = (self.what, self.unit);
-        let template = format!("{what} {{wide_bar}} {{pos}}{of} {unit}, {speed}{left}");
+        let template = format!("{what} {{wide_bar}} {{pos}}{of} {unit}{{msg}}");
         let style = ProgressStyle::with_template(template.trim_start()).expect("a valid template");
-        let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
-        let bar = bar
+        ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr())
             .with_style(style)
-            .with_position(done as u64)
-            .with_elapsed(elapsed);
-        bar.reset_eta();
-        bar
     }
 
     /// Takes the bar away.
     pub fn clear(&mut self) {
         self.started = None;
+        self.speed = None;
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
     }
+}
+
+/// How fast it goes, and how long it takes still, where that can be known: `new` of the `done` have come in the time `elapsed`.
+fn pace(speed: Option<&str>, new: usize, total: usize, done: usize, elapsed: Duration) -> String {
+    let rate = rate(new as f64, elapsed);
+    let mut pace = match speed {
+        Some(speed) => format!(", {speed}"),
+        None if new > 0 => format!(", {rate:.1}/s"),
+        None => String::new(),
+    };
+    if new > 0 && total != usize::MAX {
+        let seconds = (total - done) as f64 / rate;
+        let units = [("d", 86_400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)];
+        // 90 s are more telling than 2 min.
+        let unit = units.iter().find(|(_, unit)| seconds >= 2.0 * unit);
+        let (name, unit) = unit.unwrap_or(&("s", 1.0));
+        pace += &format!(", {:.0} {name} left", (seconds / unit).ceil());
+    }
+    pace
 }
 
 /// What came of the guesses.
@@ -228,4 +241,29 @@ fn user_folder(variable: &str, below_home: &str) -> Option<PathBuf> {
         base.or_else(|| Some(home()?.join(below_home)))?
             .join("octet"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pace_is_told_where_it_is_known() {
+        let second = Duration::from_secs(1);
+        // Nothing has come yet: nobody knows how long it takes.
+        assert_eq!(pace(None, 0, 400, 160, second), "");
+        assert_eq!(pace(Some("9.0 tok/s"), 0, 400, 0, second), ", 9.0 tok/s");
+        // 10 in 2 seconds; what was done before says nothing.
+        assert_eq!(pace(None, 10, 400, 160, 2 * second), ", 5.0/s, 48 s left");
+        assert_eq!(
+            pace(Some("9.0 tok/s"), 1, 400, 1, 10 * second),
+            ", 9.0 tok/s, 67 min left"
+        );
+        assert_eq!(
+            pace(Some("9.0 tok/s"), 5, usize::MAX, 5, second),
+            ", 9.0 tok/s"
+        );
+        assert_eq!(pace(None, 1, 250_001, 1, second), ", 1.0/s, 3 d left");
+        assert_eq!(pace(None, 4, 5, 4, second), ", 4.0/s, 1 s left");
+    }
 }

@@ -138,6 +138,8 @@ pub fn run(args: &Args) -> Result<()> {
             ControlFlow::Continue(())
         }
     })?;
+    // Ctrl-C may have left it.
+    progress.clear();
     let _ = say(answer_text.flush());
     if let Some(e) = failed {
         return Err(e);

@@ -15,7 +15,7 @@ use std::time::SystemTime;
 /// A command.
 pub(super) struct Command {
     pub(super) name: &'static str,
-    argument: &'static str,
+    pub(super) argument: &'static str,
     help: &'static str,
     pub(super) completes: Completes,
     pub(super) run: fn(&mut Talk<'_>, &str) -> Result<()>,
@@ -42,7 +42,7 @@ pub(super) const COMMANDS: &[Command] = &[
     Command {
         name: "/system",
         argument: "[TEXT]",
-        help: "set the system text, or take it away; starts afresh",
+        help: "show or set the system text; none takes it away",
         completes: Completes::Nothing,
         run: system,
     },
@@ -163,9 +163,20 @@ fn help(_: &mut Talk<'_>, _: &str) -> Result<()> {
     show(&format!("{rows}\n{}", keys.map(row).collect::<String>()))
 }
 
+/// The conversation stays: nobody expects to lose it here.
 fn system(talk: &mut Talk<'_>, text: &str) -> Result<()> {
-    talk.conversation.system = (!text.is_empty()).then(|| text.to_string());
-    clear(talk, "")
+    match text {
+        "" => match &talk.conversation.system {
+            Some(text) => return show(&format!("{text}\n")),
+            None => return nothing("set; /system TEXT sets it"),
+        },
+        "none" => talk.conversation.system = None,
+        text => talk.conversation.system = Some(text.to_string()),
+    }
+    if talk.saved.is_some() {
+        talk.save();
+    }
+    Ok(())
 }
 
 fn clear(talk: &mut Talk<'_>, _: &str) -> Result<()> {
@@ -384,6 +395,7 @@ fn save(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
                 "the conversation is kept in {name} already; /fork {argument} goes on in a copy"
             )));
         }
+        None if argument.is_empty() => shelf(talk)?.free(),
         None => shelf(talk)?.path(argument)?,
     };
     save_to(talk, &path)
@@ -487,17 +499,26 @@ fn set(talk: &mut Talk<'_>, argument: &str) -> Result<()> {
         .split_once(char::is_whitespace)
         .unwrap_or((argument, ""));
     let mut options = talk.sampler.options().clone();
+    let usual = SamplerOptions::default();
     if !value.trim().is_empty() {
+        let setting = settings().find(|setting| setting.is_called(name));
+        // As on the command line, the first entry takes the place of a list's usual ones.
+        if let Some(list) = setting.filter(|s| s.is_list() && s.get(&options) == s.get(&usual)) {
+            options.set(list.name, "none")?;
+        }
         options.set(name, value.trim())?;
         options.check(talk.repl.session.n_vocab())?;
         talk.sampler.configure(options.clone(), talk.repl.tokenizer);
+        // A seed that is set again begins again.
+        if setting.is_some_and(|setting| setting.name == "seed") {
+            talk.sampler.reseed();
+        }
     } else if !name.is_empty() && !settings().any(|setting| setting.is_called(name)) {
         return Err(match no_such_setting(name) {
             guess @ Error::Hint { .. } => guess,
             e => e.hint(Some("/set lists them")),
         });
     }
-    let usual = SamplerOptions::default();
     let mut rows = String::new();
     for setting in settings().filter(|s| name.is_empty() || s.is_called(name)) {
         let value = setting.get(&options);

@@ -5,13 +5,14 @@ use crate::chat::sampler::settings;
 use crate::chat::saved::Shelf;
 use crate::disk;
 use crate::error::{Error, Result};
-use rustyline::completion::{Completer, FilenameCompleter};
+use rustyline::completion::{Completer, FilenameCompleter, Pair};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{
-    Cmd, ConditionalEventHandler, Config, Context, Editor, Event as Key, EventContext,
-    EventHandler, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers, RepeatCount,
+    Cmd, CompletionType, ConditionalEventHandler, Config, Context, Editor, Event as Key,
+    EventContext, EventHandler, Helper, Highlighter, Hinter, KeyCode, KeyEvent, Modifiers,
+    RepeatCount,
 };
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
@@ -60,6 +61,9 @@ impl Terminal {
         let config = Config::builder()
             .max_history_size(HISTORY)
             .map_err(failed)?
+            // As in a shell: what all have in common, then the list of all.
+            .completion_type(CompletionType::List)
+            .completion_show_all_if_ambiguous(true)
             .build();
         let mut editor = Editor::with_config(config).map_err(failed)?;
         let wanted = Arc::new(AtomicBool::new(false));
@@ -284,40 +288,50 @@ struct Assistant {
 }
 
 impl Completer for Assistant {
-    type Candidate = String;
+    type Candidate = Pair;
 
     fn complete(
         &self,
         line: &str,
         pos: usize,
         _: &Context<'_>,
-    ) -> rustyline::Result<(usize, Vec<String>)> {
+    ) -> rustyline::Result<(usize, Vec<Pair>)> {
         let typed = &line[..pos];
-        let matching = |start: usize, mut names: Vec<String>| {
-            names.retain(|name| name.starts_with(&typed[start..]));
-            Ok((start, names))
+        // The names that go on with what was typed from `start` on; `more`: something follows.
+        let matching = |start: usize, names: &mut dyn Iterator<Item = (&str, bool)>| {
+            let whole = names.filter(|(name, _)| name.starts_with(&typed[start..]));
+            let pair = |(name, more): (&str, bool)| Pair {
+                display: name.to_string(),
+                replacement: format!("{name}{}", if more { " " } else { "" }),
+            };
+            Ok((start, whole.map(pair).collect()))
         };
         if !typed.starts_with('/') {
             return Ok((pos, Vec::new()));
         }
-        let Some((name, _)) = typed.split_once(' ') else {
-            return matching(0, COMMANDS.iter().map(|c| c.name.to_string()).collect());
+        let Some((name, argument)) = typed.split_once(' ') else {
+            let mut names = COMMANDS.iter().map(|c| (c.name, !c.argument.is_empty()));
+            return matching(0, &mut names);
         };
         let start = name.len() + 1;
         let command = COMMANDS.iter().find(|c| c.name == name);
         match command.map_or(Completes::Nothing, |c| c.completes) {
             Completes::Nothing => Ok((pos, Vec::new())),
-            Completes::Files => {
-                let (start, found) = self.files.complete_path(line, pos)?;
-                let names = found.into_iter().map(|pair| pair.replacement);
-                Ok((start, names.collect()))
-            }
+            Completes::Files => self.files.complete_path(line, pos),
             Completes::Sessions => {
-                let names = self.shelf.as_ref().map(Shelf::names);
-                matching(start, names.unwrap_or_default())
+                let names = self.shelf.as_ref().map(Shelf::names).unwrap_or_default();
+                matching(start, &mut names.iter().map(|name| (name.as_str(), false)))
             }
             Completes::Settings => {
-                matching(start, settings().map(|s| s.name.to_string()).collect())
+                let Some((name, value)) = argument.split_once(' ') else {
+                    return matching(start, &mut settings().map(|s| (s.name, true)));
+                };
+                // Of a list in one text, the last entry.
+                let entry = value.rfind([' ', ';', ',']).map_or(0, |at| at + 1);
+                let setting = settings().find(|s| s.is_called(name));
+                let choices = setting.map_or(Vec::new(), |s| s.choices());
+                let mut choices = choices.into_iter().map(|choice| (choice, false));
+                matching(pos - value.len() + entry, &mut choices)
             }
         }
     }

@@ -67,7 +67,7 @@ impl Default for SamplerOptions {
             dry_multiplier: 0.0,
             dry_base: 1.75,
             dry_allowed_length: 2,
-            dry_penalty_last_n: usize::MAX,
+            dry_penalty_last_n: 64,
             dry_sequence_breaker: ["\n", ":", "\"", "*"].map(String::from).into(),
             top_n_sigma: -1.0,
             top_k: 40,
@@ -414,6 +414,16 @@ impl SamplerOptions {
     }
 }
 
+/// The seed that the options give, or one from the clock.
+fn seed_of(options: &SamplerOptions) -> u64 {
+    let clock = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_nanos() as u64)
+    };
+    options.seed.unwrap_or_else(clock)
+}
+
 /// Chooses tokens by its options; holds the random numbers and the scratch memory.
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -432,12 +442,7 @@ impl Sampler {
     /// A sampler; without a seed in the options it takes one from the clock ([`Sampler::seed`] tells which).
     /// It knows no texts, so that nothing breaks a repetition for DRY: see [`Sampler::for_text`].
     pub fn new(options: SamplerOptions) -> Sampler {
-        let clock = || {
-            SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |d| d.as_nanos() as u64)
-        };
-        let seed = options.seed.unwrap_or_else(clock);
+        let seed = seed_of(&options);
         Sampler {
             breakers: Breakers::default(),
             rng: Rng::new(seed),
@@ -463,6 +468,12 @@ impl Sampler {
         }
         sampler.constraint = self.constraint.take();
         *self = sampler;
+    }
+
+    /// Begins the random numbers again, from the seed of the options.
+    pub fn reseed(&mut self) {
+        self.seed = seed_of(&self.options);
+        self.rng = Rng::new(self.seed);
     }
 
     /// A sampler for the tokens of a vocabulary.

@@ -59,6 +59,11 @@ impl Setting {
         (self.field)(&mut SamplerOptions::default()).is_list()
     }
 
+    /// Texts that may stand for its value, or for an entry of it, if there are but a few.
+    pub fn choices(&self) -> Vec<&'static str> {
+        (self.field)(&mut SamplerOptions::default()).choices()
+    }
+
     /// Whether `name` means this one; dashes in front, and `_` for `-`, are as good.
     pub fn is_called(&self, name: &str) -> bool {
         let name = name.trim_start_matches('-').replace('_', "-");
@@ -75,6 +80,10 @@ pub(super) trait Value {
     /// Whether [`Value::read`] adds.
     fn is_list(&self) -> bool {
         false
+    }
+    /// See [`Setting::choices`].
+    fn choices(&self) -> Vec<&'static str> {
+        Vec::new()
     }
 }
 
@@ -142,6 +151,10 @@ impl Value for bool {
     fn write(&self) -> String {
         if *self { "2" } else { "0" }.into()
     }
+
+    fn choices(&self) -> Vec<&'static str> {
+        vec!["0", "2"]
+    }
 }
 
 /// Biases of single tokens.
@@ -169,6 +182,10 @@ impl Value for Vec<(u32, f32)> {
     fn is_list(&self) -> bool {
         true
     }
+
+    fn choices(&self) -> Vec<&'static str> {
+        vec!["none"]
+    }
 }
 
 /// Texts, with `\n`, `\t`, `\"` and `\\` for what a command line can hardly say.
@@ -192,6 +209,10 @@ impl Value for Vec<String> {
 
     fn is_list(&self) -> bool {
         true
+    }
+
+    fn choices(&self) -> Vec<&'static str> {
+        vec!["none"]
     }
 }
 
@@ -256,5 +277,10 @@ impl Value for Order {
             true => "none".into(),
             false => names.join(";"),
         }
+    }
+
+    fn choices(&self) -> Vec<&'static str> {
+        let names = STEPS.iter().map(|step| step.name);
+        names.chain(["none"]).collect()
     }
 }

@@ -305,7 +305,7 @@ fn the_defaults_and_the_order_are_llama_cpps() {
         ("dry-multiplier", "0"),
         ("dry-base", "1.75"),
         ("dry-allowed-length", "2"),
-        ("dry-penalty-last-n", "-1"),
+        ("dry-penalty-last-n", "64"),
         ("dry-sequence-breaker", r#""\n" ":" "\"" "*""#),
         ("top-n-sigma", "-1"),
         ("top-k", "40"),
@@ -488,6 +488,162 @@ fn draws_follow_the_distribution_and_the_seed() {
         // Five standard deviations are 0.025.
         assert!((share - p).abs() < 0.025, "token {id}: {share}");
     }
+}
+
+/// Each sampler by itself leaves the distribution that is worked out by hand, seen by how often each token is drawn.
+#[test]
+fn what_a_sampler_leaves_is_drawn_as_often_as_it_should() {
+    // The probabilities 1/4, 1/8, 1/2, 1/8 of the tokens 0 to 3, unless a row has its own.
+    let halves = [0.25f32.ln(), 0.125f32.ln(), 0.5f32.ln(), 0.125f32.ln()];
+    // Two logits e² apart.
+    let far = 1.0 / (1.0 + 2.0f64.exp());
+    // 1.75 of 2 bits: a temperature of 0.5 + 0.875.
+    let warm = [0.25f64, 0.125, 0.5, 0.125].map(|p| p.powf(1.0 / 1.375));
+    let warm = warm.map(|p| p / warm.iter().sum::<f64>());
+    let ln2 = std::f32::consts::LN_2;
+    type Row<'a> = (&'a str, &'a [(&'a str, f32)], [f32; 4], [f64; 4]);
+    let rows: &[Row<'_>] = &[
+        ("none", &[], halves, [0.25, 0.125, 0.5, 0.125]),
+        // Token 2 came twice, token 0 once: a quarter of 1/2, a half of 1/4.
+        (
+            "penalties",
+            &[("frequency-penalty", ln2)],
+            halves,
+            [0.25, 0.25, 0.25, 0.25],
+        ),
+        // Half of both.
+        (
+            "penalties",
+            &[("presence-penalty", ln2)],
+            halves,
+            [0.2, 0.2, 0.4, 0.2],
+        ),
+        // Logits below 0 are doubled: 1/16, 1/8, 1/4, 1/8.
+        (
+            "penalties",
+            &[("repeat-penalty", 2.0)],
+            halves,
+            [1.0 / 9.0, 2.0 / 9.0, 4.0 / 9.0, 2.0 / 9.0],
+        ),
+        // After "2" came 0 the last time: half of 1/4.
+        (
+            "dry",
+            &[("dry-multiplier", ln2), ("dry-allowed-length", 1.0)],
+            halves,
+            [1.0 / 7.0, 1.0 / 7.0, 4.0 / 7.0, 1.0 / 7.0],
+        ),
+        (
+            "top_n_sigma",
+            &[("top-n-sigma", 1.0)],
+            [0.0, 2.0, 4.0, 6.0],
+            [0.0, 0.0, far, 1.0 - far],
+        ),
+        (
+            "top_k",
+            &[("top-k", 2.0)],
+            halves,
+            [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0],
+        ),
+        ("typ_p", &[("typical", 0.2)], halves, [1.0, 0.0, 0.0, 0.0]),
+        (
+            "typ_p",
+            &[("typical", 0.7)],
+            halves,
+            [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0],
+        ),
+        (
+            "top_p",
+            &[("top-p", 0.8)],
+            halves,
+            [2.0 / 7.0, 1.0 / 7.0, 4.0 / 7.0, 0.0],
+        ),
+        (
+            "min_p",
+            &[("min-p", 0.3)],
+            halves,
+            [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0],
+        ),
+        // Half of the time all of them, else 1/2, 1/4, 1/4 without token 2.
+        (
+            "xtc",
+            &[("xtc-probability", 0.5), ("xtc-threshold", 0.2)],
+            halves,
+            [0.375, 0.1875, 0.25, 0.1875],
+        ),
+        // Squares: 4, 1, 16, 1 of 22.
+        (
+            "temperature",
+            &[("temp", 0.5)],
+            halves,
+            [4.0 / 22.0, 1.0 / 22.0, 16.0 / 22.0, 1.0 / 22.0],
+        ),
+        (
+            "temperature",
+            &[("temp", 1.0), ("dynatemp-range", 0.5)],
+            halves,
+            warm,
+        ),
+        // At a learning rate of 0 surprises of up to 2.5 bits pass: 1/2 and 1/4.
+        (
+            "temperature",
+            &[
+                ("mirostat", 2.0),
+                ("temp", 1.0),
+                ("mirostat-lr", 0.0),
+                ("mirostat-ent", 1.25),
+            ],
+            halves,
+            [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0],
+        ),
+    ];
+    for step in STEPS {
+        assert!(rows.iter().any(|row| row.0 == step.name), "{}", step.name);
+    }
+    const DRAWS: usize = 20_000;
+    for (samplers, settings, logits, want) in rows {
+        let mut options = SamplerOptions {
+            seed: Some(3),
+            ..Default::default()
+        };
+        options.set("samplers", samplers).unwrap();
+        for (name, value) in *settings {
+            options.set(name, &value.to_string()).unwrap();
+        }
+        let mut sampler = Sampler::new(options);
+        let mut drawn = [0; 4];
+        for _ in 0..DRAWS {
+            sampler.begin();
+            drawn[sampler.sample(logits, &[2, 0, 2]).unwrap() as usize] += 1;
+        }
+        for (id, (drawn, want)) in drawn.iter().zip(want).enumerate() {
+            let share = f64::from(*drawn) / DRAWS as f64;
+            // Five standard deviations, and none for what is certain.
+            let may = 5.0 * (want * (1.0 - want) / DRAWS as f64).sqrt();
+            assert!(
+                (share - want).abs() <= may,
+                "{samplers} {settings:?}: token {id} is drawn {share}, not {want}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_seed_that_is_set_again_begins_again() {
+    let mut s = Sampler::new(SamplerOptions {
+        seed: Some(5),
+        ..Default::default()
+    });
+    let mut draws = |again: bool| {
+        if again {
+            s.reseed();
+        }
+        (0..20)
+            .map(|_| s.sample(&[0.0; 64], &[]).unwrap())
+            .collect::<Vec<_>>()
+    };
+    let first = draws(false);
+    assert_ne!(draws(false), first);
+    assert_eq!(draws(true), first);
 }
 
 #[test]
