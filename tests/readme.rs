@@ -238,6 +238,10 @@ fn try_page(page: &Path, wanted: impl Fn(&str) -> bool, done: &mut Done) {
                 done.without_model += 1;
                 continue;
             }
+            // Options of a GPU are for a build with the feature.
+            Some(2) if !cfg!(feature = "cuda") && command.contains(" --gpu") => {
+                assert!(printed.contains("built without CUDA"), "{place}: {printed}");
+            }
             Some(0) => done.worked += 1,
             Some(1) if said("lines failed") => done.worked += 1,
             code => {
