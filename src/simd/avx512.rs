@@ -32,7 +32,7 @@ impl Fused for __m512i {
     }
 }
 
-/// `sum + Σ_2 a · b`. (The intrinsic is taken apart again by the compiler, into a product and a sum: a twentieth of prefill in Q4_K.)
+/// `sum + Σ_2 a · b`. (The intrinsic is taken apart again by the compiler, into a product and a sum.)
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn dpwssd(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
