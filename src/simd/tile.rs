@@ -773,7 +773,7 @@ pub(super) unsafe fn products<T: Tile>(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
     // SAFETY: the caller's promise, handed on.
     unsafe {
         match T::TOKENS {
-            6.. => products_of::<T, 8>(w, x),
+            8 => products_of::<T, 8>(w, x),
             _ => {
                 let halves = x.as_chunks::<4>().0;
                 products_of::<T, 4>(w, &halves[0]).wrapping_add(products_of::<T, 4>(w, &halves[1]))
