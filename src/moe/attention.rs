@@ -3,8 +3,8 @@
 use super::kv::{Kv, Plane};
 use super::{Config, Machine};
 use crate::pool::Part;
-use crate::simd::float::{KV_BLOCK, Query, Running};
-use std::ops::Range;
+use crate::simd::Kernels;
+use crate::simd::float::{KV_BLOCK, Pane, Query, Running};
 
 /// Cosines and sines of the angles by which RoPE rotates (Su et al. 2021).
 pub struct Rope {
@@ -45,6 +45,9 @@ pub(super) struct Place<'a> {
 
 /// Tokens that go through the cache's blocks together, so that these are read once for all of them.
 const TOGETHER: usize = 16;
+
+/// So many queries work on f16 as it is; for more it pays to widen a block once for all of them.
+const FEW: usize = 8;
 
 /// `out[t] = softmax(q[t] · kᵀ / √d_head) · v` over positions `0..=pos` of each token's cache.
 ///
@@ -106,9 +109,14 @@ fn through_blocks(
     queries: &mut [Query<'_>],
 ) {
     let heads = queries.len() / places.len();
-    // One head's keys and values of a block, widened to floats.
-    let mut wide = Vec::new();
-    for (b, block) in places[0].kv.blocks(layer).iter().enumerate() {
+    let (kv, kernels) = (places[0].kv, machine.kernels);
+    let its = Head {
+        index: kv_head,
+        of: kv.heads(),
+    };
+    let blocks = kv.blocks(layer);
+    let mut wide = Wide::default();
+    for (b, block) in blocks.iter().enumerate() {
         // Tokens are in order of position: those that see any of this block are the last ones.
         let first = b * KV_BLOCK;
         let unseen = places.partition_point(|place| place.pos < first);
@@ -117,31 +125,28 @@ fn through_blocks(
             let n = (place.pos + 1 - first).min(KV_BLOCK);
             queries.iter_mut().for_each(|query| query.n = n);
         }
-        let (keys, values) = &**block;
-        match (keys, values) {
-            (Plane::F16(k), Plane::F16(v)) => {
-                let part = head_part(k.len(), places[0].kv.heads(), kv_head);
-                machine
-                    .kernels
-                    .attend_f16(queries, &k[part.clone()], &v[part]);
+        let next = blocks.get(b + 1);
+        let ahead = next.map_or(Pane::EMPTY, |block| Pane {
+            k: its.bytes(&block.0),
+            v: its.bytes(&block.1),
+        });
+        let (k, v) = &**block;
+        match (k, v) {
+            (Plane::F16(k), Plane::F16(v)) if queries.len() <= FEW => {
+                let pane = Pane {
+                    k: its.part(k),
+                    v: its.part(v),
+                };
+                kernels.attend_f16(queries, pane, ahead);
             }
             (Plane::F32(k), Plane::F32(v)) => {
-                let part = head_part(k.len(), places[0].kv.heads(), kv_head);
-                machine
-                    .kernels
-                    .attend_f32(queries, &k[part.clone()], &v[part]);
+                let pane = Pane {
+                    k: its.part(k),
+                    v: its.part(v),
+                };
+                kernels.attend_f32(queries, pane, ahead);
             }
-            (Plane::Q8(k, dk), Plane::Q8(v, dv)) => {
-                let part = head_part(k.len(), places[0].kv.heads(), kv_head);
-                let scales = head_part(dk.len(), places[0].kv.heads(), kv_head);
-                wide.resize(2 * part.len(), 0.0);
-                let (wide_k, wide_v) = wide.split_at_mut(part.len());
-                let kernels = &machine.kernels;
-                kernels.widen_keys(&k[part.clone()], &dk[scales.clone()], wide_k);
-                kernels.widen_values(&v[part], &dv[scales], wide_v);
-                kernels.attend_f32(queries, wide_k, wide_v);
-            }
-            _ => unreachable!("a cache has one element type"),
+            _ => kernels.attend_f32(queries, wide.pane(kernels, its, k, v), ahead),
         }
     }
     for query in queries {
@@ -149,7 +154,60 @@ fn through_blocks(
     }
 }
 
-/// Where a head lies in a plane of `len` elements.
-fn head_part(len: usize, heads: usize, head: usize) -> Range<usize> {
-    head * len / heads..(head + 1) * len / heads
+/// One of a cache's KV heads.
+#[derive(Clone, Copy)]
+struct Head {
+    index: usize,
+    of: usize,
+}
+
+impl Head {
+    /// Its part of what lies head by head.
+    fn part<E>(self, all: &[E]) -> &[E] {
+        let len = all.len() / self.of;
+        &all[self.index * len..][..len]
+    }
+
+    /// The bytes of its elements.
+    fn bytes(self, plane: &Plane) -> &[u8] {
+        match plane {
+            Plane::F16(x) => bytemuck::cast_slice(self.part(x)),
+            Plane::F32(x) => bytemuck::cast_slice(self.part(x)),
+            Plane::Q8(x, _) => bytemuck::cast_slice(self.part(x)),
+        }
+    }
+}
+
+/// A head's keys and values of a block, widened to floats.
+#[derive(Default)]
+struct Wide {
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Wide {
+    fn pane(&mut self, kernels: &Kernels, head: Head, k: &Plane, v: &Plane) -> Pane<'_, f32> {
+        match (k, v) {
+            (Plane::F16(k), Plane::F16(v)) => {
+                let (k, v) = (head.part(k), head.part(v));
+                self.resize(k.len());
+                kernels.widen(k, &mut self.k);
+                kernels.widen(v, &mut self.v);
+            }
+            (Plane::Q8(k, dk), Plane::Q8(v, dv)) => {
+                let (k, v) = (head.part(k), head.part(v));
+                self.resize(k.len());
+                kernels.widen_keys(k, head.part(dk), &mut self.k);
+                kernels.widen_values(v, head.part(dv), &mut self.v);
+            }
+            _ => unreachable!("a cache has one element type, and floats are wide"),
+        }
+        let Wide { k, v } = self;
+        Pane { k, v }
+    }
+
+    fn resize(&mut self, len: usize) {
+        self.k.resize(len, 0.0);
+        self.v.resize(len, 0.0);
+    }
 }

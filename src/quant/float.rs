@@ -25,6 +25,18 @@ pub trait Lanes: Copy {
     fn store(self, x: &mut [f32; LANES]);
     /// `self · b + c`, rounded once.
     fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The larger of each two lanes: `other`'s where it is larger.
+    fn max(self, other: Self) -> Self;
+    /// The largest lane, in the tree of [`Lanes::fold`].
+    #[inline(always)]
+    fn fold_max(self) -> f32 {
+        let mut s = [0.0; LANES];
+        self.store(&mut s);
+        fold_max(s)
+    }
+    /// Brings memory nearer that will be wanted soon. May do nothing; any address will do.
+    #[inline(always)]
+    fn fetch(_at: *const u8) {}
     /// The sum of all lanes in the fixed tree 16 → 8 → 4 → 2 → 1, always upper half onto lower half.
     #[inline(always)]
     fn fold(self) -> f32 {
@@ -40,6 +52,18 @@ pub fn fold(mut s: [f32; LANES]) -> f32 {
     for half in [8, 4, 2, 1] {
         for i in 0..half {
             s[i] += s[i + half];
+        }
+    }
+    s[0]
+}
+
+/// The definition of [`Lanes::fold_max`].
+#[inline(always)]
+pub fn fold_max(mut s: [f32; LANES]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            let other = s[i + half];
+            s[i] = if other > s[i] { other } else { s[i] };
         }
     }
     s[0]
@@ -71,6 +95,17 @@ impl Lanes for [f32; LANES] {
     fn mul_add(mut self, b: Self, c: Self) -> Self {
         for i in 0..LANES {
             self[i] = self[i].mul_add(b[i], c[i]);
+        }
+        self
+    }
+    #[inline(always)]
+    fn max(mut self, other: Self) -> Self {
+        for i in 0..LANES {
+            self[i] = if other[i] > self[i] {
+                other[i]
+            } else {
+                self[i]
+            };
         }
         self
     }

@@ -75,6 +75,21 @@ impl Lanes for Pair {
         unsafe { Pair([0, 1].map(|i| _mm256_fmadd_ps(self.0[i], b.0[i], c.0[i]))) }
     }
     #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: see above. The second operand is what remains unless the first one is larger.
+        unsafe { Pair([0, 1].map(|i| _mm256_max_ps(other.0[i], self.0[i]))) }
+    }
+    #[inline(always)]
+    fn fold_max(self) -> f32 {
+        // SAFETY: see above.
+        unsafe { fold_max_8(_mm256_max_ps(self.0[1], self.0[0])) }
+    }
+    #[inline(always)]
+    fn fetch(at: *const u8) {
+        // SAFETY: see above; any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[inline(always)]
     fn fold(self) -> f32 {
         // SAFETY: see above.
         unsafe { fold_8(_mm256_add_ps(self.0[0], self.0[1])) }
@@ -88,6 +103,15 @@ pub(super) unsafe fn fold_8(s: __m256) -> f32 {
     let s = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))
+}
+
+/// The last three steps of [`Lanes::fold_max`].
+#[inline(always)]
+pub(super) unsafe fn fold_max_8(s: __m256) -> f32 {
+    // SAFETY: AVX, enabled by the caller.
+    let s = _mm_max_ps(_mm256_extractf128_ps(s, 1), _mm256_castps256_ps128(s));
+    let s = _mm_max_ps(_mm_movehl_ps(s, s), s);
+    _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(s), s))
 }
 
 float_doors!(Pair, #[target_feature(enable = "avx2,fma,f16c")]);

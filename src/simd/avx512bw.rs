@@ -64,6 +64,24 @@ impl Lanes for One {
         unsafe { One(_mm512_fmadd_ps(self.0, b.0, c.0)) }
     }
     #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: see above. The second operand is what remains unless the first one is larger.
+        unsafe { One(_mm512_max_ps(other.0, self.0)) }
+    }
+    #[inline(always)]
+    fn fold_max(self) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let upper = _mm512_extractf32x8_ps(self.0, 1);
+            super::avx2::fold_max_8(_mm256_max_ps(upper, _mm512_castps512_ps256(self.0)))
+        }
+    }
+    #[inline(always)]
+    fn fetch(at: *const u8) {
+        // SAFETY: see above; any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[inline(always)]
     fn fold(self) -> f32 {
         // SAFETY: see above.
         unsafe {

@@ -260,7 +260,7 @@ fn quantization_rounds_half_to_even() {
     assert_eq!((got.d[0], got.sums[0]), (1.0, 129));
 }
 
-/// Attention of `q (rows, dim)` over two blocks of `k (2, dim, KV_BLOCK)` and `v (2, KV_BLOCK, dim)`; row `r` sees
+/// Attention in f16, or `wide`ned to f32 before, of `q (rows, dim)` over two blocks of `k (2, dim, KV_BLOCK)` and `v (2, KV_BLOCK, dim)`; row `r` sees
 /// all of the first and `n[r]` of the second.
 fn attention(
     kernels: &Kernels,
@@ -293,10 +293,26 @@ fn attention(
         for (query, n) in queries.iter_mut().zip(n) {
             query.n = if b == 0 { KV_BLOCK } else { *n };
         }
-        match wide {
-            true => kernels.attend_f32(&mut queries, k, v),
-            false => kernels.attend_f16(&mut queries, &half(k), &half(v)),
+        let (k, v) = (&half(k)[..], &half(v)[..]);
+        if !wide {
+            kernels.attend_f16(&mut queries, Pane { k, v }, Pane::EMPTY);
+            continue;
         }
+        let widened = |x: &[f16]| {
+            let mut out = vec![0.0; x.len()];
+            kernels.widen(x, &mut out);
+            out
+        };
+        let (k_wide, v_wide) = (&widened(k)[..], &widened(v)[..]);
+        let ahead = Pane {
+            k: bytemuck::cast_slice(k),
+            v: bytemuck::cast_slice(v),
+        };
+        let pane = Pane {
+            k: k_wide,
+            v: v_wide,
+        };
+        kernels.attend_f32(&mut queries, pane, ahead);
     }
     let runs: Vec<f32> = queries
         .iter()
@@ -314,6 +330,7 @@ fn attention_is_the_same_in_every_tier() {
         for n in [
             &[1, 1, 1, 1][..],
             &[17],
+            &[64, 3, 9, 20, 21, 22, 23, 33, 60],
             &[63, 64, 1, 2, 17, 18, 40, 64, 33, 5, 6, 7, 8, 16],
         ] {
             let q: Vec<f32> = random
@@ -327,10 +344,10 @@ fn attention_is_the_same_in_every_tier() {
             );
             // What lies behind the last key must not be looked at.
             v[(KV_BLOCK + n.iter().max().unwrap()) * dim..].fill(f32::NAN);
+            let want = attention(scalar, &q, &k, &v, n, false);
+            assert!(want.iter().all(|x| x.is_finite()));
             for wide in [true, false] {
-                let want = attention(scalar, &q, &k, &v, n, wide);
-                assert!(want.iter().all(|x| x.is_finite()));
-                for tier in others() {
+                for tier in others().into_iter().chain([scalar]) {
                     let got = attention(tier, &q, &k, &v, n, wide);
                     assert_eq!(
                         bits(&got),
@@ -360,10 +377,13 @@ fn attention_is_attention() {
     let mut random = Random(5);
     let (dim, n) = (32, KV_BLOCK + 20);
     let q = random.floats(dim);
-    let (k, v) = (
-        random.floats(2 * dim * KV_BLOCK),
-        random.floats(2 * dim * KV_BLOCK),
-    );
+    // What f16 holds, so that nothing is rounded on the way.
+    let mut halves = || {
+        let x = random.floats(2 * dim * KV_BLOCK);
+        let rounded = x.iter().map(|x| f16::from_f32_const(*x).widen());
+        rounded.collect::<Vec<_>>()
+    };
+    let (k, v) = (halves(), halves());
     let key = |i: usize, d: usize| k[(i / KV_BLOCK * dim + d) * KV_BLOCK + i % KV_BLOCK] as f64;
     let scores: Vec<f64> = (0..n)
         .map(|i| (0..dim).map(|d| key(i, d) * q[d] as f64).sum::<f64>().exp())

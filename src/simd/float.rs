@@ -5,7 +5,7 @@
 //! order: elementwise helpers are unfused, reductions go through 16 partial sums and a fixed tree
 //! ([`Lanes`], held in the tier's registers), and nothing calls the platform's math library.
 
-use crate::quant::float::{Element, LANES, Lanes, axpy, dot, dots, fold};
+use crate::quant::float::{Element, LANES, Lanes, axpy, dot, dots};
 use half::f16;
 
 /// `e^x`, for x in -87..=88 within 2 ulp; below that 0, above that `e^88`.
@@ -110,6 +110,20 @@ pub struct Query<'a> {
     pub acc: &'a mut [f32],
 }
 
+/// The keys and values of one KV head in one block of a cache, `E` an element or a byte of one.
+#[derive(Clone, Copy)]
+pub struct Pane<'a, E> {
+    /// `(dim, KV_BLOCK)`
+    pub k: &'a [E],
+    /// `(KV_BLOCK, dim)`
+    pub v: &'a [E],
+}
+
+impl<E> Pane<'_, E> {
+    /// Nothing.
+    pub const EMPTY: Self = Pane { k: &[], v: &[] };
+}
+
 /// One block of attention for queries that share a KV head (FlashAttention's update, Dao et al. 2022): the
 /// block's scores, the running softmax, the weighted sum of values.
 ///
@@ -118,47 +132,55 @@ pub struct Query<'a> {
 /// positions and come in order, so the result for a query depends on its keys alone and not on how the
 /// tokens were batched.
 ///
-/// `k`: `(dim, KV_BLOCK)`; `v`: `(KV_BLOCK, dim)`. Whatever lies behind a query's `n` keys is not looked at.
+/// Whatever lies behind a query's `n` keys is not looked at. `ahead`: what comes next, in any type, to be brought nearer
+/// meanwhile: a head's panes lie apart, each a few pages long, so that a CPU does not see by itself where this is going.
 #[inline(always)]
-pub fn attend<L: Lanes, E: Element>(queries: &mut [Query<'_>], k: &[E], v: &[E]) {
-    let mut rest = queries;
+pub fn attend<L: Lanes, E: Element>(
+    queries: &mut [Query<'_>],
+    pane: Pane<'_, E>,
+    ahead: Pane<'_, u8>,
+) {
+    let (mut rest, mut ahead) = (queries, ahead);
     while let [first, ..] = rest {
-        let dim = first.q.len();
+        let len = first.q.len() * KV_BLOCK;
+        let pane = Pane {
+            k: &pane.k[..len],
+            v: &pane.v[..len],
+        };
         let (now, later) = match rest.len() {
             8.. if L::WIDE => rest.split_at_mut(8),
             4.. => rest.split_at_mut(4),
             _ => rest.split_at_mut(1),
         };
-        match now.len() {
-            8 => group::<L, E, 8>(now, &k[..dim * KV_BLOCK], &v[..dim * KV_BLOCK]),
-            4 => group::<L, E, 4>(now, &k[..dim * KV_BLOCK], &v[..dim * KV_BLOCK]),
-            _ => group::<L, E, 1>(now, &k[..dim * KV_BLOCK], &v[..dim * KV_BLOCK]),
+        // Accumulators that a tier's registers hold, beside what they are made from.
+        match (L::WIDE, now.len()) {
+            (true, 8) => group::<L, E, 8, 2>(now, pane, ahead),
+            (true, 4) => group::<L, E, 4, 4>(now, pane, ahead),
+            (true, _) => group::<L, E, 1, 4>(now, pane, ahead),
+            (false, 4) => group::<L, E, 4, 1>(now, pane, ahead),
+            (false, _) => group::<L, E, 1, 1>(now, pane, ahead),
         }
-        rest = later;
+        // Once is enough.
+        (rest, ahead) = (later, Pane::EMPTY);
     }
 }
 
-/// [`attend`] for R queries.
+/// [`attend`] for R queries, 16 C keys or elements at a time.
 #[inline(always)]
-fn group<L: Lanes, E: Element, const R: usize>(queries: &mut [Query<'_>], k: &[E], v: &[E]) {
+fn group<L: Lanes, E: Element, const R: usize, const C: usize>(
+    queries: &mut [Query<'_>],
+    pane: Pane<'_, E>,
+    ahead: Pane<'_, u8>,
+) {
     let queries: &mut [Query<'_>; R] = queries.try_into().expect("R queries");
     let most = queries.iter().fold(0, |n, query| n.max(query.n));
     let mut p = [[0.0; KV_BLOCK]; R];
-    // Accumulators that a tier's registers hold, beside what they are made from.
-    match (L::WIDE, R) {
-        (true, 8) => scores::<L, E, R, 2>(queries, k, most, &mut p),
-        (true, _) => scores::<L, E, R, 4>(queries, k, most, &mut p),
-        _ => scores::<L, E, R, 1>(queries, k, most, &mut p),
-    }
-    for (query, p) in queries.iter_mut().zip(&mut p) {
-        let keep = softmax(&mut query.run, query.n, p);
+    scores::<L, E, R, C>(queries, pane.k, ahead.k, most, &mut p);
+    let keep = softmax::<L, R>(queries, &mut p);
+    for (query, keep) in queries.iter_mut().zip(keep) {
         query.acc.iter_mut().for_each(|a| *a *= keep);
     }
-    match (L::WIDE, R) {
-        (true, 8) => values::<L, E, R, 2>(queries, v, &p),
-        (true, _) => values::<L, E, R, 4>(queries, v, &p),
-        _ => values::<L, E, R, 1>(queries, v, &p),
-    }
+    values::<L, E, R, C>(queries, pane.v, ahead.v, &p);
 }
 
 /// `p[r][i] = q[r] · k[i]` for the first `n` keys, and perhaps some more; 16 C keys at a time.
@@ -166,6 +188,7 @@ fn group<L: Lanes, E: Element, const R: usize>(queries: &mut [Query<'_>], k: &[E
 fn scores<L: Lanes, E: Element, const R: usize, const C: usize>(
     queries: &[Query<'_>; R],
     k: &[E],
+    ahead: &[u8],
     n: usize,
     p: &mut [[f32; KV_BLOCK]; R],
 ) {
@@ -178,6 +201,9 @@ fn scores<L: Lanes, E: Element, const R: usize, const C: usize>(
     for first in (0..n).step_by(LANES * C) {
         let mut sums = [[L::splat(0.0); C]; R];
         for d in 0..dim {
+            if first == 0 {
+                fetch::<L>(ahead, d, dim);
+            }
             let keys = k[d * KV_BLOCK..][..KV_BLOCK][first..][..LANES * C]
                 .as_chunks()
                 .0;
@@ -197,35 +223,49 @@ fn scores<L: Lanes, E: Element, const R: usize, const C: usize>(
     }
 }
 
-/// Takes `n` scores into the running softmax: `p` becomes `e^(score - max)`, and 0 from `n` on. Returns what
-/// everything before has to be multiplied with.
+/// Has memory bring part `i` of `n`.
 #[inline(always)]
-fn softmax(run: &mut Running, n: usize, p: &mut [f32; KV_BLOCK]) -> f32 {
-    p[n..].fill(f32::NEG_INFINITY);
-    let p = p.as_chunks_mut::<LANES>().0;
-    let mut lanes = [run.max; LANES];
-    for p in p.iter() {
-        for i in 0..LANES {
-            lanes[i] = if p[i] > lanes[i] { p[i] } else { lanes[i] };
-        }
+fn fetch<L: Lanes>(ahead: &[u8], i: usize, n: usize) {
+    let len = ahead.len() / n;
+    for line in (0..len).step_by(64) {
+        L::fetch(ahead.as_ptr().wrapping_add(i * len + line));
     }
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            let other = lanes[i + half];
-            lanes[i] = if other > lanes[i] { other } else { lanes[i] };
+}
+
+/// Takes each query's first `n` scores into its running softmax: `p` becomes `e^(score - max)`, and 0 from `n` on. Returns what
+/// everything before has to be multiplied with. What there is one of for each query is worked side by side, too.
+#[inline(always)]
+fn softmax<L: Lanes, const R: usize>(
+    queries: &mut [Query<'_>; R],
+    p: &mut [[f32; KV_BLOCK]; R],
+) -> [f32; R] {
+    let (mut old, mut max) = ([0.0; R], [0.0; R]);
+    for r in 0..R {
+        let p = &mut p[r];
+        p[queries[r].n..].fill(f32::NEG_INFINITY);
+        old[r] = queries[r].run.max;
+        let mut top = L::splat(old[r]);
+        for p in p.as_chunks().0 {
+            top = top.max(L::load(p));
         }
+        max[r] = top.fold_max();
     }
-    let max = lanes[0];
-    let keep = exp(run.max - max);
-    let mut sums = [0.0f32; LANES];
-    for p in p {
-        for i in 0..LANES {
-            p[i] = exp(p[i] - max);
-            sums[i] += p[i];
+    let mut keep = [0.0; R];
+    for r in 0..R {
+        keep[r] = exp(old[r] - max[r]);
+    }
+    for r in 0..R {
+        let mut sums = [0.0f32; LANES];
+        for p in p[r].as_chunks_mut::<LANES>().0 {
+            for i in 0..LANES {
+                p[i] = exp(p[i] - max[r]);
+                sums[i] += p[i];
+            }
         }
+        let run = &mut queries[r].run;
+        run.sum = run.sum * keep[r] + L::load(&sums).fold();
+        run.max = max[r];
     }
-    let sum = run.sum * keep + fold(sums);
-    *run = Running { max, sum };
     keep
 }
 
@@ -234,6 +274,7 @@ fn softmax(run: &mut Running, n: usize, p: &mut [f32; KV_BLOCK]) -> f32 {
 fn values<L: Lanes, E: Element, const R: usize, const C: usize>(
     queries: &mut [Query<'_>; R],
     v: &[E],
+    ahead: &[u8],
     p: &[[f32; KV_BLOCK]; R],
 ) {
     let dim = queries[0].q.len();
@@ -247,6 +288,9 @@ fn values<L: Lanes, E: Element, const R: usize, const C: usize>(
             }
         }
         for (i, v) in v.chunks_exact(dim).take(all).enumerate() {
+            if first == 0 {
+                fetch::<L>(ahead, i, KV_BLOCK);
+            }
             let v = v[first..][..LANES * C].as_chunks().0;
             for c in 0..C {
                 let v = E::load::<L>(&v[c]);
@@ -271,6 +315,18 @@ fn values<L: Lanes, E: Element, const R: usize, const C: usize>(
         for i in all..query.n {
             axpy::<L, E>(p[i], &v[i * dim..][..dim], query.acc);
         }
+    }
+}
+
+/// `out[i] = x[i]`. Exact.
+#[inline(always)]
+pub fn widen<L: Lanes>(x: &[f16], out: &mut [f32]) {
+    for (x, out) in x.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+        L::load_f16(x).store(out);
+    }
+    let whole = x.len() / LANES * LANES;
+    for (x, out) in x.iter().zip(out).skip(whole) {
+        *out = x.widen();
     }
 }
 
@@ -345,7 +401,7 @@ pub(super) fn matmul<L: Lanes, E: Element>(
 macro_rules! float_doors {
     ($lanes:ty $(, #[$tier:meta])?) => {
         use $crate::quant::{self, act};
-        use $crate::simd::float::{self, Query};
+        use $crate::simd::float::{self, Pane, Query};
         use $crate::simd::{self, Kernels, MatMul, Rows, Tokens};
         use $crate::pool::Stripe;
 
@@ -374,12 +430,24 @@ macro_rules! float_doors {
             float::rope(x, cos, sin)
         }
         $(#[$tier])?
-        fn attend_f32(queries: &mut [Query<'_>], k: &[f32], v: &[f32]) {
-            float::attend::<$lanes, f32>(queries, k, v)
+        fn attend_f32(
+            queries: &mut [Query<'_>],
+            pane: Pane<'_, f32>,
+            ahead: Pane<'_, u8>,
+        ) {
+            float::attend::<$lanes, f32>(queries, pane, ahead)
         }
         $(#[$tier])?
-        fn attend_f16(queries: &mut [Query<'_>], k: &[half::f16], v: &[half::f16]) {
-            float::attend::<$lanes, half::f16>(queries, k, v)
+        fn attend_f16(
+            queries: &mut [Query<'_>],
+            pane: Pane<'_, half::f16>,
+            ahead: Pane<'_, u8>,
+        ) {
+            float::attend::<$lanes, half::f16>(queries, pane, ahead)
+        }
+        $(#[$tier])?
+        fn widen(x: &[half::f16], out: &mut [f32]) {
+            float::widen::<$lanes>(x, out)
         }
         $(#[$tier])?
         fn widen_keys(q: &[i8], d: &[half::f16], out: &mut [f32]) {
@@ -416,6 +484,7 @@ macro_rules! float_doors {
             k.rope = rope;
             k.attend_f32 = attend_f32;
             k.attend_f16 = attend_f16;
+            k.widen = widen;
             k.widen_keys = widen_keys;
             k.widen_values = widen_values;
             k.matmul = [matmul_defined as MatMul; quant::Format::COUNT];

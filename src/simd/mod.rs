@@ -31,7 +31,7 @@ mod x86;
 use crate::pool::Stripe;
 use crate::quant::Format;
 use crate::quant::act::{Act, ActKind, Acts, Chunk};
-use float::Query;
+use float::{Pane, Query};
 use half::f16;
 use std::sync::OnceLock;
 
@@ -211,7 +211,7 @@ pub type MatMul = unsafe fn(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>);
 
 type Quantize = unsafe fn(block: usize, x: &[f32], out: &mut Chunk);
 type Widen = unsafe fn(q: &[i8], d: &[f16], out: &mut [f32]);
-type Attend<T> = unsafe fn(queries: &mut [Query<'_>], k: &[T], v: &[T]);
+type Attend<T> = unsafe fn(queries: &mut [Query<'_>], pane: Pane<'_, T>, ahead: Pane<'_, u8>);
 
 /// The loop nest of what has no kernel of its own: rows outside, so that a row is read from memory
 /// once. `dot` is a row's dot product with one token.
@@ -255,6 +255,7 @@ pub struct Kernels {
     rope: unsafe fn(&mut [f32], &[f32], &[f32]),
     attend_f32: Attend<f32>,
     attend_f16: Attend<f16>,
+    widen: unsafe fn(&[f16], &mut [f32]),
     widen_keys: Widen,
     widen_values: Widen,
     products: unsafe fn(&[u8], &[[i8; 4]; 8]) -> i32,
@@ -345,15 +346,25 @@ impl Kernels {
     }
 
     /// [`float::attend`] over an f32 cache.
-    pub fn attend_f32(&self, queries: &mut [Query<'_>], k: &[f32], v: &[f32]) {
+    pub fn attend_f32(&self, queries: &mut [Query<'_>], pane: Pane<'_, f32>, ahead: Pane<'_, u8>) {
         // SAFETY: see above.
-        unsafe { (self.attend_f32)(queries, k, v) }
+        unsafe { (self.attend_f32)(queries, pane, ahead) }
     }
 
     /// [`float::attend`] over an f16 cache.
-    pub fn attend_f16(&self, queries: &mut [Query<'_>], k: &[f16], v: &[f16]) {
+    pub fn attend_f16(&self, queries: &mut [Query<'_>], pane: Pane<'_, f16>, ahead: Pane<'_, u8>) {
         // SAFETY: see above.
-        unsafe { (self.attend_f16)(queries, k, v) }
+        unsafe { (self.attend_f16)(queries, pane, ahead) }
+    }
+
+    /// [`float::widen`].
+    ///
+    /// # Panics
+    /// If they are not as many.
+    pub fn widen(&self, x: &[f16], out: &mut [f32]) {
+        assert_eq!(x.len(), out.len());
+        // SAFETY: see above.
+        unsafe { (self.widen)(x, out) }
     }
 
     /// [`float::widen_keys`].

@@ -66,6 +66,13 @@ impl Lanes for Quads {
         // SAFETY: see above.
         Quads::make(|i| unsafe { vfmaq_f32(c.0[i], self.0[i], b.0[i]) })
     }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // SAFETY: see above.
+        Quads::make(|i| unsafe {
+            vbslq_f32(vcgtq_f32(other.0[i], self.0[i]), other.0[i], self.0[i])
+        })
+    }
 }
 
 /// Four f16, exactly. (The intrinsic, `vcvt_f32_f16`, wants a type that is not stable.)

@@ -21,6 +21,7 @@ pub(super) fn table() -> Kernels {
         rope,
         attend_f32,
         attend_f16,
+        widen,
         widen_keys,
         widen_values,
         products,
