@@ -300,6 +300,33 @@ mod tests {
         );
     }
 
+    /// In a process of its own, which is this program with this one test.
+    #[test]
+    #[cfg(unix)]
+    fn a_mapped_page_that_is_gone_ends_the_program_with_a_word() {
+        const CUT: &str = "OCTET_TEST_CUT";
+        if let Some(path) = std::env::var_os(CUT) {
+            let source = Source::open(path.as_ref()).unwrap();
+            let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+            file.set_len(1).unwrap();
+            let gone = std::hint::black_box(source.map()[PAGE]);
+            panic!("read {gone} where nothing is");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, [1; 2 * PAGE]).unwrap();
+        let name = "gguf::source::tests::a_mapped_page_that_is_gone_ends_the_program_with_a_word";
+        let out = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CUT, &path)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        let line = format!("octet: {}: ", path.display());
+        assert!(said.contains(&line) && said.contains("cut short"), "{said}");
+    }
+
     #[test]
     fn a_replaced_file_lives_on() {
         let folder = tempfile::tempdir().unwrap();

@@ -186,6 +186,8 @@ struct State {
     slots: usize,
     made: usize,
     limit: usize,
+    /// Slots that nothing is read into: what was to be read there is not wanted any more.
+    spare: Vec<MmapMut>,
     popularity: Popularity,
     n_expert: usize,
     /// The layer that the pass works on, and whether it has so many tokens that all experts ahead are wanted.
@@ -217,6 +219,8 @@ struct Job {
     key: usize,
     /// None: a new one is to be made.
     slot: Option<MmapMut>,
+    /// Nobody asked for it; it fills a slot that is still to be made.
+    warming: bool,
     /// A pass waits for it, from the beginning or since then.
     pressing: Arc<AtomicBool>,
 }
@@ -327,6 +331,7 @@ impl Store {
             slots: 0,
             made: 0,
             limit: 0,
+            spare: Vec::new(),
             popularity: Popularity::new(config.n_expert, shares),
             n_expert: config.n_expert,
             layer: 0,
@@ -449,6 +454,9 @@ impl Store {
             };
             let hit = matches!(place.at, At::Here { .. });
             let right = std::mem::take(&mut place.guessed);
+            if *count == 0 && right {
+                state.forget(first + e);
+            }
             if *count > 0 {
                 state.reads.wanted += 1;
                 state.reads.hits += u64::from(hit);
@@ -556,7 +564,7 @@ impl Pager {
             if matches!(place.at, At::Disk)
                 && let Some(slot) = self.slot(state, Claim::Foreseen, layer)
             {
-                self.load(state, key, slot, false);
+                self.load(state, key, slot, Claim::Foreseen);
             }
         }
     }
@@ -574,7 +582,7 @@ impl Pager {
                     let Some(slot) = self.slot(state, Claim::Wanted, layer) else {
                         return;
                     };
-                    self.load(state, key, slot, true);
+                    self.load(state, key, slot, Claim::Wanted);
                 }
                 At::Loading { pressing } => {
                     if !pressing.swap(true, Ordering::Relaxed) {
@@ -588,8 +596,11 @@ impl Pager {
         }
     }
 
-    /// A slot for an expert of `layer` with this claim: room for a new one, or another's.
+    /// A slot for an expert of `layer` with this claim: a spare one, room for a new one, or another's.
     fn slot(&self, state: &mut State, claim: Claim, layer: usize) -> Option<Option<MmapMut>> {
+        if let Some(slot) = state.spare.pop() {
+            return Some(Some(slot));
+        }
         if state.slots < state.limit {
             state.slots += 1;
             return Some(None);
@@ -605,8 +616,9 @@ impl Pager {
         self.budget.least_slots as usize
     }
 
-    /// Begins to read an expert into a slot. `pressing`: a pass waits for it.
-    fn load(&self, state: &mut State, key: usize, slot: Option<MmapMut>, pressing: bool) {
+    /// Begins to read an expert into a slot, because somebody claims it, or to have the slot filled.
+    fn load(&self, state: &mut State, key: usize, slot: Option<MmapMut>, claim: Claim) {
+        let pressing = claim == Claim::Wanted;
         let flag = Arc::new(AtomicBool::new(pressing));
         state.places[key].at = At::Loading {
             pressing: Arc::clone(&flag),
@@ -615,23 +627,21 @@ impl Pager {
             state.busy_since = Instant::now();
         }
         state.loading += 1;
-        let line = match pressing {
-            true => Line::Wanted,
-            false => Line::Foreseen,
-        };
-        if pressing {
-            self.shared.pressing.fetch_add(1, Ordering::Relaxed);
-        }
         let job = Job {
             key,
             slot,
+            warming: claim == Claim::None,
             pressing: flag,
         };
-        let queue = &mut state.queues[line as usize];
-        match line {
-            Line::Wanted => queue.push_back(job),
+        let [wanted, ahead] = &mut state.queues;
+        match claim {
+            Claim::Wanted => {
+                self.shared.pressing.fetch_add(1, Ordering::Relaxed);
+                wanted.push_back(job);
+            }
             // Before what only warms the slots up.
-            Line::Foreseen => queue.push_front(job),
+            Claim::Foreseen => ahead.push_front(job),
+            Claim::None => ahead.push_back(job),
         }
         self.shared.changed.notify_all();
     }
@@ -647,10 +657,9 @@ impl Pager {
             its.sort_by(|a, b| share(b).total_cmp(&share(a)));
             keys.extend(its.into_iter().take(quota));
         }
-        // What comes last is read first.
-        for key in keys.into_iter().rev() {
+        for key in keys {
             state.slots += 1;
-            self.load(state, key, None, false);
+            self.load(state, key, None, Claim::None);
         }
     }
 
@@ -670,7 +679,9 @@ impl Pager {
         self.yield_to_others(state);
         while state.slots > state.limit {
             if state.cancel().is_none() {
-                let Some(slot) = state.evict(Claim::Wanted, usize::MAX, self.moving()) else {
+                let spare = state.spare.pop();
+                let evict = || state.evict(Claim::Wanted, usize::MAX, self.moving());
+                let Some(slot) = spare.or_else(evict) else {
                     break;
                 };
                 drop(slot);
@@ -683,22 +694,24 @@ impl Pager {
 
     /// Gives slots back when other programs want memory: rather read again than make the machine swap.
     fn yield_to_others(&self, state: &mut State) {
+        let least = self.budget.least_slots as usize;
         if state.looked.is_some_and(|at| at.elapsed() < LOOK) {
-            state.limit = state
-                .limit
-                .min(state.slots.max(self.budget.least_slots as usize));
+            state.limit = state.limit.min(state.slots.max(least));
             return;
         }
         state.looked = Some(Instant::now());
-        let Some(available) = memory::available() else {
-            return;
-        };
-        let slot = self.budget.slot;
-        let limit = match available.checked_sub(RESERVE) {
-            Some(room) => state.slots as u64 + room / slot,
-            None => (state.slots as u64).saturating_sub((RESERVE - available).div_ceil(slot)),
-        };
-        state.limit = state.limit.min(limit.max(self.budget.least_slots) as usize);
+        if let Some(available) = memory::available() {
+            let most = slots_beside_others(available, state.slots, self.budget.slot);
+            state.limit = state.limit.min(most.max(least));
+        }
+    }
+}
+
+/// How many slots of `slot` bytes there may be when there are `slots` and all programs together have `available` bytes left.
+fn slots_beside_others(available: u64, slots: usize, slot: u64) -> usize {
+    match available.checked_sub(RESERVE) {
+        Some(room) => slots + (room / slot) as usize,
+        None => slots.saturating_sub((RESERVE - available).div_ceil(slot) as usize),
     }
 }
 
@@ -721,12 +734,27 @@ impl State {
     /// Gives up filling a slot that is still to be made with an expert that nobody asked for.
     fn cancel(&mut self) -> Option<()> {
         let ahead = &mut self.queues[Line::Foreseen as usize];
-        let warming = |job: &Job| job.slot.is_none() && self.places[job.key].claim == Claim::None;
-        let at = ahead.iter().rposition(warming)?;
+        let unasked = |job: &Job| job.warming && self.places[job.key].claim == Claim::None;
+        let at = ahead.iter().rposition(unasked)?;
         let job = ahead.remove(at)?;
         self.places[job.key].at = At::Disk;
         self.done();
         Some(())
+    }
+
+    /// A guess was wrong: what was to be read for it is not, unless that has begun.
+    fn forget(&mut self, key: usize) {
+        let ahead = &mut self.queues[Line::Foreseen as usize];
+        let its = |job: &Job| job.key == key && !job.warming;
+        let Some(job) = ahead.iter().position(its).and_then(|at| ahead.remove(at)) else {
+            return;
+        };
+        self.places[key].at = At::Disk;
+        self.done();
+        match job.slot {
+            Some(slot) => self.spare.push(slot),
+            None => self.slots -= 1,
+        }
     }
 
     /// One load less is on its way.
@@ -824,6 +852,7 @@ impl Shared {
             key,
             slot,
             pressing,
+            ..
         } = job;
         let stand_back = || {
             // Looked at without the lock first: most of the time nobody waits.
@@ -841,6 +870,12 @@ impl Shared {
         let is_new = slot.is_none();
         let slot = slot.map_or_else(|| new_slot(self.slot), Ok);
         let read = slot.and_then(|slot| reads::expert(&self.experts[key], slot, stand_back));
+        // So that it is never swapped out, where users may do that. Not before it is full: locking makes all of its pages, one
+        // after the other, while the disk waits.
+        #[cfg(unix)]
+        if let (true, Ok(read)) = (is_new, &read) {
+            let _ = read.slot.lock();
+        }
         let state = &mut *self.lock();
         if pressing.load(Ordering::Relaxed) {
             self.pressing.fetch_sub(1, Ordering::Relaxed);
@@ -878,9 +913,6 @@ fn new_slot(bytes: usize) -> Result<MmapMut> {
     // Fewer, larger pages: less to do for a read past the page cache, which has to hold on to each.
     #[cfg(target_os = "linux")]
     let _ = slot.advise(memmap2::Advice::HugePage);
-    // So that it is never swapped out, where users may do that.
-    #[cfg(unix)]
-    let _ = slot.lock();
     Ok(slot)
 }
 
@@ -897,4 +929,87 @@ fn too_small(total: u64, least: u64, budget: &Budget) -> Error {
         budget.least_slots,
         gb(budget.slot),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two layers of four experts, and one slot, into which expert 5 is to be read ahead.
+    fn waiting() -> State {
+        let place = |_| Place {
+            at: At::Disk,
+            claim: Claim::None,
+            guessed: false,
+        };
+        let mut state = State {
+            places: (0..8).map(place).collect(),
+            slots: 1,
+            made: 1,
+            limit: 1,
+            spare: Vec::new(),
+            popularity: Popularity::new(4, vec![0.5; 8]),
+            n_expert: 4,
+            layer: 0,
+            wide: false,
+            queues: Default::default(),
+            closing: false,
+            loading: 1,
+            busy_since: Instant::now(),
+            looked: None,
+            reads: Reads::default(),
+        };
+        let pressing = Arc::new(AtomicBool::new(false));
+        state.places[5].at = At::Loading {
+            pressing: Arc::clone(&pressing),
+        };
+        state.queues[Line::Foreseen as usize].push_back(Job {
+            key: 5,
+            slot: Some(MmapMut::map_anon(1).unwrap()),
+            warming: false,
+            pressing,
+        });
+        state
+    }
+
+    #[test]
+    fn a_wrong_guess_is_not_read() {
+        let mut state = waiting();
+        state.forget(4);
+        assert_eq!((state.loading, state.spare.len()), (1, 0), "another one's");
+        state.forget(5);
+        assert!(state.queues[Line::Foreseen as usize].is_empty());
+        assert!(matches!(state.places[5].at, At::Disk));
+        assert_eq!(
+            (state.loading, state.spare.len(), state.slots),
+            (0, 1, 1),
+            "the slot waits for what comes next"
+        );
+    }
+
+    #[test]
+    fn what_only_fills_a_slot_is_still_read() {
+        let mut state = waiting();
+        let ahead = &mut state.queues[Line::Foreseen as usize];
+        (ahead[0].warming, ahead[0].slot) = (true, None);
+        state.forget(5);
+        assert_eq!(state.loading, 1);
+        assert_eq!(state.cancel(), Some(()));
+        assert_eq!(
+            (state.loading, state.slots),
+            (0, 1),
+            "its slot is another's"
+        );
+    }
+
+    #[test]
+    fn slots_go_when_other_programs_want_memory() {
+        const MB: u64 = 1 << 20;
+        let slots = |available| slots_beside_others(available, 10, 100 * MB);
+        assert_eq!(slots(RESERVE + 350 * MB), 13);
+        assert_eq!(slots(RESERVE), 10);
+        assert_eq!(slots(RESERVE - 1), 9, "too little is left: one goes");
+        assert_eq!(slots(RESERVE - 250 * MB), 7);
+        assert_eq!(slots_beside_others(0, 2, 100 * MB), 0);
+    }
 }
