@@ -164,17 +164,30 @@ impl Profile {
         (0..self.n_layer).flat_map(all).collect()
     }
 
-    /// The share of choices that find their expert where each layer keeps `slots` experts, those taken most
-    /// often; a fraction of a slot counts as it does on average.
+    /// The share of choices that find their expert where each layer keeps `slots` experts; a fraction of a slot counts as it
+    /// does on average. The experts that are taken most often are there, or those that were taken last, whichever is more.
     pub fn held(&self, slots: f64) -> f64 {
-        let layer = |counts: &Vec<u64>| -> f64 {
-            let mut counts = counts.clone();
+        let popular = |counts: &[u64]| -> f64 {
+            let mut counts = counts.to_vec();
             counts.sort_by(|a, b| b.cmp(a));
             let kept = |(i, n): (usize, &u64)| *n as f64 * (slots - i as f64).clamp(0.0, 1.0);
             let found: f64 = counts.iter().enumerate().map(kept).sum();
             found / counts.iter().sum::<u64>().max(1) as f64
         };
-        self.counts.iter().map(layer).sum::<f64>() / self.n_layer.max(1) as f64
+        let layers = self.counts.iter().zip(&self.reuse);
+        let held = layers.map(|(counts, reuse)| popular(counts).max(self.recent(slots, *reuse)));
+        held.sum::<f64>() / self.n_layer.max(1) as f64
+    }
+
+    /// The share of choices among the `slots` experts that a layer took last. With as many slots as a token takes it is the
+    /// layer's reuse, with slots for all experts 1, and between them each slot brings as much as the next, as it
+    /// does where experts are drawn by chance.
+    fn recent(&self, slots: f64, reuse: f64) -> f64 {
+        let (used, all) = (self.n_used as f64, self.n_expert as f64);
+        match slots < used || used == all {
+            true => reuse * (slots / used).min(1.0),
+            false => reuse + (1.0 - reuse) * ((slots - used) / (all - used)).min(1.0),
+        }
     }
 
     /// The mean of the layers' reuse.
@@ -354,11 +367,13 @@ mod tests {
         assert_eq!(p.share(0, 1), 0.9);
         let sum: f32 = (0..4).map(|e| p.share(0, e)).sum();
         assert!((sum - 2.0).abs() < 1e-6);
-        // Layer 0 keeps 9 and then 6 of 20 choices, layer 1 always a quarter.
         let close = |slots: f64, held: f64| assert!((p.held(slots) - held).abs() < 1e-12);
         close(0.0, 0.0);
-        close(1.0, (9.0 / 20.0 + 0.25) / 2.0);
-        close(1.5, (12.0 / 20.0 + 0.375) / 2.0);
+        // The most popular one of layer 0 has 9 of 20 choices, the next one 6; of layer 1 they are as good as each other, but
+        // three quarters of a token's choices are the last one's.
+        close(1.0, (9.0 / 20.0 + 0.375) / 2.0);
+        close(2.0, (15.0 / 20.0 + 0.75) / 2.0);
+        close(3.0, (19.0 / 20.0 + 0.875) / 2.0);
         close(4.0, 1.0);
         close(9.0, 1.0);
         assert_eq!((p.mean_reuse(), p.mean_recall()), (0.625, Some(0.875)));
