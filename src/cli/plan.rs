@@ -199,10 +199,11 @@ fn too_small(args: &Args, budget: u64, least: u64) -> Error {
     )
 }
 
-/// Bytes a second that the disk gives of a file for a second, as the store reads: pieces of 1 MiB, eight at once, in
-/// runs of 32 MiB all over it.
+/// Bytes a second that the disk gives of a file, as the store reads: pieces of 1 MiB, eight at once, in runs of 32 MiB all
+/// over it. For three seconds, as a disk's seconds differ by a third; or until a small file was read eight times.
 fn read_speed(source: &Source) -> Result<f64> {
-    const TIME: Duration = Duration::from_secs(1);
+    const TIME: Duration = Duration::from_secs(3);
+    const TIMES: usize = 8;
     const READERS: usize = 8;
     const PIECE: usize = 1 << 20;
     const RUN: usize = 32;
@@ -213,8 +214,11 @@ fn read_speed(source: &Source) -> Result<f64> {
     let reader = |_| {
         let failed = |e| Error::io(source.path(), "read")(e);
         let mut buffer = MmapMut::map_anon(PIECE).map_err(failed)?;
-        while started.elapsed() < TIME {
+        loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= TIMES * pieces || started.elapsed() >= TIME {
+                return Ok(());
+            }
             // Fibonacci hashing sends consecutive runs far apart (Knuth, TAOCP 3, 6.4).
             let run = (i / RUN).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
             let at = (run * RUN + i % RUN) % pieces * PIECE;
@@ -223,7 +227,6 @@ fn read_speed(source: &Source) -> Result<f64> {
             done.map_err(failed)?;
             read.fetch_add(want, Ordering::Relaxed);
         }
-        Ok(())
     };
     let readers = Background::new(READERS, "read")?;
     readers.run(|| try_each((0..READERS).collect(), reader))?;
