@@ -125,6 +125,7 @@ impl<D: Dot<__m256i>> Tile for Ymm<D> {
     const TOKENS: usize = D::TOKENS;
     const PANELS: usize = D::PANELS;
     const NARROW: bool = D::NARROW;
+    const HALVES: bool = D::HALVES;
     type I = __m256i;
     type F = __m256;
 
@@ -213,12 +214,18 @@ impl<D: Dot<__m256i>> Tile for Ymm<D> {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[__m256i; N]; R],
         w: [[__m256i; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot::<N, R, C, BITS>(sums, w, x)
+        D::dot::<N, R, C, BITS, WHOLE>(sums, w, x)
     }
     #[inline(always)]
     unsafe fn pair(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {

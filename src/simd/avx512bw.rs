@@ -102,6 +102,7 @@ impl<D: Dot<__m512i>> Tile for Zmm<D> {
     const TOKENS: usize = D::TOKENS;
     const PANELS: usize = D::PANELS;
     const NARROW: bool = D::NARROW;
+    const HALVES: bool = D::HALVES;
     type I = __m512i;
     type F = __m512;
 
@@ -186,12 +187,18 @@ impl<D: Dot<__m512i>> Tile for Zmm<D> {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[__m512i; N]; R],
         w: [[__m512i; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot::<N, R, C, BITS>(sums, w, x)
+        D::dot::<N, R, C, BITS, WHOLE>(sums, w, x)
     }
     #[inline(always)]
     unsafe fn pair(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {

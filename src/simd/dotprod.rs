@@ -25,7 +25,13 @@ impl Dot<int32x4_t> for Sdot {
     const TOKENS: usize = 8;
 
     #[inline(always)]
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[int32x4_t; N]; R],
         w: [[int32x4_t; C]; R],
         x: [*const i8; N],

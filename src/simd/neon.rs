@@ -99,6 +99,7 @@ impl<D: Dot<int32x4_t>> Tile for Quad<D> {
     const TOKENS: usize = D::TOKENS;
     const PANELS: usize = D::PANELS;
     const NARROW: bool = D::NARROW;
+    const HALVES: bool = D::HALVES;
     type I = int32x4_t;
     type F = float32x4_t;
 
@@ -173,12 +174,18 @@ impl<D: Dot<int32x4_t>> Tile for Quad<D> {
         ]
     }
     #[inline(always)]
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[int32x4_t; N]; R],
         w: [[int32x4_t; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot::<N, R, C, BITS>(sums, w, x)
+        D::dot::<N, R, C, BITS, WHOLE>(sums, w, x)
     }
     #[inline(always)]
     unsafe fn pair(acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
@@ -210,7 +217,13 @@ impl Dot<int32x4_t> for Widening {
     const TOKENS: usize = 4;
 
     #[inline(always)]
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[int32x4_t; N]; R],
         w: [[int32x4_t; C]; R],
         x: [*const i8; N],

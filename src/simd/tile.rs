@@ -39,6 +39,9 @@ pub(super) trait Tile: Copy {
     const PANELS: usize;
     /// Whether a sum that fits 16 bits meets its sub-block's scale more cheaply, by [`Tile::pair`].
     const NARROW: bool;
+    /// Whether such a sum stays in two halves of a lane, each of every other pair of products, until it does: [`Tile::pair`] adds
+    /// them up.
+    const HALVES: bool;
     /// 32 bits of every row.
     type I: Copy;
     /// An `f32` of every row.
@@ -79,8 +82,14 @@ pub(super) trait Tile: Copy {
     unsafe fn prefetch(_at: *const u8) {}
 
     /// `sums[r][t] += Σ w[r] · x[t]`. `w[r]`: `4 C` weights of each row of panel `r`, of at most `BITS` bits; `x[t]`: `4 C`
-    /// activations; C: 2 or 4.
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    /// activations; C: 2 or 4. `WHOLE`: sums are of 32 bits; else in halves, where [`Tile::HALVES`] says so.
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[Self::I; N]; R],
         w: [[Self::I; C]; R],
         x: [*const i8; N],
@@ -109,13 +118,21 @@ pub(super) trait Dot<I>: Copy {
     const PANELS: usize = 1;
     /// [`Tile::NARROW`]
     const NARROW: bool = false;
+    /// [`Tile::HALVES`]
+    const HALVES: bool = false;
     /// [`Tile::bias`]: nothing, where both sides may be signed.
     #[inline(always)]
     fn bias(_offset: i32) -> i32 {
         0
     }
     /// [`Tile::dot`].
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[I; N]; R],
         w: [[I; C]; R],
         x: [*const i8; N],
@@ -362,19 +379,23 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
 //
 // `Σ_s scale[s] · Σ_i q[s][i] · x[i]` over the sub-blocks is exact in whatever order. Sums of products start with
 // `- bias · Σ x`, so that the bias of a panel's integers has left them at the end. Of few weights they fit 16 bits then:
-// 16 · 15 · 127 = 30480 for 4 bits, and 8 · 32 · 127 = 32512 for 6 with a bias of 32.
+// 16 · 15 · 127 = 30480 for 4 bits, and 8 · 32 · 127 = 32512 for 6 with a bias of 32. In two halves twice as many fit; but there
+// is no bias to start with, as it would not fit into either.
 
 /// Weights whose sum fits 16 bits.
 fn fitting<T: Tile, B: IntBlock>() -> usize {
     match T::bias(B::OFFSET) {
-        0 => 256 >> B::BITS,
+        0 if !T::HALVES => 256 >> B::BITS,
         _ => 512 >> B::BITS,
     }
 }
 
 /// Whether sub-blocks are summed up in 16 bits, in one [`group`] or two: more would take as many products as one of 32 bits.
 fn narrow<T: Tile, B: IntBlock>() -> bool {
-    T::NARROW && B::WEIGHTS == CHUNK && 2 * fitting::<T, B>() >= B::SUB
+    T::NARROW
+        && B::WEIGHTS == CHUNK
+        && 2 * fitting::<T, B>() >= B::SUB
+        && !(T::HALVES && T::bias(B::OFFSET) != 0)
 }
 
 /// Weights that are summed up before they meet the scale of their sub-block, of which they are all or a half.
@@ -390,7 +411,13 @@ fn group<T: Tile, B: IntBlock>() -> usize {
 pub(super) unsafe fn factor<T: Tile, B: IntBlock>(scale: T::I) -> T::I {
     match narrow::<T, B>() {
         // SAFETY: the caller's.
-        true => unsafe { T::and(scale, T::splat(0xffff)) },
+        true => unsafe {
+            let lower = T::and(scale, T::splat(0xffff));
+            match T::HALVES {
+                true => T::or(lower, T::shl(lower, 16)),
+                false => lower,
+            }
+        },
         false => scale,
     }
 }
@@ -595,10 +622,12 @@ unsafe fn dot<T: Tile, B: IntBlock, const N: usize, const R: usize, const C: usi
 ) {
     // SAFETY: as `tile`.
     unsafe {
-        match B::BITS {
-            ..=4 => T::dot::<N, R, C, 4>(sums, w, x),
-            5..=6 => T::dot::<N, R, C, 6>(sums, w, x),
-            _ => T::dot::<N, R, C, 8>(sums, w, x),
+        match (B::BITS, narrow::<T, B>()) {
+            (..=4, false) => T::dot::<N, R, C, 4, true>(sums, w, x),
+            (5..=6, false) => T::dot::<N, R, C, 6, true>(sums, w, x),
+            (_, false) => T::dot::<N, R, C, 8, true>(sums, w, x),
+            (..=6, true) => T::dot::<N, R, C, 6, false>(sums, w, x),
+            (_, true) => T::dot::<N, R, C, 8, false>(sums, w, x),
         }
     }
 }
@@ -793,7 +822,7 @@ unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i3
         for w in w.chunks_exact(16 * T::ROWS) {
             let w = w.as_ptr().cast::<i32>();
             let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
-            T::dot::<N, 1, 4, 4>(&mut sums, [w], x);
+            T::dot::<N, 1, 4, 4, true>(&mut sums, [w], x);
         }
         let mut total = 0i32;
         for sums in sums[0] {

@@ -48,7 +48,13 @@ impl<I: Fused> Dot<I> for Vnni {
         offset
     }
     #[inline(always)]
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[I; N]; R],
         w: [[I; C]; R],
         x: [*const i8; N],
@@ -86,12 +92,15 @@ pub(super) trait Pairs: Register {
     unsafe fn madd(sum: Self, a: Self, b: Self) -> Self;
 }
 
-/// As many pairs are added in i16 as fit, so that nothing saturates and the sums are exact.
+/// As many pairs are added in i16 as fit, so that nothing saturates and the sums are exact. Where a scale follows them, its
+/// multiplication adds the two of a lane up, which else needs one by 1.
 #[derive(Clone, Copy)]
 pub(super) struct Maddubs;
 
 impl<I: Pairs> Dot<I> for Maddubs {
     const TOKENS: usize = I::TOKENS;
+    const NARROW: bool = true;
+    const HALVES: bool = true;
 
     /// 8-bit weights stay signed: as unsigned ones they would saturate.
     #[inline(always)]
@@ -99,7 +108,13 @@ impl<I: Pairs> Dot<I> for Maddubs {
         if offset == 128 { 0 } else { offset }
     }
     #[inline(always)]
-    unsafe fn dot<const N: usize, const R: usize, const C: usize, const BITS: u32>(
+    unsafe fn dot<
+        const N: usize,
+        const R: usize,
+        const C: usize,
+        const BITS: u32,
+        const WHOLE: bool,
+    >(
         sums: &mut [[I; N]; R],
         w: [[I; C]; R],
         x: [*const i8; N],
@@ -110,6 +125,17 @@ impl<I: Pairs> Dot<I> for Maddubs {
             5..=6 => 2,
             _ => 1,
         };
+        if !WHOLE {
+            for (sums, w) in sums.iter_mut().zip(w) {
+                for j in 0..C {
+                    for t in 0..N {
+                        let pairs = product::<I, BITS>(w[j], x[t].add(4 * j));
+                        sums[t] = I::add_i16(sums[t], pairs);
+                    }
+                }
+            }
+            return;
+        }
         let one = I::spread([1u8, 0, 1, 0].as_ptr());
         for (sums, w) in sums.iter_mut().zip(w) {
             for first in (0..C).step_by(together) {
