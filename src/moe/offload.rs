@@ -19,12 +19,16 @@
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod device;
+#[cfg(any(all(test, unix), feature = "cuda"))]
+mod driver;
 #[cfg(all(test, unix))]
 mod emulated;
 #[cfg(any(all(test, unix), feature = "cuda"))]
 pub mod forecast;
 #[cfg(any(all(test, unix), feature = "cuda"))]
 mod gpu;
+#[cfg(any(all(test, unix), feature = "cuda"))]
+mod kernels;
 #[cfg(any(all(test, unix), feature = "cuda"))]
 mod layers;
 #[cfg(all(test, unix))]

@@ -1,7 +1,9 @@
 //! The driver of an NVIDIA GPU, by way of cudarc: libraries are looked for at run time, so that this builds and starts where
 //! there are none.
 
-use super::gpu::{Arg, Driver, Gpu, MARKS, OPTIONS, SOURCE, THREADS, kernels};
+use super::driver::{Arg, Driver, MARKS, THREADS};
+use super::gpu::Gpu;
+use super::kernels::{OPTIONS, SOURCE, kernels};
 use super::{Device, Fault};
 use crate::disk::{self, WholeFile};
 use crate::gguf::hex;

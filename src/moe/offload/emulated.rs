@@ -1,7 +1,7 @@
 //! A driver without a device: `offload.cu`, compiled for the CPU by a C++ compiler (`offload/emulated.h`).
 
 use super::Fault;
-use super::gpu::{Arg, Driver, MARKS, THREADS};
+use super::driver::{Arg, Driver, MARKS, THREADS};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ops::Range;

@@ -1,5 +1,9 @@
 //! A device with CUDA's kernels (`offload.cu`): where its buffers are, and which kernels run in which order.
 
+use super::driver::{Driver, Launch};
+use super::kernels::{
+    Activations, FEW, FORMATS, Rows, Stop, Tokens, expert_up, gemm, gemv, quantize, silu_mul,
+};
 use super::layers::Lasting;
 use super::{Back, Device, Fault, Host, MOST_OUT, Pass, Product, Share};
 use crate::gguf::Bytes;
@@ -7,111 +11,18 @@ use crate::moe::Config;
 use crate::moe::linear::{Input, Weight};
 use crate::moe::weights::Expert;
 use crate::pool::apart;
-use crate::quant::Format;
-use crate::quant::act::{ActKind, Acts, CHUNK, Chunk};
+use crate::quant::act::{Acts, CHUNK, Chunk};
 use bytemuck::{Pod, Zeroable};
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-/// The kernels.
-pub(super) const SOURCE: &str = include_str!("../offload.cu");
-/// Without these their results are not the CPU's.
-pub(super) const OPTIONS: [&str; 2] = ["--fmad=false", "--std=c++17"];
-/// Threads of a block, in every kernel.
-pub(super) const THREADS: u32 = 128;
-
-/// Experts with fewer tokens than this go token by token, which reads their weights for each (from the device's cache after the
-/// first), others tile by tile.
-pub(super) const FEW: usize = 8;
 /// Rows that go through the device's buffers together.
 pub(super) const WAVE: usize = 1024;
-/// Marks of a driver: experts on their way through the device at a time.
-pub(super) const MARKS: usize = 3;
 /// Matrices of a slot begin at multiples of this.
 pub(super) const ALIGN: usize = 256;
-/// Outputs of a block: rows of `expert_up` and `gemv`, rows and tokens of `gemm`, chunks of `quantize`.
-pub(super) const ROWS: usize = 16;
-pub(super) const TILE: usize = 64;
-pub(super) const CHUNKS: usize = 4;
-
-/// The calls that a device takes. Those that return at once happen in the order in which they were made.
-pub(super) trait Driver: Send + Sync + 'static {
-    /// For people.
-    fn name(&self) -> String;
-
-    /// Bytes of memory that are free.
-    fn free(&self) -> Result<u64, Fault>;
-
-    /// Memory; stays valid until it is given back, or all of the driver ends.
-    fn alloc(&self, bytes: usize) -> Result<u64, Fault>;
-
-    /// Gives memory back that nothing uses.
-    fn dealloc(&self, at: u64);
-
-    /// Copies to the device. May return before that has happened, but is done with `bytes` then.
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Fault>;
-
-    /// Runs a kernel of `offload.cu`; may return before that has happened. `grid`: blocks.
-    ///
-    /// # Safety
-    /// `args` are those of the kernel, and what it reads and writes lies in memory of this driver.
-    unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault>;
-
-    /// Copies from the device, after everything before.
-    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault>;
-
-    /// Launches of this thread are noted from now on and not done, until `recorded`.
-    fn record(&self) -> Result<(), Fault>;
-
-    /// Ends what `record` began. Returns what it was, for `replay`.
-    fn recorded(&self) -> Result<u64, Fault>;
-
-    /// Does what was recorded, with the same arguments and whatever the memory holds now.
-    fn replay(&self, graph: u64) -> Result<(), Fault>;
-
-    /// Lets a record go that is not used any more.
-    fn forget(&self, graph: u64);
-
-    /// Sets mark `i`, one of [`MARKS`], behind everything that was begun.
-    fn mark(&self, i: usize) -> Result<(), Fault>;
-
-    /// Waits until everything before mark `i` has ended; not at all, if it was never set.
-    fn reached(&self, i: usize) -> Result<(), Fault>;
-
-    /// Copies to the device beside all of the above, which go on meanwhile, and waits for it. Called from a thread of its own.
-    fn stage(&self, at: u64, bytes: &[u8]) -> Result<(), Fault>;
-}
-
-/// A kernel that is to run.
-pub(super) struct Launch {
-    pub(super) kernel: String,
-    pub(super) grid: [u32; 2],
-    pub(super) args: Vec<Arg>,
-}
-
-/// An argument of a kernel.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Arg {
-    /// A pointer, or a long number.
-    Long(u64),
-    /// A number.
-    Int(i32),
-}
-
-impl Arg {
-    /// Where the arguments are, as drivers want to know it: pointers to values that live as long as `args`.
-    pub(super) fn pointers(args: &[Arg]) -> Vec<*mut c_void> {
-        let pointer = |arg: &Arg| match arg {
-            Arg::Long(x) => std::ptr::from_ref(x) as *mut c_void,
-            Arg::Int(x) => std::ptr::from_ref(x) as *mut c_void,
-        };
-        args.iter().map(pointer).collect()
-    }
-}
 
 /// `Row` of offload.cu.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -136,7 +47,7 @@ pub(super) struct Gpu<D: Driver> {
     pub(super) lasting: Lasting,
     /// Where the rows of the last start are.
     out: u64,
-    copies: Sender<Copy>,
+    copies: Sender<Filling>,
     copied: Receiver<(usize, Result<(), Fault>)>,
     /// Copies on their way.
     copying: usize,
@@ -151,8 +62,8 @@ struct Slot {
     bytes: u64,
 }
 
-/// Matrices on their way, and where to.
-struct Copy {
+/// Matrices on their way into a slot, and where each goes.
+struct Filling {
     slot: usize,
     parts: Vec<(u64, Bytes)>,
 }
@@ -242,11 +153,37 @@ pub(super) struct Sent {
     pub(super) inputs: Vec<u64>,
 }
 
-/// What is launched together: rows of one large share, or of several small ones, one behind the other.
+impl Sent {
+    /// Some rows of the table.
+    fn rows(&self, rows: &Range<usize>) -> Rows {
+        let at = self.table + (rows.start * size_of::<Row>()) as u64;
+        Rows { at, n: rows.len() }
+    }
+
+    /// Their tokens.
+    fn tokens(&self, rows: &Range<usize>) -> Tokens {
+        Tokens {
+            pick: self.picks + 4 * rows.start as u64,
+            first: 0,
+            n: rows.len(),
+        }
+    }
+
+    /// The same without the first `n` rows.
+    pub(super) fn behind(&self, n: usize) -> Sent {
+        Sent {
+            table: self.table + (n * size_of::<Row>()) as u64,
+            picks: self.picks + 4 * n as u64,
+            ..self.clone()
+        }
+    }
+}
+
+/// What is launched together: rows of one share, or of several small ones, one behind the other.
 struct Group {
     rows: Range<usize>,
-    /// The slot and the first row of a large share in the list of picks.
-    large: Option<usize>,
+    /// Of a share with so many tokens that they go tile by tile.
+    large: bool,
 }
 
 /// Where matrices are in their slot, one behind the other, and bytes of all.
@@ -282,44 +219,11 @@ pub(super) fn slot_bytes(weights: &[&Weight]) -> Option<u64> {
     (known && same).then(|| parts(weights).1)
 }
 
-/// Formats that there are kernels for; experts of others stay with the CPU.
-const FORMATS: [Format; 5] = [
-    Format::Q4_0,
-    Format::Q8_0,
-    Format::Q4_K,
-    Format::Q5_K,
-    Format::Q6_K,
-];
-
-/// The names of all kernels.
-pub(super) fn kernels() -> Vec<String> {
-    let plain = [
-        "quantize_32",
-        "quantize_256",
-        "silu_mul_all",
-        "norm_rows",
-        "rotate_heads",
-        "score_keys",
-        "attend_values",
-        "route_tokens",
-        "combine_rows",
-    ];
-    let by_format = ["expert_up", "gemv", "dense", "gemm"];
-    let of = |kernel: &&str| FORMATS.map(|format| format!("{kernel}_{}", format.name()));
-    let all = by_format.iter().flat_map(of);
-    plain.map(String::from).into_iter().chain(all).collect()
-}
-
-/// Blocks for `n` outputs.
-pub(super) fn blocks(n: usize, of: usize) -> u32 {
-    n.div_ceil(of) as u32
-}
-
 impl<D: Driver> Gpu<D> {
     /// A device without slots.
     pub(super) fn new(driver: D) -> Result<Gpu<D>, Fault> {
         let driver = Arc::new(driver);
-        let (copies, jobs) = channel::<Copy>();
+        let (copies, jobs) = channel::<Filling>();
         let (done, copied) = channel();
         let closing = Arc::new(AtomicBool::new(false));
         let (its_driver, its_closing) = (Arc::clone(&driver), Arc::clone(&closing));
@@ -329,7 +233,7 @@ impl<D: Driver> Gpu<D> {
                 if its_closing.load(Ordering::Relaxed) {
                     return;
                 }
-                let Copy { slot, parts } = job;
+                let Filling { slot, parts } = job;
                 let mut parts = parts.into_iter();
                 let copied = parts.try_for_each(|(at, bytes)| its_driver.stage(at, &bytes));
                 if done.send((slot, copied)).is_err() {
@@ -413,18 +317,17 @@ impl<D: Driver> Gpu<D> {
         })
     }
 
+    /// Begins all of `launches`.
+    ///
     /// # Safety
     /// As for [`Driver::launch`].
-    pub(super) unsafe fn launch(
+    pub(super) unsafe fn begin(
         &self,
-        kernel: &str,
-        format: Format,
-        grid: [u32; 2],
-        args: &[Arg],
+        launches: impl IntoIterator<Item = Launch>,
     ) -> Result<(), Fault> {
-        let kernel = format!("{kernel}_{}", format.name());
+        let mut launches = launches.into_iter();
         // SAFETY: the caller's promise, handed on.
-        unsafe { self.driver.launch(&kernel, grid, args) }
+        launches.try_for_each(|launch| unsafe { launch.begin(&*self.driver) })
     }
 
     /// Room for what experts have inside.
@@ -442,145 +345,96 @@ impl<D: Driver> Gpu<D> {
     }
 
     /// What runs experts, for which there is room: `table` are the rows of `shares`, which were sent with their tokens; `x`:
-    /// activations of `n_tok` tokens; `out`: `(rows, d_model)`.
+    /// activations of theirs; `out`: `(rows, d_model)`.
     pub(super) fn launches(
         &self,
         shares: &[Share<'_>],
         table: &[Row],
         sent: &Sent,
-        x: u64,
-        n_tok: usize,
+        x: Activations,
         out: u64,
     ) -> Vec<Launch> {
         let Expert { gate, down, .. } = shares[0].expert;
         let (d, d_ff) = (gate.n_in, gate.n_out);
-        let (up_format, down_format) = (gate.format, down.format);
         for share in shares {
-            let Expert { gate, up, down } = share.expert;
-            assert!(gate.format == up_format && up.format == up_format);
-            assert!(down.format == down_format && (gate.n_in, down.n_in) == (d, d_ff));
+            let its = share.expert;
+            assert!(its.gate.format == gate.format && its.up.format == gate.format);
+            assert!(its.down.format == down.format && (its.gate.n_in, its.down.n_in) == (d, d_ff));
         }
-        let inner_chunks = d_ff.div_ceil(CHUNK);
         let mut launches = Vec::new();
-        let mut launch = |kernel: &str, format: Option<Format>, grid, args: &[Arg]| {
-            let suffix = format.map_or(String::new(), |f| format!("_{}", f.name()));
-            launches.push(Launch {
-                kernel: format!("{kernel}{suffix}"),
-                grid,
-                args: args.to_vec(),
-            });
-        };
-        let [gate, up, inner] = [For::Gate, For::Up, For::Inner].map(|what| self.buffers.at(what));
-        let (rows, pick) = (sent.table, sent.picks);
-
-        use Arg::{Int, Long};
-        let int = |n: usize| Int(i32::try_from(n).expect("sizes of a model"));
-        let at = |base: u64, elements: usize, size: usize| Long(base + (elements * size) as u64);
         for wave in waves(shares) {
-            let Some((first, last)) = wave.first().zip(wave.last()) else {
-                continue;
+            let (first, last) = (&wave[0].rows, &wave[wave.len() - 1].rows);
+            let (start, n) = (first.start, last.end - first.start);
+            for group in &wave {
+                launches.extend(self.up(gate, table, sent, x, group, start));
+            }
+            let [gates, inner] = [For::Gate, For::Inner].map(|what| self.buffers.at(what));
+            let kind = down.format.act();
+            launches.push(quantize(kind, gates, n, d_ff, inner, Stop::NEVER));
+            let inner = Activations {
+                at: inner,
+                n_tok: n,
             };
-            let (base, n) = (first.rows.start, last.rows.end - first.rows.start);
-            for Group { rows: r, large } in &wave {
-                let (inside, count) = (r.start - base, r.len());
-                let table_row = at(rows, r.start, size_of::<Row>());
-                let inner_row = at(gate, inside * d_ff, 4);
-                match large {
-                    None => {
-                        let args = [
-                            table_row,
-                            Long(x),
-                            inner_row,
-                            int(n_tok),
-                            int(d),
-                            int(d_ff),
-                            Long(0),
-                            Int(0),
-                        ];
-                        let grid = [blocks(d_ff, ROWS), count as u32];
-                        launch("expert_up", Some(up_format), grid, &args);
-                    }
-                    Some(_) => {
-                        let weights = table[r.start];
-                        let grid = [blocks(d_ff, TILE), blocks(count, TILE)];
-                        let up_row = at(up, inside * d_ff, 4);
-                        for (w, y) in [(weights.gate, inner_row), (weights.up, up_row)] {
-                            let (m, k) = (int(d_ff), int(d));
-                            let (x, pick) = (Long(x), at(pick, r.start, 4));
-                            let args = [Long(w), x, pick, Int(0), y, int(n_tok), int(count), m, k];
-                            launch("gemm", Some(up_format), grid, &args);
-                        }
-                        let n = count * d_ff;
-                        let args = [inner_row, up_row, Long(n as u64)];
-                        let grid = [blocks(n, 8 * THREADS as usize), 1];
-                        launch("silu_mul_all", None, grid, &args);
-                    }
-                }
-            }
-            let quantize = quantize(down_format.act());
-            let args = [Long(gate), Long(inner), int(n), int(d_ff), Long(0), Int(0)];
-            let grid = [blocks(inner_chunks, CHUNKS), n as u32];
-            launch(quantize, None, grid, &args);
-            for Group { rows: r, large } in &wave {
-                let (inside, count) = (r.start - base, r.len());
-                let y = at(out, r.start * d, 4);
-                match large {
-                    None => {
-                        let table_row = at(rows, r.start, size_of::<Row>());
-                        let args = [
-                            table_row,
-                            Long(inner),
-                            y,
-                            int(n),
-                            int(d_ff),
-                            int(d),
-                            Long(0),
-                            Int(0),
-                        ];
-                        let grid = [blocks(d, ROWS), count as u32];
-                        launch("gemv", Some(down_format), grid, &args);
-                    }
-                    Some(_) => {
-                        let w = Long(table[r.start].down);
-                        let (m, k) = (int(d), int(d_ff));
-                        let (x, base) = (Long(inner), int(inside));
-                        let args = [w, x, Long(0), base, y, int(n), int(count), m, k];
-                        let grid = [blocks(d, TILE), blocks(count, TILE)];
-                        launch("gemm", Some(down_format), grid, &args);
-                    }
-                }
-            }
+            let down = |group| self.down(down, table, sent, inner, group, start, out);
+            launches.extend(wave.iter().map(down));
         }
         launches
     }
-}
 
-/// Begins all of `launches`.
-///
-/// # Safety
-/// As for [`Driver::launch`].
-pub(super) unsafe fn begin(driver: &impl Driver, launches: &[Launch]) -> Result<(), Fault> {
-    launches.iter().try_for_each(|launch| {
-        // SAFETY: the caller's promise, handed on.
-        unsafe { driver.launch(&launch.kernel, launch.grid, &launch.args) }
-    })
-}
+    /// `silu(gate · x) · (up · x)` of a group, into the buffer of its wave, whose rows begin at `start`.
+    fn up(
+        &self,
+        gate: &Weight,
+        table: &[Row],
+        sent: &Sent,
+        x: Activations,
+        Group { rows, large }: &Group,
+        start: usize,
+    ) -> Vec<Launch> {
+        let d_ff = gate.n_out;
+        let inside = (4 * (rows.start - start) * d_ff) as u64;
+        let [gates, ups] = [For::Gate, For::Up].map(|what| self.buffers.at(what) + inside);
+        if !large {
+            return vec![expert_up(gate, sent.rows(rows), x, gates, Stop::NEVER)];
+        }
+        let its = table[rows.start];
+        let product = |w, y| gemm(gate, w, x, sent.tokens(rows), y);
+        vec![
+            product(its.gate, gates),
+            product(its.up, ups),
+            silu_mul(gates, ups, rows.len() * d_ff),
+        ]
+    }
 
-/// The kernel that makes activations.
-pub(super) fn quantize(kind: ActKind) -> &'static str {
-    match kind {
-        ActKind::Q8 => "quantize_32",
-        _ => "quantize_256",
+    /// `down · inner` of a group, to its place in `out`. `inner`: of the wave, whose rows begin at `start`.
+    fn down(
+        &self,
+        down: &Weight,
+        table: &[Row],
+        sent: &Sent,
+        inner: Activations,
+        Group { rows, large }: &Group,
+        start: usize,
+        out: u64,
+    ) -> Launch {
+        let y = out + (4 * rows.start * down.n_out) as u64;
+        match large {
+            false => gemv(down, sent.rows(rows), inner, y, Stop::NEVER),
+            true => {
+                let tokens = Tokens::from(rows.start - start, rows.len());
+                gemm(down, table[rows.start].down, inner, tokens, y)
+            }
+        }
     }
 }
 
-/// Cuts rows into waves of groups: small shares together, large ones apart and in parts if they have to be.
+/// Cuts rows into waves of groups: small shares together, large ones apart and in parts if they have to be. No wave is empty.
 fn waves(shares: &[Share<'_>]) -> Vec<Vec<Group>> {
     let mut waves: Vec<Vec<Group>> = Vec::new();
     let (mut row, mut room) = (0, 0);
     for share in shares {
         let end = row + share.pick.len();
-        let large = (share.pick.len() >= FEW).then_some(share.slot);
+        let large = share.pick.len() >= FEW;
         while row < end {
             if room == 0 {
                 waves.push(Vec::new());
@@ -591,7 +445,7 @@ fn waves(shares: &[Share<'_>]) -> Vec<Vec<Group>> {
             row = rows.end;
             let wave = waves.last_mut().expect("one was just made");
             match wave.last_mut() {
-                Some(last) if large.is_none() && last.large.is_none() => last.rows.end = rows.end,
+                Some(last) if !large && !last.large => last.rows.end = rows.end,
                 _ => wave.push(Group { rows, large }),
             }
         }
@@ -637,7 +491,7 @@ impl<D: Driver> Device for Gpu<D> {
         let parts = starts.into_iter().zip(weights).map(to).collect();
         self.copying += 1;
         self.copies
-            .send(Copy { slot, parts })
+            .send(Filling { slot, parts })
             .map_err(|_| Fault::Lost("the thread that copies has ended".into()))
     }
 
@@ -667,10 +521,11 @@ impl<D: Driver> Device for Gpu<D> {
         self.out = out;
         let acts = input.of(gate.format);
         let sent = self.send(&table, acts.n_tok(), &[acts], &[])?;
-        let (x, n_tok) = (sent.inputs[0], acts.n_tok());
-        let launches = self.launches(shares, &table, &sent, x, n_tok, out);
+        let (at, n_tok) = (sent.inputs[0], acts.n_tok());
+        let x = Activations { at, n_tok };
+        let launches = self.launches(shares, &table, &sent, x, out);
         // SAFETY: as `launches` says; all buffers were made large enough above.
-        unsafe { begin(&*self.driver, &launches) }
+        unsafe { self.begin(launches) }
     }
 
     fn multiply(&mut self, input: &Input, products: &[Product<'_>]) -> Result<(), Fault> {
@@ -699,47 +554,22 @@ impl<D: Driver> Device for Gpu<D> {
         let sent = self.send(&table, n_tok, &inputs, &[])?;
         self.out = out;
 
-        use Arg::{Int, Long};
-        let int = |n: usize| Int(i32::try_from(n).expect("sizes of a model"));
         let (mut row, mut y) = (0, out);
-        for Product {
-            weight: w,
-            pick: its,
-            ..
-        } in products
-        {
-            let input = inputs.iter().position(|acts| acts.kind() == w.format.act());
+        for Product { weight, pick, .. } in products {
+            let its = |acts: &&Acts| acts.kind() == weight.format.act();
+            let input = inputs.iter().position(its);
             let input = input.expect("one of each kind was sent");
-            let (x, n_tok) = (sent.inputs[input], inputs[input].n_tok());
-            let (count, m, k) = (its.len(), w.n_out, w.n_in);
-            let table_row = sent.table + (row * size_of::<Row>()) as u64;
-            // SAFETY: the arguments are those of `offload.cu`; the slot holds this weight, tokens are below `n_tok`, and the
-            // buffers were made large enough above.
-            unsafe {
-                if count < FEW {
-                    let args = [
-                        Long(table_row),
-                        Long(x),
-                        Long(y),
-                        int(n_tok),
-                        int(k),
-                        int(m),
-                        Long(0),
-                        Int(0),
-                    ];
-                    let grid = [blocks(m, ROWS), count as u32];
-                    self.launch("gemv", w.format, grid, &args)?;
-                } else {
-                    let (weights, pick) =
-                        (Long(table[row].down), Long(sent.picks + 4 * row as u64));
-                    let sizes = [int(n_tok), int(count), int(m), int(k)];
-                    let args = [&[weights, Long(x), pick, Int(0), Long(y)][..], &sizes].concat();
-                    let grid = [blocks(m, TILE), blocks(count, TILE)];
-                    self.launch("gemm", w.format, grid, &args)?;
-                }
-            }
-            row += count;
-            y += (4 * count * m) as u64;
+            let (at, n_tok) = (sent.inputs[input], inputs[input].n_tok());
+            let x = Activations { at, n_tok };
+            let rows = row..row + pick.len();
+            let launch = match pick.len() < FEW {
+                true => gemv(weight, sent.rows(&rows), x, y, Stop::NEVER),
+                false => gemm(weight, table[row].down, x, sent.tokens(&rows), y),
+            };
+            // SAFETY: the slot holds this weight, tokens are below `n_tok`, and the buffers were made large enough above.
+            unsafe { self.begin([launch])? };
+            row = rows.end;
+            y += (4 * pick.len() * weight.n_out) as u64;
         }
         Ok(())
     }
@@ -771,13 +601,5 @@ impl<D: Driver> Device for Gpu<D> {
 impl<D: Driver> Drop for Gpu<D> {
     fn drop(&mut self) {
         self.closing.store(true, Ordering::Relaxed);
-    }
-}
-
-#[cfg(test)]
-impl<D: Driver> Gpu<D> {
-    /// For tests.
-    pub(super) fn driver(&self) -> &D {
-        &self.driver
     }
 }

@@ -1,11 +1,11 @@
 //! The kernels through NVRTC, without a GPU: they compile for every instruction set that octet supports.
 
-use super::gpu::{OPTIONS, SOURCE, kernels};
+use super::kernels::{OPTIONS, SOURCE, kernels};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io::Write;
 
 /// Where NVRTC is looked for: what `OCTET_NVRTC` names, then as any library.
-fn library() -> Option<*mut c_void> {
+pub(super) fn library() -> Option<*mut c_void> {
     let named = std::env::var("OCTET_NVRTC").ok();
     let usual = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"];
     let names = named.into_iter().chain(usual.map(String::from));

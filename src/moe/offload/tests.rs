@@ -3,8 +3,9 @@
 mod kernels;
 mod whole;
 
+use super::driver::Driver;
 use super::emulated::Emulated;
-use super::gpu::{Driver, Gpu};
+use super::gpu::Gpu;
 use super::software::{Script, Software};
 use super::{Device, Fault, Plan, Product, Share};
 use crate::gguf::{Bytes, Gguf};
@@ -588,11 +589,11 @@ fn a_buffer_that_finds_no_memory_is_a_fault_and_no_more() {
         expert: &expert,
         pick: &[0],
     };
-    let room = &gpu.driver().room;
+    let room = &gpu.driver.room;
     let all = room.swap(200 << 10, Ordering::Relaxed);
     assert_eq!(gpu.make(1 << 20), Err(Fault::Full));
     assert_eq!(gpu.start(&input, &[share]), Err(Fault::Full));
-    gpu.driver().room.fetch_add(all / 2, Ordering::Relaxed);
+    gpu.driver.room.fetch_add(all / 2, Ordering::Relaxed);
     let share = Share {
         slot,
         expert: &expert,

@@ -3,8 +3,8 @@
 use super::*;
 use crate::moe::attention::{Place, attend};
 use crate::moe::kv::{KV_BLOCK, Plane};
-use crate::moe::offload::gpu::Arg;
-use crate::moe::offload::gpu::Arg::{Int, Long};
+use crate::moe::offload::driver::Arg::{self, Int, Long};
+use crate::moe::offload::driver::{float, int};
 use crate::moe::router::{Choice, route};
 use crate::moe::{Config, offload::Seat};
 use crate::quant::float::{LANES, dots};
@@ -46,14 +46,6 @@ impl Bench {
         // SAFETY: each test passes what its kernel wants, in memory that it has made large enough.
         unsafe { self.driver.launch(kernel, grid, args) }.unwrap();
     }
-}
-
-fn int(n: usize) -> Arg {
-    Int(n as i32)
-}
-
-fn float(x: f32) -> Arg {
-    Int(x.to_bits() as i32)
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
