@@ -167,6 +167,30 @@ fn leave_out_others(bytes: &mut [Option<u64>], experts: &[Arc<Expert>]) {
     }
 }
 
+/// Divides `room` bytes of a device: what whole passes take, if it can do those, and the places of weights. `shares`: as in
+/// [`Plan`]; `whole`, `bytes`: what [`Device::whole`] and [`Device::bytes`] say.
+fn divide(
+    room: u64,
+    config: &Config,
+    weights: &Weights,
+    experts: &[Arc<Expert>],
+    shares: Option<Vec<f32>>,
+    whole: Option<u64>,
+    bytes: impl Fn(&[&Weight]) -> Option<u64>,
+) -> (Placement, Option<Whole>) {
+    let n_expert = config.n_expert;
+    let mut of_experts: Vec<_> = experts.iter().map(|e| bytes(&e.weights())).collect();
+    let layers = of_experts.chunks_mut(n_expert);
+    for (bytes, experts) in layers.zip(experts.chunks(n_expert)) {
+        leave_out_others(bytes, experts);
+    }
+    let even = config.n_used as f32 / n_expert as f32;
+    let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
+    let whole = Whole::plan(whole, bytes, config, weights, &of_experts, room);
+    let room = room - whole.as_ref().map_or(0, Whole::set_aside);
+    (Placement::new(n_expert, of_experts, shares, room), whole)
+}
+
 impl Offload {
     /// Begins to bring weights to the device: what every token reads, as far as there is room, then experts.
     pub(super) fn new(
@@ -181,30 +205,23 @@ impl Offload {
             shares,
             tell,
         } = plan;
-        let n_expert = config.n_expert;
-        let scratch = device.scratch(config.d_model, config.d_ff);
         let free = device.free();
-        let mut bytes: Vec<_> = experts.iter().map(|e| device.bytes(&e.weights())).collect();
-        let layers = bytes.chunks_mut(n_expert).zip(experts.chunks(n_expert));
-        layers.for_each(|(bytes, experts)| leave_out_others(bytes, experts));
-        let even = config.n_used as f32 / n_expert as f32;
-        let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
+        let room = free.clone().unwrap_or(0).min(memory);
+        let room = room.saturating_sub(device.scratch(config.d_model, config.d_ff));
+        let (placement, whole) = divide(
+            room,
+            config,
+            weights,
+            &experts,
+            shares,
+            device.whole(config),
+            |weights| device.bytes(weights),
+        );
         // Of the embedding a token reads one row.
         let all = weights.dense();
         let dense = &all[1..];
-        let mut room = free.clone().unwrap_or(0).min(memory);
-        room = room.saturating_sub(scratch);
-        let whole = Whole::plan(
-            device.whole(config),
-            |weights| device.bytes(weights),
-            config,
-            weights,
-            &bytes,
-            room,
-        );
-        let room = room - whole.as_ref().map_or(0, Whole::set_aside);
         let offload = Offload {
-            n_expert,
+            n_expert: config.n_expert,
             experts,
             tell,
             turn: Mutex::new(()),
@@ -213,7 +230,7 @@ impl Offload {
                 lent: false,
                 whole,
                 dense: HashMap::new(),
-                placement: Placement::new(n_expert, bytes, shares, room),
+                placement,
                 choices: 0,
                 there: 0,
             }),
@@ -467,7 +484,7 @@ impl Offload {
         let lost = !state.alive();
         let here_too = state.dense.values().filter(|d| d.here && !lost);
         let dense = here_too.map(|d| d.bytes).sum();
-        let slots: u64 = state.dense.values().map(|d| d.bytes).sum();
+        let reserved: u64 = state.dense.values().map(|d| d.bytes).sum();
         Held {
             dense,
             choices: state.choices,
@@ -477,7 +494,7 @@ impl Offload {
             bytes: if lost {
                 0
             } else {
-                state.placement.taken() - slots
+                state.placement.taken() - reserved
             },
         }
     }

@@ -1,9 +1,9 @@
 //! What would lie on a GPU with so much memory: arithmetic, for which none is needed.
 
+use super::divide;
 use super::gpu::{scratch, slot_bytes};
 use super::layers::whole_scratch;
-use super::leave_out_others;
-use super::placement::{Placement, Step, Where};
+use super::placement::{Step, Where};
 use super::whole::Whole;
 use crate::moe::Config;
 use crate::moe::weights::{Expert, Weights};
@@ -35,21 +35,12 @@ pub struct Forecast {
 /// What would lie on a GPU of which octet may use `memory` bytes. `shares (n_layer, n_expert)`: how often a token takes each
 /// expert, if that is known.
 pub fn forecast(c: &Config, weights: &Weights, memory: u64, shares: Option<Vec<f32>>) -> Forecast {
-    let experts = weights
-        .layers
-        .iter()
-        .flat_map(|l| l.experts.iter().cloned());
-    let experts: Vec<Arc<Expert>> = experts.collect();
-    let mut bytes: Vec<_> = experts.iter().map(|e| slot_bytes(&e.weights())).collect();
-    let layers = bytes.chunks_mut(c.n_expert).zip(experts.chunks(c.n_expert));
-    layers.for_each(|(bytes, experts)| leave_out_others(bytes, experts));
-    let even = c.n_used as f32 / c.n_expert as f32;
-    let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
+    let layers = weights.layers.iter();
+    let experts: Vec<Arc<Expert>> = layers.flat_map(|l| l.experts.iter().cloned()).collect();
     let room = memory.saturating_sub(scratch(c.d_model, c.d_ff));
     let extra = Some(whole_scratch(c));
-    let whole = Whole::plan(extra, slot_bytes, c, weights, &bytes, room);
+    let (mut placement, whole) = divide(room, c, weights, &experts, shares, extra, slot_bytes);
     let aside = whole.as_ref().map_or(0, Whole::set_aside);
-    let mut placement = Placement::new(c.n_expert, bytes, shares.clone(), room - aside);
     let mut seen = Vec::new();
     let (mut dense, mut in_file) = (0, 0);
     for w in &weights.dense()[1..] {
@@ -69,11 +60,12 @@ pub fn forecast(c: &Config, weights: &Weights, memory: u64, shares: Option<Vec<f
         placement.begun(Step::Add(key), n);
         placement.arrived(n);
         n += 1;
-        found += f64::from(shares[key]);
+        found += f64::from(placement.share(key));
     }
-    let all = shares.iter().map(|s| f64::from(*s)).sum::<f64>().max(1e-9);
+    let share = |key: usize| f64::from(placement.share(key));
+    let all = (0..experts.len()).map(share).sum::<f64>().max(1e-9);
     let away = (0..experts.len()).filter(|key| placement.place(*key) == Where::Away);
-    let left = away.map(|key| f64::from(shares[key]) * experts[key].bytes() as f64);
+    let left = away.map(|key| share(key) * experts[key].bytes() as f64);
     let left: f64 = left.sum();
     let (kv, kv_tokens) = whole.as_ref().map_or((0, 0), Whole::kv);
     let dense_left = match whole {

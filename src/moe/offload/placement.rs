@@ -88,6 +88,12 @@ impl Placement {
         self.bytes[key]
     }
 
+    /// The share of tokens that take an expert.
+    #[cfg(any(all(test, unix), feature = "cuda"))]
+    pub(super) fn share(&self, key: usize) -> f32 {
+        self.share[key]
+    }
+
     /// Bytes that slots take.
     pub(super) fn taken(&self) -> u64 {
         self.taken
