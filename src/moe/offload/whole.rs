@@ -49,7 +49,7 @@ pub(super) struct Whole {
     ring: Vec<usize>,
     ring_slot: u64,
     /// By the address of the cache's mark.
-    copies: HashMap<usize, Copy>,
+    copies: HashMap<usize, CacheCopy>,
     /// Passes so far.
     clock: u64,
     /// That there is no room was said.
@@ -57,7 +57,7 @@ pub(super) struct Whole {
 }
 
 /// A cache's copy on the device.
-struct Copy {
+struct CacheCopy {
     /// The cache's mark: positions that are right. Nobody else holds it when the cache is gone.
     mark: Arc<AtomicUsize>,
     /// Slots.
@@ -168,7 +168,7 @@ impl Whole {
     /// Gives blocks back: those of a cache that is gone, else those of the cache that was used least recently and not in
     /// this pass. False if there was none.
     fn evict(&mut self, device: &mut dyn Device) -> bool {
-        let gone = |copy: &Copy| Arc::strong_count(&copy.mark) == 1;
+        let gone = |copy: &CacheCopy| Arc::strong_count(&copy.mark) == 1;
         let idle = self.copies.iter().filter(|(_, c)| c.used < self.clock);
         let next = idle
             .min_by_key(|(_, c)| (!gone(c), c.used))
@@ -215,7 +215,7 @@ impl Whole {
                 let mark = Arc::clone(run.kv.mirror());
                 mark.store(0, Ordering::Relaxed);
                 let blocks = Vec::new();
-                Copy {
+                CacheCopy {
                     mark,
                     blocks,
                     used: 0,
@@ -285,6 +285,25 @@ impl State {
             Some(Slots { attention, experts })
         });
         Some((layers.collect::<Option<_>>()?, dense(&weights.head)?))
+    }
+
+    /// Counts what a whole pass chose.
+    fn learn_all(&mut self, c: &Config, pass: &Pass<'_>, back: &Back) {
+        let n_tok = pass.seats.len();
+        let chosen = back.choices().chunks_exact(n_tok * c.n_used);
+        for (layer, (slots, chosen)) in pass.layers.iter().zip(chosen).enumerate() {
+            let mut counts = vec![0; c.n_expert];
+            chosen.iter().for_each(|c| counts[c.expert as usize] += 1);
+            self.placement.learn(layer, &counts, n_tok);
+            for (e, n) in counts.into_iter().enumerate() {
+                let key = layer * c.n_expert + e;
+                let passes = n >= pass.stream_from && self.placement.bytes(key).is_some();
+                if slots.experts[e].is_some() || passes {
+                    self.there += n as u64;
+                }
+            }
+            self.choices += chosen.len() as u64;
+        }
     }
 }
 
@@ -419,27 +438,6 @@ impl Offload {
                 self.fault(state, lost);
                 None
             }
-        }
-    }
-}
-
-impl State {
-    /// Counts what a whole pass chose.
-    fn learn_all(&mut self, c: &Config, pass: &Pass<'_>, back: &Back) {
-        let n_tok = pass.seats.len();
-        let chosen = back.choices().chunks_exact(n_tok * c.n_used);
-        for (layer, (slots, chosen)) in pass.layers.iter().zip(chosen).enumerate() {
-            let mut counts = vec![0; c.n_expert];
-            chosen.iter().for_each(|c| counts[c.expert as usize] += 1);
-            self.placement.learn(layer, &counts, n_tok);
-            for (e, n) in counts.into_iter().enumerate() {
-                let key = layer * c.n_expert + e;
-                let passes = n >= pass.stream_from && self.placement.bytes(key).is_some();
-                if slots.experts[e].is_some() || passes {
-                    self.there += n as u64;
-                }
-            }
-            self.choices += chosen.len() as u64;
         }
     }
 }
