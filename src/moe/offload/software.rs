@@ -1,16 +1,18 @@
 //! A device for tests: memory of its own, the CPU's kernels, and faults on demand.
 
-use super::{Absent, Back, Device, Fault, Host, Pass, Product, Share, small_at};
+use super::{Absent, Back, Device, Fault, Host, Pass, Product, Seat, Share, small_at};
 use crate::gguf::Bytes;
 use crate::moe::attention::{Place, attend};
 use crate::moe::kv::{KV_BLOCK, Plane};
 use crate::moe::linear::{Input, Job, Weight, matmul};
 use crate::moe::router::{Choice, route};
+use crate::moe::weights::Expert;
 use crate::moe::{Config, Kv, KvType, Machine};
 use crate::quant::float::{LANES, dots};
 use half::f16;
 use memmap2::MmapMut;
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// What a test sees of a device, and does to it.
@@ -79,9 +81,19 @@ impl Software {
         }
         Ok(())
     }
-}
 
-impl Software {
+    /// The next call that needs memory for its rows finds none, if the test says so.
+    fn room(&self) -> Result<(), Fault> {
+        let mut script = self.script.lock().unwrap();
+        match script.no_room {
+            0 => Ok(()),
+            _ => {
+                script.no_room -= 1;
+                Err(Fault::Full)
+            }
+        }
+    }
+
     /// The rows of an expert.
     fn expert(&self, input: &Input, share: &Share<'_>) -> Vec<f32> {
         let m = &self.machine;
@@ -90,6 +102,7 @@ impl Software {
         };
         assert_eq!(*gate.bytes, *share.expert.gate.bytes);
         let (n, pick) = (share.pick.len(), share.pick);
+        self.script.lock().unwrap().rows += n;
         let mut g = vec![0.0; n * gate.n_out];
         let mut u = vec![0.0; n * up.n_out];
         let mut y = vec![0.0; n * down.n_out];
@@ -164,6 +177,151 @@ impl Software {
             assert!(slot.raw.len() as u64 <= slot.bytes);
         }
     }
+
+    /// The sequences of a pass.
+    fn sequences<'p>(&self, pass: &Pass<'p>) -> Vec<Sequence<'p>> {
+        let seats = pass.seats.iter().enumerate().collect::<Vec<_>>();
+        let same = |a: &(usize, &Seat), b: &(usize, &Seat)| a.1.first == b.1.first;
+        let sequence = |seats: &[(usize, &Seat)]| {
+            let ((start, seat), (end, last)) = (seats[0], seats[seats.len() - 1]);
+            assert_eq!((last.pos - seat.pos) as usize, end - start);
+            let blocks = &pass.blocks[seat.first as usize..];
+            let blocks = &blocks[..last.pos as usize / KV_BLOCK + 1];
+            let kv = self.cache(pass.config, blocks, seat.pos as usize, end + 1 - start);
+            Sequence {
+                tokens: start..end + 1,
+                blocks,
+                kv,
+            }
+        };
+        seats.chunk_by(same).map(sequence).collect()
+    }
+
+    fn norm(&self, c: &Config, x: &[f32], w: &[f32]) -> Vec<f32> {
+        let d = c.d_model;
+        let mut h = vec![0.0; x.len()];
+        for (x, h) in x.chunks_exact(d).zip(h.chunks_exact_mut(d)) {
+            self.machine.kernels.rms_norm(x, &w[..d], c.rms_eps, h);
+        }
+        h
+    }
+
+    /// `x += o · attend(q · h, …)` of a layer; returns the keys and values of the tokens, `(2, n_tok, d_kv)`.
+    fn attention(
+        &self,
+        pass: &Pass<'_>,
+        layer: usize,
+        h: &[f32],
+        sequences: &mut [Sequence<'_>],
+        x: &mut [f32],
+    ) -> Vec<f16> {
+        let (c, m) = (pass.config, &self.machine);
+        let (n, half) = (pass.seats.len(), c.n_rot / 2);
+        let (d_q, d_kv) = (c.n_head * c.d_head, c.n_kv * c.d_head);
+        let weights = &pass.weights.layers[layer];
+        let all: Vec<u32> = (0..n as u32).collect();
+        let mut input = Input::default();
+        input.prepare(m, h, c.d_model, [&weights.q, &weights.k, &weights.v]);
+        let [q, k, v, o] = pass.layers[layer].attention;
+        let mut q = self.product(q, &weights.q, &input, &all);
+        let mut k = self.product(k, &weights.k, &input, &all);
+        let v = self.product(v, &weights.v, &input, &all);
+        for t in 0..n {
+            let (cos, sin) = (&pass.cos[t * half..], &pass.sin[t * half..]);
+            let q = q[t * d_q..][..d_q].chunks_exact_mut(c.d_head);
+            for head in q.chain(k[t * d_kv..][..d_kv].chunks_exact_mut(c.d_head)) {
+                let head = &mut head[..c.n_rot];
+                m.kernels.rope(head, &cos[..half], &sin[..half]);
+            }
+        }
+        let pos = |t: usize| pass.seats[t].pos as usize;
+        for sequence in &mut *sequences {
+            for t in sequence.tokens.clone() {
+                let row = t * d_kv..(t + 1) * d_kv;
+                sequence.kv.write(layer, pos(t), &k[row.clone()], &v[row]);
+            }
+        }
+        let places = sequences.iter().flat_map(|Sequence { tokens, kv, .. }| {
+            tokens.clone().map(move |t| Place { kv, pos: pos(t) })
+        });
+        let mut heads = vec![0.0; n * d_q];
+        attend(m, c, layer, &places.collect::<Vec<_>>(), &mut q, &mut heads);
+        input.prepare(m, &heads, d_q, [&weights.o]);
+        let o = self.product(o, &weights.o, &input, &all);
+        m.kernels.add(&o, x);
+        let narrow = |x: &f32| f16::from_f32_const(*x);
+        k.iter().chain(&v).map(narrow).collect()
+    }
+
+    /// The row of each choice, `(n_tok · n_used, d_model)`: experts that are there, those that pass through, and the host's.
+    /// Nothing, if it ends the pass.
+    fn experts(
+        &mut self,
+        pass: &Pass<'_>,
+        layer: usize,
+        h: &[f32],
+        choices: &[Choice],
+        host: &mut dyn Host,
+    ) -> Option<Vec<f32>> {
+        let (d, n_used) = (pass.config.d_model, pass.config.n_used);
+        let experts = &pass.weights.layers[layer].experts;
+        let mut input = Input::default();
+        let used = experts.iter().flat_map(|e| [&e.gate, &e.up]);
+        input.prepare(&self.machine, h, d, used);
+        let mut rows = vec![f32::NAN; choices.len() * d];
+        let (mut absent, mut homes) = (Vec::new(), Vec::new());
+        for (e, slot) in pass.layers[layer].experts.iter().enumerate() {
+            let its = choices.iter().enumerate();
+            let its = its.filter(|(_, c)| c.expert as usize == e);
+            let its: Vec<usize> = its.map(|(at, _)| at).collect();
+            let pick: Vec<u32> = its.iter().map(|at| (at / n_used) as u32).collect();
+            if its.is_empty() {
+                continue;
+            }
+            let slot = match slot {
+                Some(slot) => *slot,
+                None if pick.len() >= pass.stream_from => self.pass_through(pass, &experts[e]),
+                None => {
+                    absent.push(Absent { expert: e, pick });
+                    homes.extend(its);
+                    continue;
+                }
+            };
+            let (expert, pick) = (&*experts[e], &pick[..]);
+            let computed = self.expert(&input, &Share { slot, expert, pick });
+            for (row, at) in computed.chunks_exact(d).zip(its) {
+                rows[at * d..][..d].copy_from_slice(row);
+            }
+        }
+        let mut theirs = vec![f32::NAN; homes.len() * d];
+        if !absent.is_empty() && !host.experts(layer, h, &absent, &mut theirs) {
+            return None;
+        }
+        for (row, at) in theirs.chunks_exact(d).zip(homes) {
+            rows[at * d..][..d].copy_from_slice(row);
+        }
+        Some(rows)
+    }
+
+    /// Fills one of the slots that experts pass through, by turns: it is used before the next one comes. Returns the slot.
+    fn pass_through(&mut self, pass: &Pass<'_>, expert: &Expert) -> usize {
+        let mut script = self.script.lock().unwrap();
+        let slot = pass.ring[script.streamed % pass.ring.len()];
+        script.streamed += 1;
+        let into = self.slots.get_mut(&slot).expect("a slot that there is");
+        assert!(expert.bytes() <= into.bytes);
+        into.weights = expert.weights().map(copied).into();
+        slot
+    }
+}
+
+/// A sequence of a pass.
+struct Sequence<'p> {
+    /// Its tokens among those of the pass.
+    tokens: Range<usize>,
+    blocks: &'p [usize],
+    /// What is in the blocks.
+    kv: Kv,
 }
 
 /// A copy of a matrix.
@@ -244,16 +402,8 @@ impl Device for Software {
 
     fn start(&mut self, input: &Input, shares: &[Share<'_>]) -> Result<(), Fault> {
         self.call("start")?;
-        {
-            let mut script = self.script.lock().unwrap();
-            if script.no_room > 0 {
-                script.no_room -= 1;
-                return Err(Fault::Full);
-            }
-            script.rows += shares.iter().map(|s| s.pick.len()).sum::<usize>();
-        }
-        let out: Vec<f32> = shares.iter().flat_map(|s| self.expert(input, s)).collect();
-        self.out = out;
+        self.room()?;
+        self.out = shares.iter().flat_map(|s| self.expert(input, s)).collect();
         Ok(())
     }
 
@@ -296,83 +446,20 @@ impl Device for Software {
         back: &mut Back,
     ) -> Result<bool, Fault> {
         self.call("pass")?;
-        {
-            let mut script = self.script.lock().unwrap();
-            if script.no_room > 0 {
-                script.no_room -= 1;
-                return Err(Fault::Full);
-            }
-        }
+        self.room()?;
         let c = pass.config;
         let (n, d, n_used) = (pass.seats.len(), c.d_model, c.n_used);
-        let (d_q, d_kv, half) = (c.n_head * c.d_head, c.n_kv * c.d_head, c.n_rot / 2);
         let small = self.slots[&pass.small].raw.as_chunks().0;
         let small: Vec<f32> = small.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        let all: Vec<u32> = (0..n as u32).collect();
         let mut x = pass.x.to_vec();
-        let (mut h, mut heads) = (vec![0.0; n * d], vec![0.0; n * d_q]);
-        let mut input = Input::default();
-
-        // The sequences: their first tokens, their blocks, and a cache for each.
-        let new = |t: &usize| *t == 0 || pass.seats[*t].first != pass.seats[*t - 1].first;
-        let firsts: Vec<usize> = (0..n).filter(new).collect();
-        let mut sequences = Vec::new();
-        for (i, first) in firsts.iter().enumerate() {
-            let end = firsts.get(i + 1).copied().unwrap_or(n);
-            let (seat, last) = (pass.seats[*first], pass.seats[end - 1]);
-            assert_eq!((last.pos - seat.pos) as usize, end - 1 - first);
-            let blocks = &pass.blocks[seat.first as usize..];
-            let blocks = &blocks[..last.pos as usize / KV_BLOCK + 1];
-            let kv = self.cache(c, blocks, seat.pos as usize, end - first);
-            sequences.push((*first..end, blocks, kv));
-        }
-
+        let mut sequences = self.sequences(pass);
         let words = back.room(c, n, pass.wanted.len());
         let (mut fresh, mut chosen) = (Vec::new(), Vec::new());
-        for (i, slots) in pass.layers.iter().enumerate() {
-            let weights = &pass.weights.layers[i];
-            let [attn_norm, ffn_norm, router] = small_at(c, i);
-            let norm = |x: &[f32], w: usize, h: &mut [f32], m: &Machine| {
-                for (x, h) in x.chunks_exact(d).zip(h.chunks_exact_mut(d)) {
-                    m.kernels.rms_norm(x, &small[w..w + d], c.rms_eps, h);
-                }
-            };
-            norm(&x, attn_norm, &mut h, &self.machine);
-            let m = &self.machine;
-            input.prepare(m, &h, d, [&weights.q, &weights.k, &weights.v]);
-            let [q, k, v, o] = slots.attention;
-            let mut q = self.product(q, &weights.q, &input, &all);
-            let mut k = self.product(k, &weights.k, &input, &all);
-            let v = self.product(v, &weights.v, &input, &all);
-            for t in 0..n {
-                let (cos, sin) = (&pass.cos[t * half..], &pass.sin[t * half..]);
-                let q = q[t * d_q..][..d_q].chunks_exact_mut(c.d_head);
-                for head in q.chain(k[t * d_kv..][..d_kv].chunks_exact_mut(c.d_head)) {
-                    m.kernels
-                        .rope(&mut head[..c.n_rot], &cos[..half], &sin[..half]);
-                }
-            }
-            for (tokens, _, kv) in &mut sequences {
-                for t in tokens.clone() {
-                    let (pos, row) = (pass.seats[t].pos as usize, t * d_kv..(t + 1) * d_kv);
-                    kv.write(i, pos, &k[row.clone()], &v[row]);
-                }
-            }
-            let narrow = |x: &f32| f16::from_f32_const(*x);
-            fresh.extend(k.iter().chain(&v).map(narrow));
-            let places = sequences.iter().flat_map(|(tokens, _, kv)| {
-                tokens.clone().map(|t| Place {
-                    kv,
-                    pos: pass.seats[t].pos as usize,
-                })
-            });
-            let places: Vec<_> = places.collect();
-            attend(m, c, i, &places, &mut q, &mut heads);
-            input.prepare(m, &heads, d_q, [&weights.o]);
-            let o = self.product(o, &weights.o, &input, &all);
-            m.kernels.add(&o, &mut x);
-            norm(&x, ffn_norm, &mut h, m);
-
+        for layer in 0..c.n_layer {
+            let [attn_norm, ffn_norm, router] = small_at(c, layer);
+            let h = self.norm(c, &x, &small[attn_norm..]);
+            fresh.extend(self.attention(pass, layer, &h, &mut sequences, &mut x));
+            let h = self.norm(c, &x, &small[ffn_norm..]);
             let mut choices = vec![Choice::default(); n * n_used];
             for (h, choices) in h.chunks_exact(d).zip(choices.chunks_exact_mut(n_used)) {
                 let rows = small[router..router + c.n_expert * d].chunks_exact(d);
@@ -380,77 +467,21 @@ impl Device for Software {
                 let logits: Vec<f32> = rows.map(dot).collect();
                 route(&logits, choices);
             }
-            let used = weights.experts.iter().flat_map(|e| [&e.gate, &e.up]);
-            input.prepare(m, &h, d, used);
-            let mut rows = vec![f32::NAN; n * n_used * d];
-            let (mut absent, mut homes) = (Vec::new(), Vec::new());
-            for (e, slot) in slots.experts.iter().enumerate() {
-                let its = choices.iter().enumerate();
-                let its = its.filter(|(_, c)| c.expert as usize == e);
-                let its: Vec<usize> = its.map(|(at, _)| at).collect();
-                let pick: Vec<u32> = its.iter().map(|at| (at / n_used) as u32).collect();
-                match slot {
-                    _ if its.is_empty() => {}
-                    Some(slot) => {
-                        let share = Share {
-                            slot: *slot,
-                            expert: &weights.experts[e],
-                            pick: &pick,
-                        };
-                        let computed = self.expert(&input, &share);
-                        self.script.lock().unwrap().rows += its.len();
-                        for (row, at) in computed.chunks_exact(d).zip(its) {
-                            rows[at * d..][..d].copy_from_slice(row);
-                        }
-                    }
-                    None if pick.len() >= pass.stream_from => {
-                        // Slots by turns, filled and used before the next one comes.
-                        let expert = &weights.experts[e];
-                        let slot =
-                            pass.ring[self.script.lock().unwrap().streamed % pass.ring.len()];
-                        self.script.lock().unwrap().streamed += 1;
-                        let into = self.slots.get_mut(&slot).expect("a slot that there is");
-                        assert!(expert.bytes() <= into.bytes);
-                        into.weights = expert.weights().map(copied).into();
-                        let share = Share {
-                            slot,
-                            expert,
-                            pick: &pick,
-                        };
-                        let computed = self.expert(&input, &share);
-                        self.script.lock().unwrap().rows += its.len();
-                        for (row, at) in computed.chunks_exact(d).zip(its) {
-                            rows[at * d..][..d].copy_from_slice(row);
-                        }
-                    }
-                    None => {
-                        absent.push(Absent { expert: e, pick });
-                        homes.extend(its);
-                    }
-                }
-            }
-            let mut theirs = vec![f32::NAN; homes.len() * d];
-            if !absent.is_empty() && !host.experts(i, &h, &absent, &mut theirs) {
+            let Some(rows) = self.experts(pass, layer, &h, &choices, host) else {
                 return Ok(false);
-            }
-            for (row, at) in theirs.chunks_exact(d).zip(homes) {
-                rows[at * d..][..d].copy_from_slice(row);
-            }
+            };
             for (at, (row, choice)) in rows.chunks_exact(d).zip(&choices).enumerate() {
                 let x = &mut x[at / n_used * d..][..d];
-                m.kernels.add_scaled(choice.weight, row, x);
+                self.machine.kernels.add_scaled(choice.weight, row, x);
             }
             chosen.extend(choices);
-            if host.passed(i).is_break() {
+            if host.passed(layer).is_break() {
                 return Ok(false);
             }
         }
-        let last = small.len() - d;
-        for (x, h) in x.chunks_exact(d).zip(h.chunks_exact_mut(d)) {
-            let (m, w) = (&self.machine, &small[last..]);
-            m.kernels.rms_norm(x, w, c.rms_eps, h);
-        }
+        let h = self.norm(c, &x, &small[small.len() - d..]);
         let head = &pass.weights.head;
+        let mut input = Input::default();
         input.prepare(&self.machine, &h, d, [head]);
         let logits = self.product(pass.head, head, &input, pass.wanted);
         let (kv, rest) = words.split_at_mut(fresh.len() / 2);
@@ -458,7 +489,7 @@ impl Device for Software {
         bytemuck::cast_slice_mut::<f32, f16>(kv).copy_from_slice(&fresh);
         bytemuck::cast_slice_mut::<f32, Choice>(choices).copy_from_slice(&chosen);
         out.copy_from_slice(&logits);
-        for (_, blocks, kv) in sequences {
+        for Sequence { blocks, kv, .. } in sequences {
             self.keep(c, blocks, &kv);
         }
         Ok(true)
