@@ -136,26 +136,43 @@ fn position(kv: &Kv, layer: usize, pos: usize) -> Vec<u8> {
     out
 }
 
+/// The demo model with a device that has `memory` beside what it computes with, and everything there that there is room for.
+fn demo_on(device: Box<dyn Device>, memory: u64) -> (Model, Heard) {
+    let mut model = demo(2, Ram::Mapped);
+    let (plan, heard) = plan_beside(device, memory, &model);
+    model.offload_to(plan);
+    model.settle();
+    (model, heard)
+}
+
+/// A plan for a device that has `memory` beside what it computes with.
+fn plan_beside(device: Box<dyn Device>, memory: u64, model: &Model) -> (Plan, Heard) {
+    let c = &model.config;
+    let more = device.scratch(c.d_model, c.d_ff) + device.whole(c).unwrap();
+    plan(device, memory.saturating_add(more))
+}
+
+/// [`demo_on`] an emulated GPU, with its driver; nothing without a C++ compiler.
+fn demo_emulated(tensor_cores: bool, memory: u64) -> Option<(Model, Heard, Arc<Emulated>)> {
+    let gpu = Gpu::new(Emulated::new(tensor_cores)?).unwrap();
+    let driver = Arc::clone(&gpu.driver);
+    let (model, heard) = demo_on(Box::new(gpu), memory);
+    Some((model, heard, driver))
+}
+
 /// Devices that take whole passes of the demo model, with `percent` of its experts: one in software, the kernels on a CPU (with
 /// tensor cores' instructions, where all experts are there), and a GPU if there is one.
 fn whole_devices(percent: u64) -> Vec<(&'static str, Model, Heard)> {
     let mut all: Vec<(&'static str, Box<dyn Device>)> = Vec::new();
     let memory = memory_for(&demo(1, Ram::Mapped), percent);
-    all.push(("software", Box::new(scripted(whole(memory)).0)));
+    all.push(("software", scripted(whole(memory)).0));
     let slow = |name: &str| name.starts_with("emulated");
     let wanted = |name: &str| name.contains("tensor cores") == (percent == 100);
     let more = devices().into_iter();
     all.extend(more.filter(|(name, _)| !slow(name) || wanted(name)));
     let mut out = Vec::new();
     for (name, device) in all {
-        let mut model = demo(2, Ram::Mapped);
-        let c = &model.config;
-        // What a device computes with is not in the software's memory.
-        let more = device.scratch(c.d_model, c.d_ff) + device.whole(c).unwrap();
-        let (mut plan, heard) = plan(scripted(Script::default()).0, memory + more);
-        plan.device = device;
-        model.offload_to(plan);
-        model.settle();
+        let (model, heard) = demo_on(device, memory);
         out.push((name, model, heard));
     }
     out
@@ -304,16 +321,8 @@ fn a_device_that_is_lost_in_a_whole_pass_changes_no_bit() {
 #[test]
 fn a_driver_that_fails_in_a_whole_pass_changes_no_bit() {
     let run = |lives: usize| -> Option<usize> {
-        let driver = Emulated::new(false)?;
-        let mut model = demo(2, Ram::Mapped);
-        let gpu = Gpu::new(driver).unwrap();
-        let handle = Arc::clone(&gpu.driver);
-        let c = &model.config;
-        let more = gpu.scratch(c.d_model, c.d_ff) + gpu.whole(c).unwrap();
-        let (mut plan, heard) = plan(scripted(Script::default()).0, memory_for(&model, 60) + more);
-        plan.device = Box::new(gpu);
-        model.offload_to(plan);
-        model.settle();
+        let memory = memory_for(&demo(1, Ram::Mapped), 60);
+        let (model, heard, handle) = demo_emulated(false, memory)?;
         let mut pair = Pair::new(model);
         let a = pair.begin(KvType::F16);
         pair.step(&[(a, 2, Want::Last)]);
@@ -437,16 +446,9 @@ fn a_whole_pass_that_is_ended_leaves_the_cache_as_it_was() {
 /// An answer's tokens are replays of one record, as long as the cache has room in it.
 #[test]
 fn tokens_of_an_answer_are_replayed() {
-    let Some(driver) = Emulated::new(true) else {
+    let Some((model, _, handle)) = demo_emulated(true, u64::MAX) else {
         return;
     };
-    let mut model = demo(2, Ram::Mapped);
-    let gpu = Gpu::new(driver).unwrap();
-    let handle = Arc::clone(&gpu.driver);
-    let (mut plan, _) = plan(scripted(Script::default()).0, u64::MAX);
-    plan.device = Box::new(gpu);
-    model.offload_to(plan);
-    model.settle();
     let mut pair = Pair::new(model);
     let a = pair.begin(KvType::F16);
     pair.step(&[(a, 9, Want::Last)]);
@@ -483,18 +485,9 @@ fn experts_of_a_long_prompt_pass_through() {
     let held = pair.model.store().reads().gpu;
     assert_eq!(held.there, script.lock().unwrap().rows as u64);
 
-    let Some(driver) = Emulated::new(false) else {
+    let Some((model, heard, handle)) = demo_emulated(false, memory) else {
         return;
     };
-    let mut model = demo(2, Ram::Mapped);
-    let gpu = Gpu::new(driver).unwrap();
-    let handle = Arc::clone(&gpu.driver);
-    let c = &model.config;
-    let more = gpu.scratch(c.d_model, c.d_ff) + gpu.whole(c).unwrap();
-    let (mut plan, heard) = plan(scripted(Script::default()).0, memory + more);
-    plan.device = Box::new(gpu);
-    model.offload_to(plan);
-    model.settle();
     let before = handle.staged.load(Ordering::Relaxed);
     let mut pair = Pair::new(model);
     steps(&mut pair);
@@ -508,23 +501,17 @@ fn experts_of_a_long_prompt_pass_through() {
 #[test]
 fn a_forecast_is_what_happens() {
     use crate::moe::offload::forecast::forecast;
-    let Some(driver) = Emulated::new(false) else {
-        return;
-    };
-    let mut device = Some(Gpu::new(driver).unwrap());
     let c = demo(1, Ram::Mapped).config;
-    let gpu = device.as_ref().unwrap();
-    let more = gpu.scratch(c.d_model, c.d_ff) + gpu.whole(&c).unwrap();
     for percent in [0, 55, 100] {
         let mut model = demo(1, Ram::Mapped);
-        let memory = memory_for(&model, percent) + more;
-        let told = forecast(&model.config, &model.weights, memory, None);
-        let gpu = device.take().unwrap_or_else(|| {
-            let driver = Emulated::new(false).expect("there was one");
-            Gpu::new(driver).unwrap()
-        });
-        let (mut plan, _) = plan(scripted(Script::default()).0, memory);
-        plan.device = Box::new(gpu);
+        let Some(driver) = Emulated::new(false) else {
+            return;
+        };
+        let gpu = Box::new(Gpu::new(driver).unwrap());
+        let (plan, _) = plan_beside(gpu, memory_for(&model, percent), &model);
+        let memory = plan.memory;
+        let told = forecast(&c, &model.weights, memory, None);
+        let more = memory - memory_for(&model, percent);
         model.offload_to(plan);
         model.settle();
         let held = model.store().reads().gpu;
