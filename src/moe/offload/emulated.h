@@ -43,10 +43,18 @@ static void (*body)(void **);
 static void **arguments;
 static bool backwards;
 
-// The fiber stops and lets others run.
+// Lane `i` of the warp that runs, in the order of this round.
+static int first;
+static int lane(int i) { return first + (backwards ? 31 - i : i); }
+
+// Lets lane `i` run; behind the last one of the round, the scheduler.
+static void resume(int i);
+static int turn;
+
+// The fiber stops, and the next one of its warp goes on: by itself, as every second switch would be one to the scheduler.
 __attribute__((noinline)) static void stop(Where where) {
     fibers[current].where = where;
-    if (_setjmp(fibers[current].at) == 0) _longjmp(scheduler, 1);
+    if (_setjmp(fibers[current].at) == 0) resume(++turn);
 }
 
 static void forever() {
@@ -57,11 +65,11 @@ static void forever() {
 }
 
 __attribute__((noinline)) static void resume(int i) {
-    current = i;
-    threadIdx = {(unsigned)i, 0, 0};
-    Fiber &fiber = fibers[i];
+    if (i == 32) _longjmp(scheduler, 1);
+    current = lane(i);
+    threadIdx = {(unsigned)current, 0, 0};
+    Fiber &fiber = fibers[current];
     fiber.where = RUNNING;
-    if (_setjmp(scheduler) != 0) return;
     if (fiber.begun) _longjmp(fiber.at, 1);
     fiber.begun = true;
     getcontext(&fiber.start);
@@ -72,19 +80,25 @@ __attribute__((noinline)) static void resume(int i) {
     setcontext(&fiber.start);
 }
 
+// Lets each lane of the warp run to its next stop.
+__attribute__((noinline)) static void round() {
+    turn = 0;
+    if (_setjmp(scheduler) == 0) resume(0);
+}
+
 static void fail(const char *what) {
     fprintf(stderr, "offload.cu under emulation: %s\n", what);
     abort();
 }
 
 // Runs the lanes of a warp until all are at a barrier of the block, or all have ended.
-static void warp(int first, int n) {
-    for (;;) {
-        for (int i = 0; i < n; i++) resume(first + (backwards ? n - 1 - i : i));
-        for (int i = 1; i < n; i++)
+static void warp(int w) {
+    first = 32 * w;
+    do {
+        round();
+        for (int i = 1; i < 32; i++)
             if (fibers[first + i].where != fibers[first].where) fail("lanes of a warp do not meet");
-        if (fibers[first].where != AT_WARP) return;
-    }
+    } while (fibers[first].where == AT_WARP);
 }
 
 static void block(int threads) {
@@ -94,7 +108,7 @@ static void block(int threads) {
         for (int i = 0; i < warps; i++) {
             int w = backwards ? warps - 1 - i : i;
             if (done[w]) continue;
-            warp(32 * w, 32);
+            warp(w);
             done[w] = fibers[32 * w].where == DONE;
             left -= done[w];
         }
@@ -129,16 +143,22 @@ static const Fragments *gather(const Fragments &mine) {
     return places[turn] + current / 32 * 32;
 }
 
-static int byte(unsigned word, int i) { return (signed char)(word >> 8 * i); }
+// c + the products of 4 bytes each. (Written out: most of the time of the tests is spent here, and a loop over shifts is slower.)
+static inline int dot(unsigned a, unsigned b, int c) {
+    signed char x[4], y[4];
+    memcpy(x, &a, 4), memcpy(y, &b, 4);
+    return c + x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
+}
 
 static void mma(int c[4], int k, const Fragments &mine) {
     const Fragments *lanes = gather(mine);
     int lane = current % 32;
     for (int i = 0; i < 4; i++) {
         int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        for (int j = 0; j < k; j++) {
-            const Fragments &a = lanes[row % 8 * 4 + j % 16 / 4], &b = lanes[column * 4 + j % 16 / 4];
-            c[i] += byte(a.a[row / 8 + j / 16 * 2], j % 4) * byte(b.b[j / 16], j % 4);
+        // Words of 4 bytes: lane 4 r + w has word w of row r, and of the next 16 bytes word w + 4.
+        for (int w = 0; w < k / 4; w++) {
+            unsigned a = lanes[row % 8 * 4 + w % 4].a[row / 8 + w / 4 * 2], b = lanes[column * 4 + w % 4].b[w / 4];
+            c[i] = dot(a, b, c[i]);
         }
     }
 }
@@ -183,10 +203,7 @@ static T __shfl_down_sync(unsigned, T v, int step) {
     return emulated::exchange(v, lane + step < 32 ? lane + step : lane);
 }
 
-static inline int __dp4a(int a, int b, int c) {
-    for (int i = 0; i < 4; i++) c += emulated::byte(a, i) * emulated::byte(b, i);
-    return c;
-}
+static inline int __dp4a(int a, int b, int c) { return emulated::dot(a, b, c); }
 static inline float __uint_as_float(unsigned u) {
     float f;
     memcpy(&f, &u, 4);
