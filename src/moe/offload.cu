@@ -80,9 +80,18 @@ __device__ __forceinline__ u32 lower(u32 bytes, u32 by) {
 // What is known of a format: `WEIGHTS` and `BYTES` of a block; `SUB`, the weights that share a sub-scale (32 where there is
 // none); `MIN`, whether there are minimums. `ints`: group `g` of a row as int8. `sub`: its scales of 16 weights each, and its
 // minimum. `scale` and `min`: the floats of the block.
-struct Q4_0 {
-    static const int WEIGHTS = 32, BYTES = 18, SUB = 32;
+
+// Blocks of 32 weights with a scale.
+template <int SIZE>
+struct Of32 {
+    static const int WEIGHTS = 32, BYTES = SIZE, SUB = 32;
     static const bool MIN = false;
+    static __device__ __forceinline__ void sub(const u8 *, int, int &s0, int &s1, int &m) { s0 = s1 = 1, m = 0; }
+    static __device__ __forceinline__ float scale(const u8 *row, int b) { return widen(*(const u16 *)(row + b * BYTES)); }
+    static __device__ __forceinline__ float min(const u8 *, int) { return 0.0f; }
+};
+
+struct Q4_0 : Of32<18> {
     static __device__ __forceinline__ void ints(const u8 *row, int g, u32 q[8]) {
         const u8 *b = row + g * BYTES + 2;
         for (int i = 0; i < 4; i++) {
@@ -91,21 +100,13 @@ struct Q4_0 {
             q[i + 4] = lower(v >> 4 & 0x0f0f0f0fu, 8);
         }
     }
-    static __device__ __forceinline__ void sub(const u8 *, int, int &s0, int &s1, int &m) { s0 = s1 = 1, m = 0; }
-    static __device__ __forceinline__ float scale(const u8 *row, int b) { return widen(*(const u16 *)(row + b * BYTES)); }
-    static __device__ __forceinline__ float min(const u8 *, int) { return 0.0f; }
 };
 
-struct Q8_0 {
-    static const int WEIGHTS = 32, BYTES = 34, SUB = 32;
-    static const bool MIN = false;
+struct Q8_0 : Of32<34> {
     static __device__ __forceinline__ void ints(const u8 *row, int g, u32 q[8]) {
         const u8 *b = row + g * BYTES + 2;
         for (int i = 0; i < 8; i++) q[i] = word2(b + 4 * i);
     }
-    static __device__ __forceinline__ void sub(const u8 *, int, int &s0, int &s1, int &m) { s0 = s1 = 1, m = 0; }
-    static __device__ __forceinline__ float scale(const u8 *row, int b) { return widen(*(const u16 *)(row + b * BYTES)); }
-    static __device__ __forceinline__ float min(const u8 *, int) { return 0.0f; }
 };
 
 // `scale_min` of quant/q4_k.rs.
@@ -119,9 +120,20 @@ __device__ __forceinline__ void scale_min(const u8 *scales, int s, int &scale, i
     }
 }
 
-struct Q4_K {
-    static const int WEIGHTS = 256, BYTES = 144, SUB = 32;
+// Blocks of 256 weights with two f16 scales, then 6-bit ones of sub-blocks of 32 and minimums.
+template <int SIZE>
+struct WithMins {
+    static const int WEIGHTS = 256, BYTES = SIZE, SUB = 32;
     static const bool MIN = true;
+    static __device__ __forceinline__ void sub(const u8 *row, int g, int &s0, int &s1, int &m) {
+        scale_min(row + g / 8 * BYTES + 4, g % 8, s0, m);
+        s1 = s0;
+    }
+    static __device__ __forceinline__ float scale(const u8 *row, int b) { return widen(*(const u16 *)(row + b * BYTES)); }
+    static __device__ __forceinline__ float min(const u8 *row, int b) { return -widen(*(const u16 *)(row + b * BYTES + 2)); }
+};
+
+struct Q4_K : WithMins<144> {
     static __device__ __forceinline__ void ints(const u8 *row, int g, u32 q[8]) {
         const uint4 *b = (const uint4 *)(row + g / 8 * BYTES + 16 + g % 8 / 2 * 32);
         int shift = 4 * (g & 1);
@@ -131,29 +143,15 @@ struct Q4_K {
         q[4] = hi.x >> shift & 0x0f0f0f0fu, q[5] = hi.y >> shift & 0x0f0f0f0fu;
         q[6] = hi.z >> shift & 0x0f0f0f0fu, q[7] = hi.w >> shift & 0x0f0f0f0fu;
     }
-    static __device__ __forceinline__ void sub(const u8 *row, int g, int &s0, int &s1, int &m) {
-        scale_min(row + g / 8 * BYTES + 4, g % 8, s0, m);
-        s1 = s0;
-    }
-    static __device__ __forceinline__ float scale(const u8 *row, int b) { return widen(*(const u16 *)(row + b * BYTES)); }
-    static __device__ __forceinline__ float min(const u8 *row, int b) { return -widen(*(const u16 *)(row + b * BYTES + 2)); }
 };
 
-struct Q5_K {
-    static const int WEIGHTS = 256, BYTES = 176, SUB = 32;
-    static const bool MIN = true;
+struct Q5_K : WithMins<176> {
     static __device__ __forceinline__ void ints(const u8 *row, int g, u32 q[8]) {
         const u8 *b = row + g / 8 * BYTES;
         const u32 *high = (const u32 *)(b + 16), *low = (const u32 *)(b + 48 + g % 8 / 2 * 32);
         int shift = 4 * (g & 1), bit = g % 8;
         for (int i = 0; i < 8; i++) q[i] = (low[i] >> shift & 0x0f0f0f0fu) | (high[i] >> bit & 0x01010101u) << 4;
     }
-    static __device__ __forceinline__ void sub(const u8 *row, int g, int &s0, int &s1, int &m) {
-        scale_min(row + g / 8 * BYTES + 4, g % 8, s0, m);
-        s1 = s0;
-    }
-    static __device__ __forceinline__ float scale(const u8 *row, int b) { return widen(*(const u16 *)(row + b * BYTES)); }
-    static __device__ __forceinline__ float min(const u8 *row, int b) { return -widen(*(const u16 *)(row + b * BYTES + 2)); }
 };
 
 struct Q6_K {
@@ -682,7 +680,7 @@ __device__ __forceinline__ float likely(float logit, float max) {
 // where one is not here; then the pass stops.
 __device__ __forceinline__ void route(const float *w, const float *h, Choice *choices, const u64 *experts, Row *table, int *stop,
                                       int layer, int d, int n_expert, int n_used) {
-    const int EACH = 128 / LANES;
+    const int EACH = WARPS * WARP / LANES;
     __shared__ float logits[MOST_EXPERTS];
     int t = blockIdx.x, which = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const float *x = h + (u64)t * d;
