@@ -330,9 +330,7 @@ impl<'a> Stripe<'a> {
         // overlap, and `&mut self` allows one piece at a time.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(i * self.stride), self.width) }
     }
-}
 
-impl<'a> Stripe<'a> {
     /// All rows' pieces, each `(width)`.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
         (0..self.rows).map(|i| {
@@ -359,39 +357,6 @@ unsafe impl<T: Send> Sync for Shared<T> {}
 pub fn default_threads() -> usize {
     let cpus = || std::thread::available_parallelism().map_or(1, |n| n.get());
     Cores::here().map_or_else(cpus, |cores| cores.threads)
-}
-
-/// Bytes per second that the pool's threads can read from memory: the best of some passes over 256 MiB.
-///
-/// Takes about 0.2 s, most of it to make the pages.
-pub fn read_bandwidth(pool: &Pool) -> f64 {
-    const CHUNK: usize = 1 << 17; // 1 MiB of u64
-    let mut words = vec![0u64; 256 * CHUNK];
-    let sum = std::sync::atomic::AtomicU64::new(0);
-    let mut chunks: Vec<&mut [u64]> = words.chunks_exact_mut(CHUNK).collect();
-    let mut best = f64::INFINITY;
-    pool.enter(|| {
-        pool.each(&mut chunks, |i, chunk| chunk.fill(i as u64));
-        for _ in 0..4 {
-            let started = std::time::Instant::now();
-            pool.tasks(chunks.len(), |i| {
-                // Eight sums, so that the additions do not wait for each other.
-                let mut lanes = [0u64; 8];
-                for words in chunks[i].as_chunks::<8>().0 {
-                    for (lane, word) in lanes.iter_mut().zip(words) {
-                        *lane = lane.wrapping_add(*word);
-                    }
-                }
-                sum.fetch_add(
-                    lanes.iter().fold(0, |s, l| s.wrapping_add(*l)),
-                    Ordering::Relaxed,
-                );
-            });
-            best = best.min(started.elapsed().as_secs_f64());
-        }
-    });
-    std::hint::black_box(sum.into_inner());
-    (256 * CHUNK * 8) as f64 / best
 }
 
 #[cfg(test)]

@@ -13,7 +13,6 @@ use octet::error::{Error, Result};
 use octet::gguf::{Gguf, Writer};
 use octet::moe::Machine;
 use octet::moe::linear::{Input, Job, Weight, matmul};
-use octet::pool::read_bandwidth;
 use octet::quant::Format;
 use octet::quant::search::Plain;
 use octet::simd::{Tier, available};
@@ -166,7 +165,7 @@ fn main() -> Result<()> {
     let mut settings = settings.into_iter();
     let mut out = std::io::stdout().lock();
     let machine = |tier| Machine::new(args.threads, Some(tier));
-    let read = read_bandwidth(&machine(Tier::Scalar)?.pool);
+    let read = machine(Tier::Scalar)?.read_bandwidth();
     let mut peaks = Vec::new();
     for tier in &tiers {
         peaks.push(machine(*tier)?.int8_peak());

@@ -10,7 +10,7 @@ use crate::chat::repl::show;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::moe::{Config, Kv, KvType, Machine, Model, Run, Scratch, Want};
-use crate::pool::{Threads, default_threads, read_bandwidth};
+use crate::pool::{Threads, default_threads};
 use crate::simd::{Tier, best};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -371,7 +371,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// What the machine can do at most: measured now, or more if more is remembered.
 pub(super) fn limits(machine: &Machine) -> Limits {
     Limits {
-        read_gb_s: bandwidth(&machine.pool, f64::INFINITY) / 1e9,
+        read_gb_s: bandwidth(machine, f64::INFINITY) / 1e9,
         int8_gmac_s: int8_peak(machine, f64::INFINITY) / 1e9,
     }
 }
@@ -398,7 +398,7 @@ fn machines(args: &Args) -> Result<()> {
     let mut documents = Vec::new();
     for case in &cases {
         let machine = Machine::with(case.threads, Some(case.tier))?;
-        let read = read_bandwidth(&machine.pool) / 1e9;
+        let read = machine.read_bandwidth() / 1e9;
         let int8 = machine.int8_peak() / 1e9;
         if args.json {
             documents.push(json!({

@@ -4,7 +4,6 @@ use super::input::note;
 use crate::chat::batch::Totals;
 use crate::chat::session::{LogitsHash, Stats, rate};
 use crate::moe::Machine;
-use crate::pool::Pool;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -161,7 +160,7 @@ pub fn batch_closing_line(lines: &str, totals: &Totals, machine: &Machine) {
 
 /// What all closing lines end with: the machine's bandwidth and `used` of it, tier, threads, logits.
 fn closing(mut parts: Vec<String>, machine: &Machine, used: f64, hash: &LogitsHash) {
-    let limit = bandwidth(&machine.pool, used) / 1e9;
+    let limit = bandwidth(machine, used) / 1e9;
     let used = used / 1e9;
     parts.push(format!(
         "{used:.1} GB/s of weights ({:.0}% of {limit:.1})",
@@ -184,12 +183,12 @@ fn tokens(n: usize) -> String {
     }
 }
 
-/// Bytes per second that the pool's threads read from memory: measured once per machine and thread
+/// Bytes per second that the machine's threads read from memory: measured once per machine and thread
 /// count (about 0.2 s), then remembered in the user's cache folder. `seen`: what was just reached; more
 /// than is remembered means that the machine was busy when it was measured, so it is measured again.
-pub fn bandwidth(pool: &Pool, seen: f64) -> f64 {
-    let name = format!("bandwidth-{}", pool.threads());
-    remembered(&name, seen, || crate::pool::read_bandwidth(pool))
+pub fn bandwidth(machine: &Machine, seen: f64) -> f64 {
+    let name = format!("bandwidth-{}", machine.pool.threads());
+    remembered(&name, seen, || machine.read_bandwidth())
 }
 
 /// Products of int8 per second ([`Machine::int8_peak`]), remembered like [`bandwidth`].
