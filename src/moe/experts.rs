@@ -27,8 +27,16 @@ impl Chosen for Bucket {
     }
 }
 
-/// What is worked at once: experts with the rows of theirs, as many as fit a wave.
-type Wave = Vec<(usize, Arc<Expert>, Range<usize>)>;
+/// An expert with some of its tokens.
+struct Piece {
+    which: usize,
+    expert: Arc<Expert>,
+    /// In [`ExpertScratch::bucket`].
+    range: Range<usize>,
+}
+
+/// What is worked at once: as many pieces as fit.
+type Wave = Vec<Piece>;
 
 /// Buffers of [`experts`], reused from layer to layer.
 #[derive(Default)]
@@ -84,12 +92,8 @@ pub(super) fn experts(
         gpu.start(layer, x.len() / d, input, &mut rest, pick)
     });
     loop {
-        while !rest.is_empty() {
-            for wave in waves(store.ready(layer, &mut rest)?) {
-                run_wave(machine, config, input, &wave, s, &mut see);
-                bytes += wave.iter().map(|(_, e, _)| e.bytes()).sum::<u64>();
-            }
-        }
+        let here = std::mem::take(&mut rest);
+        bytes += run(machine, config, store, layer, input, here, s, &mut see)?;
         let Some(gpu) = elsewhere.take() else { break };
         match gpu.finish(d, &mut s.returned) {
             Ok(buckets) => s.take_in(&buckets, d),
@@ -135,14 +139,30 @@ pub(super) fn some_experts(
     s.home.clear();
     s.home.extend(0..s.bucket.len() as u32);
     s.result.resize(out.len(), 0.0);
+    let see = &mut |_, _: &[f32]| ();
+    let bytes = run(machine, config, store, layer, input, rest, s, see)?;
+    out.copy_from_slice(&s.result);
+    Ok(bytes)
+}
+
+/// Runs the experts of `buckets` as they are there. Returns the bytes of expert weights that were read.
+fn run(
+    machine: &Machine,
+    config: &Config,
+    store: &Store,
+    layer: usize,
+    input: &Input,
+    mut buckets: Vec<Bucket>,
+    s: &mut ExpertScratch,
+    see: &mut impl FnMut(usize, &[f32]),
+) -> Result<u64> {
     let mut bytes = 0;
-    while !rest.is_empty() {
-        for wave in waves(store.ready(layer, &mut rest)?) {
-            run_wave(machine, config, input, &wave, s, &mut |_, _| ());
-            bytes += wave.iter().map(|(_, e, _)| e.bytes()).sum::<u64>();
+    while !buckets.is_empty() {
+        for wave in waves(store.ready(layer, &mut buckets)?) {
+            run_wave(machine, config, input, &wave, s, see);
+            bytes += wave.iter().map(|piece| piece.expert.bytes()).sum::<u64>();
         }
     }
-    out.copy_from_slice(&s.result);
     Ok(bytes)
 }
 
@@ -226,7 +246,11 @@ fn waves(ready: Vec<(Bucket, Arc<Expert>)>) -> Vec<Wave> {
             }
             rows += range.len();
             let wave = waves.last_mut().expect("one was just made");
-            wave.push((bucket.expert, Arc::clone(&expert), range));
+            wave.push(Piece {
+                which: bucket.expert,
+                expert: Arc::clone(&expert),
+                range,
+            });
         }
     }
     waves
@@ -262,12 +286,12 @@ fn run_wave(
     machine: &Machine,
     config: &Config,
     input: &Input,
-    wave: &[(usize, Arc<Expert>, Range<usize>)],
+    wave: &[Piece],
     s: &mut ExpertScratch,
     see: &mut impl FnMut(usize, &[f32]),
 ) {
     let (d, d_ff) = (config.d_model, config.d_ff);
-    let rows = wave.iter().map(|(_, _, range)| range.len()).sum::<usize>();
+    let rows = wave.iter().map(|piece| piece.range.len()).sum::<usize>();
     s.gate.resize(rows * d_ff, 0.0);
     s.up.resize(rows * d_ff, 0.0);
     s.down.resize(rows * d, 0.0);
@@ -276,7 +300,7 @@ fn run_wave(
 
     let (mut gates, mut ups) = (s.gate.as_mut_slice(), s.up.as_mut_slice());
     let mut jobs = Vec::with_capacity(2 * wave.len());
-    for (_, expert, range) in wave {
+    for Piece { expert, range, .. } in wave {
         let pick = &s.bucket[range.clone()];
         jobs.push(Job {
             w: &expert.gate,
@@ -302,22 +326,22 @@ fn run_wave(
         machine.kernels.silu_mul(gate, up)
     });
     let mut inner = s.gate.as_slice();
-    for (e, _, range) in wave {
+    for Piece { which, range, .. } in wave {
         let (rows, rest) = inner.split_at(range.len() * d_ff);
-        see(*e, rows);
+        see(*which, rows);
         inner = rest;
     }
     s.inner.prepare(
         machine,
         &s.gate,
         d_ff,
-        wave.iter().map(|(_, expert, _)| &expert.down),
+        wave.iter().map(|piece| &piece.expert.down),
     );
 
     let mut downs = s.down.as_mut_slice();
     let mut all = s.all.as_slice();
     let mut jobs = Vec::with_capacity(wave.len());
-    for (_, expert, range) in wave {
+    for Piece { expert, range, .. } in wave {
         let (pick, rest) = all.split_at(range.len());
         all = rest;
         jobs.push(Job {
@@ -329,7 +353,7 @@ fn run_wave(
     }
     matmul(machine, &mut jobs);
 
-    let homes = wave.iter().flat_map(|(_, _, range)| &s.home[range.clone()]);
+    let homes = wave.iter().flat_map(|piece| &s.home[piece.range.clone()]);
     for (row, home) in s.down.chunks_exact(d).zip(homes) {
         s.result[*home as usize * d..][..d].copy_from_slice(row);
     }
