@@ -77,8 +77,8 @@ pub fn run(args: &Args) -> Result<()> {
     show(&out)
 }
 
-/// Strings in a file may hold line breaks and terminal escapes.
-fn one_line(text: &str) -> String {
+/// A string of a file, which may hold line breaks and terminal escapes, on one line.
+pub fn one_line(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
             if c.is_control() {
@@ -173,7 +173,7 @@ fn is_old_expert(name: &str) -> bool {
 }
 
 /// A size for people.
-pub(super) fn bytes(n: u64) -> String {
+pub fn bytes(n: u64) -> String {
     let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     match units.iter().find(|(_, size)| n >= *size) {
         Some((unit, size)) => format!("{:.2} {unit}", n as f64 / *size as f64),

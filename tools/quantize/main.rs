@@ -1,8 +1,10 @@
 //! The `quantize` command: a Hugging Face folder, safetensors or GGUF becomes a GGUF of any usual type.
 //!
-//! `source.rs` and `import.rs` say what is read, `plan.rs` what will be written, `pipeline.rs` does it.
+//! `source.rs` and `import.rs` say what is read, `plan.rs` what will be written, `pipeline.rs` does it; with `journal.rs` it goes on
+//! where it was interrupted.
 
 mod import;
+mod journal;
 mod pipeline;
 mod plan;
 mod source;
@@ -18,6 +20,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use octet::cli::inspect::{bytes as size, one_line};
 use octet::cli::load::tier_cap;
 use octet::cli::options::{parse_size, tier_values};
 use octet::cli::{completions, man};
@@ -255,7 +258,7 @@ fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let (errors, resumed) = match result {
         Err(e @ (Error::Interrupted | Error::Io { .. })) => {
-            if pipeline::resumable(&outputs) {
+            if journal::resumable(&outputs) {
                 eprintln!(
                     "quantize: what is done is kept: the same command with --resume continues"
                 );
@@ -327,15 +330,6 @@ fn tell_notes(source: &Source, outputs: &[Output], imatrix: Option<&ImatrixFile>
     }
 }
 
-/// Names in a file may hold line breaks and terminal escapes.
-fn one_line(text: &str) -> String {
-    let shown = |c: char| match c.is_control() {
-        true => c.escape_default().collect(),
-        false => c.to_string(),
-    };
-    text.chars().map(shown).collect()
-}
-
 /// The tensors and what became (or will become) of them, one table for each output.
 fn table(source: &Source, outputs: &[Output], errors: Option<&Errors>) -> String {
     let mut text = String::new();
@@ -399,15 +393,6 @@ fn table(source: &Source, outputs: &[Output], errors: Option<&Errors>) -> String
         }
     }
     text
-}
-
-/// A size for people.
-fn size(n: u64) -> String {
-    let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
-    match units.iter().find(|(_, size)| n >= *size) {
-        Some((unit, size)) => format!("{:.2} {unit}", n as f64 / *size as f64),
-        None => format!("{n} B"),
-    }
 }
 
 /// Writes to standard output.
