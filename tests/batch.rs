@@ -14,11 +14,10 @@ use octet::gguf::Gguf;
 use octet::moe::{Kv, KvType, Machine, Model};
 use serde_json::{Value, json};
 
-use crate::cli::{Home, Output, PATIENCE, finish, reference, wait};
-use crate::hostile_model::Small;
+use crate::program::{DEMO, Home, Output, PATIENCE, finish, wait};
+use crate::reference;
 use crate::scripted;
-
-const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
+use crate::small_model::Small;
 
 // ---------------------------------------------------------------------------------------------
 // The scheduler
@@ -534,7 +533,7 @@ fn killed_at_any_moment_nothing_is_lost_or_doubled() {
     let started = std::time::Instant::now();
     let want = results(&home, &options);
     let whole = started.elapsed().as_secs_f64();
-    let kills: usize = std::env::var("OCTET_KILLS").map_or(6, |n| n.parse().unwrap());
+    let kills = crate::faults::kills(6);
     let mut luck = luck(1);
     let (mut killed, mut partly) = (0, 0);
     while killed < kills {
@@ -758,7 +757,7 @@ fn pipes_and_order() {
 #[cfg(unix)]
 #[test]
 fn interrupted_it_says_how_to_go_on() {
-    use crate::cli::signal;
+    use crate::program::signal;
     use std::io::Read;
     let home = Home::new();
     let quick = json!({"prompt": "Once", "raw": true, "predict": 1});

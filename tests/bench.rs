@@ -1,6 +1,6 @@
 //! `octet bench`: its sweeps and its forms. How fast anything is, no test asks.
 
-use crate::cli::Home;
+use crate::program::Home;
 
 /// The shortest rounds there are.
 const SHORT: [&str; 5] = ["bench", "-r", "1", "-n", "2"];

@@ -11,8 +11,8 @@ use octet::gguf::Safetensors;
 use octet::moe::Profile;
 
 use crate::alloc::peak;
-use crate::cli::Home;
 use crate::data;
+use crate::program::Home;
 
 #[test]
 fn work_that_wants_too_much_memory_is_stopped() {

@@ -1,27 +1,17 @@
 //! Tokenizers, prompts and samplers against what the official implementations give (tests/data).
 
-use std::path::{Path, PathBuf};
-
 use octet::chat::template::{Message, Template};
 use octet::chat::tokenizer::Tokenizer;
 use octet::error::Error;
 use serde_json::Value;
 
-fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data")
-        .join(name)
-}
+use crate::{data, ids};
 
 fn lines(name: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(data(name)).unwrap();
     text.lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    serde_json::from_value(value.clone()).unwrap()
 }
 
 fn official() -> [(&'static str, Tokenizer); 2] {

@@ -1,6 +1,6 @@
 //! Answers that must have a form, from the demo model at a high temperature.
 
-use crate::cli::Home;
+use crate::program::{DEMO, Home};
 use octet::chat::constraint::{Compiler, Form};
 use octet::chat::sampler::{Sampler, SamplerOptions};
 use octet::chat::session::{Finish, Limits, Session};
@@ -9,7 +9,6 @@ use octet::gguf::Gguf;
 use octet::moe::{KvType, Machine, Model};
 use serde_json::Value;
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::Arc;
 
 struct Demo {
@@ -20,8 +19,7 @@ struct Demo {
 
 impl Demo {
     fn new() -> Demo {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
-        let file = Gguf::open(Path::new(path)).unwrap();
+        let file = Gguf::open(DEMO.as_ref()).unwrap();
         let tokenizer = Arc::new(Tokenizer::from_gguf(&file).unwrap());
         Demo {
             model: Model::open(&file, Machine::new(2, None).unwrap()).unwrap(),

@@ -1,5 +1,6 @@
 //! Answers with guesses are the answers without: the same tokens, the same bits of logits.
 
+use crate::program::DEMO;
 use octet::chat::constraint::{Compiler, Form};
 use octet::chat::draft::Draft;
 use octet::chat::sampler::{Sampler, SamplerOptions};
@@ -8,7 +9,6 @@ use octet::chat::tokenizer::Tokenizer;
 use octet::gguf::Gguf;
 use octet::moe::{KvType, Machine, Model};
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::Arc;
 
 const COPY: &str = "The king said: bring me the golden bird. The queen said: bring me the golden bird. The king said: bring me";
@@ -20,8 +20,7 @@ struct Demo {
 
 impl Demo {
     fn new() -> Demo {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
-        let file = Gguf::open(Path::new(path)).unwrap();
+        let file = Gguf::open(DEMO.as_ref()).unwrap();
         Demo {
             model: Model::open(&file, Machine::new(2, None).unwrap()).unwrap(),
             tokenizer: Arc::new(Tokenizer::from_gguf(&file).unwrap()),

@@ -9,7 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::cli::{DEMO, Home, Output, finish, signal, wait};
+use crate::program::{DEMO, Home, Output, finish, signal, wait};
 
 const CHAT: [&str; 5] = ["chat", "--temp", "0", "-n", "6"];
 

@@ -1,6 +1,6 @@
 //! What `octet run` makes of its options: samplers, ends, prompts shown.
 
-use crate::cli::Home;
+use crate::program::Home;
 use serde_json::{Value, json};
 
 /// `octet run --raw --json` on the demo model, with more arguments.

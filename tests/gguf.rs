@@ -14,9 +14,7 @@ use proptest::test_runner::RngSeed;
 use tempfile::TempDir;
 
 use crate::alloc::peak;
-
-/// The demo model: written by the reference implementation.
-const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo-Q4_K_M.gguf");
+use crate::program::DEMO;
 
 const F32: u32 = 0;
 const Q4_0: u32 = 2;
@@ -326,6 +324,7 @@ fn getters_convert_what_fits_and_refuse_the_rest() {
 
 #[test]
 fn the_demo_opens_and_is_written_again_byte_for_byte() {
+    // Written by the reference implementation.
     let g = Gguf::open(Path::new(DEMO)).unwrap();
     read_all(&g);
     assert_eq!(g.get_str("general.architecture").unwrap(), Some("llama"));

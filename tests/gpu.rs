@@ -1,6 +1,6 @@
 //! `--gpu-mem` and `--gpu`: with a GPU, without one, and without what octet needs to use one.
 
-use crate::cli::{DEMO, Home, Output};
+use crate::program::{DEMO, Home, Output};
 
 fn ask(home: &Home, more: &[&str]) -> Output {
     let ask = [

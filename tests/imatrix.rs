@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use octet::gguf::Imatrix;
 use serde_json::Value;
 
-use crate::cli::{Home, signal, wait};
 use crate::data;
+use crate::program::{Home, signal, wait};
 
 /// The start of a text that has more than four chunks of 64 tokens.
 fn text(home: &Home) -> String {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::cli::{DEMO, Home, Output, finish};
+use crate::program::{DEMO, Home, Output, finish};
 
 /// Standard error, which is one line.
 #[track_caller]
@@ -22,6 +22,13 @@ fn quantize(home: &Home, args: &[&str]) -> Output {
     finish(command, "")
 }
 
+/// Runs octet in the home.
+fn octet(home: &Home, args: &[&str]) -> Output {
+    let mut command = home.command(args);
+    command.current_dir(home.path(""));
+    finish(command, "")
+}
+
 /// Every way in for a model says the same.
 #[track_caller]
 fn model_says(home: &Home, path: &str, words: &[&str]) {
@@ -33,9 +40,7 @@ fn model_says(home: &Home, path: &str, words: &[&str]) {
         &["inspect", path],
         &["plan", path],
     ] {
-        let mut command = home.command(args);
-        command.current_dir(home.path(""));
-        let out = finish(command, "");
+        let out = octet(home, args);
         let said = out.error(1);
         for word in words {
             assert!(said.contains(word), "{args:?}: `{word}` is not in: {said}");
@@ -92,10 +97,7 @@ fn a_model_that_is_not_there() {
             "GGUF files in that folder: mixtral-8x7b.Q4_K_M.gguf, tales-0000",
         ),
     ] {
-        let said = home.command(&["inspect", path]);
-        let mut said = said;
-        said.current_dir(home.path(""));
-        let out = finish(said, "");
+        let out = octet(&home, &["inspect", path]);
         let want = format!("octet: {path}: {missing}{hint}");
         assert!(out.error(1).starts_with(&want), "{want}\n{}", out.stderr);
     }
@@ -105,14 +107,7 @@ fn a_model_that_is_not_there() {
         &["did you mean models/mixtral-8x7b.Q4_K_M.gguf?"],
     );
     // Too many to be named, and none alike.
-    let mut command = home.command(&["inspect", "many/x.gguf"]);
-    let out = finish(
-        {
-            command.current_dir(home.path(""));
-            command
-        },
-        "",
-    );
+    let out = octet(&home, &["inspect", "many/x.gguf"]);
     assert!(out.error(1).ends_with("(os error 2)"), "{}", out.stderr);
 }
 
@@ -129,11 +124,7 @@ fn a_model_that_quantize_has_to_make() {
         home.write(&format!("{folder}/config.json"), "{}");
     }
     home.write("alone.safetensors", safetensors);
-    let say = |args: &[&str]| {
-        let mut command = home.command(args);
-        command.current_dir(home.path(""));
-        finish(command, "").error(1).to_string()
-    };
+    let say = |args: &[&str]| octet(&home, args).error(1).to_string();
     let made = "`quantize Mixtral-8x7B Mixtral-8x7B-Q4_K_M.gguf Q4_K_M` makes a GGUF file of it";
     for path in [
         "Mixtral-8x7B",
@@ -285,10 +276,8 @@ fn a_model_where_text_belongs() {
         );
     }
     home.write("prompt.txt", "Hello");
-    let mut command = home.command(&["run", "-f", "promt.txt"]);
-    command.current_dir(home.path(""));
     assert_eq!(
-        finish(command, "").error(1),
+        octet(&home, &["run", "-f", "promt.txt"]).error(1),
         "octet: promt.txt: cannot read: No such file or directory (os error 2); did you mean prompt.txt?"
     );
 }

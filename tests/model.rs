@@ -1,10 +1,9 @@
 //! The model against the reference implementation, and against itself (promise 1).
 
-use crate::data;
+use crate::{data, ids, reference};
 use octet::gguf::Gguf;
 use octet::moe::{Kv, KvType, Machine, Model, Run, Scratch, Want};
 use octet::simd::{self, Tier};
-use serde_json::Value;
 
 fn open(file: &str, threads: usize, cap: Option<Tier>) -> Model {
     Model::open(
@@ -29,18 +28,6 @@ pub(crate) fn logits(model: &Model, kv: &mut Kv, tokens: &[u32], ubatch: usize) 
     all
 }
 
-fn reference() -> Value {
-    serde_json::from_slice(&std::fs::read(data("demo-reference.json")).unwrap()).unwrap()
-}
-
-fn ids(v: &Value) -> Vec<u32> {
-    v.as_array()
-        .unwrap()
-        .iter()
-        .map(|id| id.as_u64().unwrap() as u32)
-        .collect()
-}
-
 fn argmax(logits: &[f32]) -> u32 {
     (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best }) as u32
 }
@@ -49,7 +36,7 @@ fn argmax(logits: &[f32]) -> u32 {
 fn logits_agree_with_the_reference() {
     let model = open("demo-BF16.gguf", 0, None);
     let n_vocab = model.config.n_vocab;
-    for prompt in reference()["prompts"].as_array().unwrap() {
+    for prompt in reference() {
         let tokens = ids(&prompt["ids"]);
         let mut kv = Kv::new(&model.config, KvType::F32, model.config.n_ctx);
         let all = logits(&model, &mut kv, &tokens, 512);
@@ -95,9 +82,7 @@ fn logits_agree_with_the_reference() {
 /// Promise 1: tiers, threads and batch splits change no bit.
 #[test]
 fn one_answer() {
-    let text: Vec<u32> = reference()["prompts"]
-        .as_array()
-        .unwrap()
+    let text: Vec<u32> = reference()
         .iter()
         .flat_map(|p| ids(&p["ids"]))
         .take(150)
@@ -137,7 +122,7 @@ fn one_answer() {
 #[test]
 fn the_same_bits_on_every_machine() {
     let model = open("../../models/demo-Q4_K_M.gguf", 0, None);
-    let tokens = ids(&reference()["prompts"][2]["ids"]);
+    let tokens = ids(&reference()[2]["ids"]);
     let mut kv = Kv::new(&model.config, KvType::F16, 512);
     let all = logits(&model, &mut kv, &tokens, 512);
     let hash = all.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, l| {
@@ -150,12 +135,7 @@ fn the_same_bits_on_every_machine() {
 #[test]
 fn neighbours_in_a_batch_change_nothing() {
     let model = open("../../models/demo-Q4_K_M.gguf", 2, None);
-    let prompts: Vec<Vec<u32>> = reference()["prompts"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|p| ids(&p["ids"]))
-        .collect();
+    let prompts: Vec<Vec<u32>> = reference().iter().map(|p| ids(&p["ids"])).collect();
     let alone: Vec<Vec<f32>> = prompts
         .iter()
         .map(|p| {

@@ -1,7 +1,7 @@
 //! Models larger than memory: the real program with budgets too small for all experts.
 
-use crate::cli::{DEMO, Home, Output};
-use crate::hostile_model::{Layout, Small};
+use crate::program::{DEMO, Home, Output};
+use crate::small_model::{Layout, Small};
 use octet::gguf::{Gguf, Writer};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -10,8 +10,8 @@ use octet::moe::router::Choice;
 use octet::moe::{Kv, KvType, Machine, Model, Observer, Profile, Run, Scratch, Want};
 use serde_json::Value;
 
-use crate::cli::{DEMO, Home};
 use crate::data;
+use crate::program::{DEMO, Home};
 
 /// The start of a text that has more than four chunks of 64 tokens.
 fn text() -> String {

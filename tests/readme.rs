@@ -14,7 +14,7 @@ use std::process::Command;
 use regex::Regex;
 use tempfile::TempDir;
 
-use crate::cli::{Home, Output, finish};
+use crate::program::{Home, Output, finish};
 
 /// Commands that read a whole text take half a minute: `every_command_of_the_documentation` runs them, and is run by itself.
 const LONG: &[&str] = &["-f tests/data/valid.txt", "-f a.txt", "-f b.txt"];

@@ -9,8 +9,8 @@ use octet::gguf::Gguf;
 use octet::quant::Format;
 use serde_json::{Value, json};
 
-use crate::cli::Home;
-use crate::hostile_model::{N_VOCAB, Small, encode};
+use crate::program::Home;
+use crate::small_model::{N_VOCAB, Small, encode};
 
 /// The control pieces of the V3 format, as the last of the vocabulary.
 const MARKS: [&str; 7] = [

@@ -16,7 +16,7 @@ use octet::moe::{Kv, KvType, Machine, Model, Run, Scratch, Want};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::cli::{DEMO, Home, PATIENCE, closing};
+use crate::program::{DEMO, Home, PATIENCE, closing};
 
 fn demo() -> (Model, [u8; 32]) {
     let file = Gguf::open(DEMO.as_ref()).unwrap();
@@ -34,6 +34,15 @@ fn feed(model: &Model, kv: &mut Kv, tokens: &[u32]) -> Vec<u32> {
     };
     let logits = model.forward(&mut [run], &mut scratch).unwrap();
     logits.iter().map(|l| l.to_bits()).collect()
+}
+
+/// A cache of these tokens, kept in a file.
+fn kept(path: &Path, model: &Model, identity: &[u8; 32], kind: KvType, tokens: &[u32]) -> Kv {
+    let mut kv = Kv::new(&model.config, kind, 200);
+    feed(model, &mut kv, tokens);
+    let mut file = KvFile::open(path, &kv, identity).unwrap();
+    file.save(&kv, tokens).unwrap();
+    kv
 }
 
 /// Some tokens of the demo model's vocabulary.
@@ -65,12 +74,7 @@ fn a_cache_from_disk_gives_the_same_bits() {
         for n in [1, 63, 64, 65, 130] {
             let path = folder.path().join(format!("{n}{kind:?}"));
             let all = tokens(n + 1);
-            let mut kv = Kv::new(&model.config, kind, 200);
-            feed(&model, &mut kv, &all[..n]);
-            KvFile::open(&path, &kv, &identity)
-                .unwrap()
-                .save(&kv, &all[..n])
-                .unwrap();
+            let mut kv = kept(&path, &model, &identity, kind, &all[..n]);
             let want = feed(&model, &mut kv, &all[n..]);
 
             let (mut kv, loaded) = load(&path, &model, &identity, kind, 200).unwrap();
@@ -137,12 +141,7 @@ fn damage_is_seen_and_what_is_before_it_is_used() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("kv");
     let all = tokens(150);
-    let mut kv = Kv::new(&model.config, KvType::F16, 200);
-    feed(&model, &mut kv, &all);
-    KvFile::open(&path, &kv, &identity)
-        .unwrap()
-        .save(&kv, &all)
-        .unwrap();
+    kept(&path, &model, &identity, KvType::F16, &all);
     let bytes = fs::read(&path).unwrap();
     let check = |case: &str, loaded: Result<(Kv, Loaded)>, whole: bool| {
         let Ok((_, loaded)) = loaded else {
@@ -202,12 +201,7 @@ fn a_cache_of_another_model_is_refused() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("kv");
     let all = tokens(10);
-    let mut kv = Kv::new(&model.config, KvType::F16, 100);
-    feed(&model, &mut kv, &all);
-    KvFile::open(&path, &kv, &identity)
-        .unwrap()
-        .save(&kv, &all)
-        .unwrap();
+    let kv = kept(&path, &model, &identity, KvType::F16, &all);
     let (_, loaded) = load(&path, &model, &[7; 32], KvType::F16, 100).unwrap();
     assert_eq!(loaded.refused.unwrap(), "it is of another model");
     let (_, loaded) = load(&path, &model, &identity, KvType::F32, 100).unwrap();
@@ -567,7 +561,7 @@ fn a_session_is_for_one_process_at_a_time() {
 }
 
 /// Kills a conversation `times` times while it is saved, and goes on.
-fn kill_and_go_on(times: u64) {
+fn kill_and_go_on(times: usize) {
     let home = Home::new();
     let file = home.path("s").to_str().unwrap().to_string();
     let question = |i: usize| format!("Question {i}?\n");
@@ -587,8 +581,8 @@ fn kill_and_go_on(times: u64) {
         while messages(&file).len() <= 2 * turns && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
-        std::thread::sleep(Duration::from_micros(round * 7919 % 20_000));
-        crate::faults::end(&mut child, round as usize);
+        std::thread::sleep(Duration::from_micros(round as u64 * 7919 % 20_000));
+        crate::faults::end(&mut child, round);
         let kept = messages(&file);
         let text = fs::read_to_string(&file).unwrap();
         assert!(text.ends_with("\"}\n") && kept.len().is_multiple_of(2) && kept.len() / 2 > turns);
@@ -611,10 +605,7 @@ fn kill_and_go_on(times: u64) {
 
 #[test]
 fn killed_at_any_moment_a_session_has_every_answer() {
-    let times = std::env::var("OCTET_KILLS")
-        .ok()
-        .and_then(|n| n.parse().ok());
-    kill_and_go_on(times.unwrap_or(20));
+    kill_and_go_on(crate::faults::kills(20));
 }
 
 #[test]
