@@ -3,6 +3,7 @@
 use super::kv::{KvType, QUANT};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use std::fmt::Display;
 
 /// An architecture that the forward pass runs, as GGUF names it.
 pub struct Arch {
@@ -20,6 +21,66 @@ pub const ARCHS: &[Arch] = &[Arch {
     title: "Mixtral, Mistral and Llama",
     rope_base: 10_000.0,
 }];
+
+/// The architecture that a file names.
+fn arch_of(file: &Gguf) -> Result<&'static Arch> {
+    let name = file
+        .get_str("general.architecture")?
+        .ok_or_else(|| Error::missing(file.path(), "metadata key general.architecture", ""))?;
+    ARCHS.iter().find(|a| a.name == name).ok_or_else(|| {
+        let known: Vec<_> = ARCHS
+            .iter()
+            .map(|a| format!("{} ({})", a.name, a.title))
+            .collect();
+        Error::unsupported(
+            file.path(),
+            "this architecture",
+            known.join(", "),
+            format!("{name:?}"),
+        )
+    })
+}
+
+/// The metadata keys of a file that begin with its architecture.
+struct Keys<'a> {
+    file: &'a Gguf,
+    arch: &'static Arch,
+}
+
+impl Keys<'_> {
+    fn name(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.arch.name)
+    }
+
+    fn wrong(&self, suffix: &str, expected: impl Display, found: impl Display) -> Error {
+        let what = format!("metadata key {}", self.name(suffix));
+        Error::invalid(self.file.path(), what, expected, found)
+    }
+
+    fn optional(&self, suffix: &str) -> Result<Option<usize>> {
+        Ok(self.file.get_u32(&self.name(suffix))?.map(|n| n as usize))
+    }
+
+    /// A number of 1 or more.
+    fn number(&self, suffix: &str) -> Result<usize> {
+        match self.optional(suffix)? {
+            Some(0) => Err(self.wrong(suffix, "at least 1", 0)),
+            Some(n) => Ok(n),
+            None => {
+                let what = format!("metadata key {}", self.name(suffix));
+                Err(Error::missing(self.file.path(), what, ""))
+            }
+        }
+    }
+
+    fn positive(&self, suffix: &str, default: f32) -> Result<f32> {
+        let x = self.file.get_f32(&self.name(suffix))?.unwrap_or(default);
+        match x.is_finite() && x > 0.0 {
+            true => Ok(x),
+            false => Err(self.wrong(suffix, "a positive number", x)),
+        }
+    }
+}
 
 /// The shape of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,105 +122,55 @@ impl Config {
     /// If the architecture is not supported, a key is missing or has the wrong type, or numbers
     /// contradict each other.
     pub fn read(file: &Gguf) -> Result<Config> {
-        let name = file
-            .get_str("general.architecture")?
-            .ok_or_else(|| Error::missing(file.path(), "metadata key general.architecture", ""))?;
-        let arch = ARCHS.iter().find(|a| a.name == name).ok_or_else(|| {
-            let known: Vec<_> = ARCHS
-                .iter()
-                .map(|a| format!("{} ({})", a.name, a.title))
-                .collect();
-            Error::unsupported(
-                file.path(),
-                "this architecture",
-                known.join(", "),
-                format!("{name:?}"),
-            )
-        })?;
-        let key = |suffix: &str| format!("{}.{suffix}", arch.name);
-        let optional = |suffix: &str| -> Result<Option<usize>> {
-            Ok(file.get_u32(&key(suffix))?.map(|n| n as usize))
+        let keys = Keys {
+            file,
+            arch: arch_of(file)?,
         };
-        let number = |suffix: &str| -> Result<usize> {
-            match optional(suffix)? {
-                Some(0) => Err(Error::invalid(
-                    file.path(),
-                    format!("metadata key {}", key(suffix)),
-                    "at least 1",
-                    0,
-                )),
-                Some(n) => Ok(n),
-                None => Err(Error::missing(
-                    file.path(),
-                    format!("metadata key {}", key(suffix)),
-                    "",
-                )),
-            }
-        };
-        let positive = |suffix: &str, default: f32| -> Result<f32> {
-            let x = file.get_f32(&key(suffix))?.unwrap_or(default);
-            if x.is_finite() && x > 0.0 {
-                Ok(x)
-            } else {
-                let what = format!("metadata key {}", key(suffix));
-                Err(Error::invalid(file.path(), what, "a positive number", x))
-            }
-        };
-
-        let d_model = number("embedding_length")?;
-        let n_head = number("attention.head_count")?;
-        let n_kv = optional("attention.head_count_kv")?.unwrap_or(n_head);
-        let d_head = match optional("attention.key_length")? {
+        let d_model = keys.number("embedding_length")?;
+        let n_head = keys.number("attention.head_count")?;
+        let n_kv = keys.optional("attention.head_count_kv")?.unwrap_or(n_head);
+        let d_head = match keys.optional("attention.key_length")? {
             Some(d) => d,
             None if d_model.is_multiple_of(n_head) => d_model / n_head,
             None => {
-                return Err(Error::invalid(
-                    file.path(),
-                    format!("metadata key {}", key("attention.head_count")),
-                    format!("a divisor of the embedding length {d_model}"),
-                    n_head,
-                ));
+                let expected = format!("a divisor of the embedding length {d_model}");
+                return Err(keys.wrong("attention.head_count", expected, n_head));
             }
         };
-        let n_expert = optional("expert_count")?.unwrap_or(0);
+        let n_expert = keys.optional("expert_count")?.unwrap_or(0);
         let embedding = file
             .tensor("token_embd.weight")
             .ok_or_else(|| Error::missing(file.path(), "tensor token_embd.weight", ""))?;
         let config = Config {
-            n_layer: number("block_count")?,
+            n_layer: keys.number("block_count")?,
             d_model,
             n_head,
             n_kv,
             d_head,
-            d_ff: number("feed_forward_length")?,
+            d_ff: keys.number("feed_forward_length")?,
             n_expert: n_expert.max(1),
             n_used: if n_expert > 0 {
-                number("expert_used_count")?
+                keys.number("expert_used_count")?
             } else {
                 1
             },
             routed: n_expert > 0,
             // A trailing dimension of 1 may be left out.
             n_vocab: embedding.shape.get(1).copied().unwrap_or(1) as usize,
-            n_ctx: number("context_length")?,
-            rms_eps: positive("attention.layer_norm_rms_epsilon", 1e-5)?,
-            rope_base: positive("rope.freq_base", arch.rope_base)?,
-            n_rot: optional("rope.dimension_count")?.unwrap_or(d_head),
+            n_ctx: keys.number("context_length")?,
+            rms_eps: keys.positive("attention.layer_norm_rms_epsilon", 1e-5)?,
+            rope_base: keys.positive("rope.freq_base", keys.arch.rope_base)?,
+            n_rot: keys.optional("rope.dimension_count")?.unwrap_or(d_head),
         };
-        config.check(file, arch.name)?;
+        config.check(&keys)?;
         Ok(config)
     }
 
     /// Refuses numbers that contradict each other, and settings that would silently change the answer.
-    fn check(&self, file: &Gguf, arch: &str) -> Result<()> {
-        let bad = |what: &str, expected: String, found: usize| {
-            Err(Error::invalid(
-                file.path(),
-                format!("metadata key {arch}.{what}"),
-                expected,
-                found,
-            ))
-        };
+    fn check(&self, keys: &Keys<'_>) -> Result<()> {
+        let file = keys.file;
+        let bad =
+            |what: &str, expected: String, found: usize| Err(keys.wrong(what, expected, found));
         if self.n_kv == 0 || !self.n_head.is_multiple_of(self.n_kv) {
             return bad(
                 "attention.head_count_kv",
@@ -184,17 +195,13 @@ impl Config {
                 self.n_used,
             );
         }
-        if let Some(d) = file.get_u32(&format!("{arch}.attention.value_length"))?
-            && d as usize != self.d_head
-        {
-            return bad(
-                "attention.value_length",
-                format!("{} as for keys", self.d_head),
-                d as usize,
-            );
+        let values = keys.optional("attention.value_length")?;
+        if let Some(d) = values.filter(|d| *d != self.d_head) {
+            let expected = format!("{} as for keys", self.d_head);
+            return bad("attention.value_length", expected, d);
         }
         let scaling = file
-            .get_str(&format!("{arch}.rope.scaling.type"))?
+            .get_str(&keys.name("rope.scaling.type"))?
             .unwrap_or("none");
         if scaling != "none" {
             return Err(Error::unsupported(
@@ -205,14 +212,14 @@ impl Config {
             ));
         }
         // The reference scales linearly by these where the type is not given; "none" turns them off.
-        let untyped = file.get(&format!("{arch}.rope.scaling.type")).is_none();
+        let untyped = file.get(&keys.name("rope.scaling.type")).is_none();
         for suffix in ["rope.scaling.factor", "rope.scale_linear"] {
-            let factor = file.get_f32(&format!("{arch}.{suffix}"))?;
+            let factor = file.get_f32(&keys.name(suffix))?;
             // It takes 0 as "not set", too.
             if let Some(factor) = factor.filter(|f| untyped && *f != 0.0 && *f != 1.0) {
                 return Err(Error::unsupported(
                     file.path(),
-                    format!("metadata key {arch}.{suffix}"),
+                    format!("metadata key {}", keys.name(suffix)),
                     "no RoPE scaling, a factor of 1",
                     factor,
                 ));
