@@ -4,52 +4,35 @@ use super::*;
 use crate::quant::Format;
 use crate::quant::act::{CHUNK, Slots};
 use crate::quant::float::Element;
+use crate::quant::random::Random;
 use float::{KV_BLOCK, Running};
 
-/// A small deterministic generator (SplitMix64, Steele et al. 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in -1..1.
-    fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.float()).collect()
-    }
-
-    /// Random blocks whose floats are all finite: any 16 bits that could be an f16 (or the upper half
-    /// of an f32) with the largest exponent lose one bit of it.
-    fn blocks(&mut self, format: Format, n: usize) -> Vec<u8> {
-        let mut bytes: Vec<u8> = (0..n).map(|_| self.next() as u8).collect();
-        let odd_scale = format == Format::Q6_K || format == Format::Q3_K;
-        for block in bytes.chunks_exact_mut(format.block_bytes()) {
-            let len = block.len();
-            // Scales are at the start or the end of a block; keep them in f16's middle range.
-            let scales: &[usize] = match format {
-                Format::F32 => &[2],
-                Format::F16 | Format::BF16 => &[0],
-                Format::Q2_K => &[80, 82],
-                _ if odd_scale => &[len - 2],
-                _ => &[0, 2],
-            };
-            for &at in scales {
-                block[at + 1] = (block[at + 1] & 0x83) | 0x2c;
-            }
-        }
-        bytes
-    }
+fn floats(random: &mut Random, n: usize) -> Vec<f32> {
+    (0..n).map(|_| random.float()).collect()
 }
 
-/// f64s are not aligned bytes; a tensor in a mapped file is.
+/// Random blocks whose floats are all finite, and so are sums of their products.
+fn blocks(random: &mut Random, format: Format, n: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..n).map(|_| random.next() as u8).collect();
+    let odd_scale = format == Format::Q6_K || format == Format::Q3_K;
+    for block in bytes.chunks_exact_mut(format.block_bytes()) {
+        let len = block.len();
+        // Scales are at the start or the end of a block; keep them in f16's middle range.
+        let scales: &[usize] = match format {
+            Format::F32 => &[2],
+            Format::F16 | Format::BF16 => &[0],
+            Format::Q2_K => &[80, 82],
+            _ if odd_scale => &[len - 2],
+            _ => &[0, 2],
+        };
+        for &at in scales {
+            block[at + 1] = (block[at + 1] & 0x83) | 0x2c;
+        }
+    }
+    bytes
+}
+
+/// Bytes in words: a tensor in a mapped file is aligned, a vector of bytes need not be.
 fn aligned(bytes: &[u8]) -> Vec<u64> {
     let mut out = vec![0u64; bytes.len().div_ceil(8)];
     bytemuck::cast_slice_mut(&mut out)[..bytes.len()].copy_from_slice(bytes);
@@ -60,7 +43,7 @@ fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The lower tiers of this machine, and the best; each is compared with scalar.
+/// All tiers of this machine but scalar, with which each is compared.
 fn others() -> Vec<&'static Kernels> {
     available()
         .into_iter()
@@ -111,10 +94,10 @@ fn matmul_is_the_same_in_every_tier() {
         for k in [block, 2 * block, 3 * block, 5 * block, 1024] {
             for n in [1, 3, 4, 7, 8, 15, 16, 17, 33] {
                 for n_tok in [1, 2, 5, 13, 21] {
-                    let bytes = random.blocks(format, n * format.row_bytes(k));
+                    let bytes = blocks(&mut random, format, n * format.row_bytes(k));
                     let bytes = aligned(&bytes);
                     let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
-                    let acts = prepare(scalar, format, &random.floats(n_tok * k), k);
+                    let acts = prepare(scalar, format, &floats(&mut random, n_tok * k), k);
                     let pick: Vec<u32> = (0..n_tok as u32).rev().collect();
                     let want = product(scalar, format, bytes, n, k, &acts, &pick);
                     assert!(want.iter().all(|y| y.is_finite()), "{format:?} {k} {n}");
@@ -144,7 +127,7 @@ fn matmul_with_extreme_integers_is_exact() {
                 let mut bytes = vec![fill; n * format.row_bytes(k)];
                 // A finite scale wherever one may be.
                 let mut random = Random(7);
-                let model = random.blocks(format, bytes.len());
+                let model = blocks(&mut random, format, bytes.len());
                 for (b, m) in bytes
                     .chunks_exact_mut(format.block_bytes())
                     .zip(model.chunks_exact(format.block_bytes()))
@@ -185,7 +168,7 @@ fn float_helpers_are_the_same_in_every_tier() {
     let mut random = Random(2);
     let scalar = Kernels::of(Tier::Scalar);
     for n in [2, 16, 30, 32, 34, 64, 100, 128, 256, 1000, 4096] {
-        let (x, w) = (random.floats(n), random.floats(n));
+        let (x, w) = (floats(&mut random, n), floats(&mut random, n));
         let wide: Vec<f32> = x.iter().map(|x| x * 100.0).collect();
         for tier in others() {
             let both = |f: &dyn Fn(&Kernels) -> Vec<f32>| {
@@ -222,7 +205,10 @@ fn quantization_is_the_same_in_every_tier() {
     let scalar = Kernels::of(Tier::Scalar);
     for format in [Format::Q8_0, Format::Q4_K] {
         for scale in [1e-30f32, 1e-3, 1.0, 1e4, 1e30] {
-            let mut x: Vec<f32> = random.floats(1024).iter().map(|x| x * scale).collect();
+            let mut x: Vec<f32> = floats(&mut random, 1024)
+                .iter()
+                .map(|x| x * scale)
+                .collect();
             x[256..512].fill(0.0);
             // Halves, to be rounded to even: 127 · (i + 1/2) / 127.
             for (i, x) in x[512..768].iter_mut().enumerate() {
@@ -333,14 +319,13 @@ fn attention_is_the_same_in_every_tier() {
             &[64, 3, 9, 20, 21, 22, 23, 33, 60],
             &[63, 64, 1, 2, 17, 18, 40, 64, 33, 5, 6, 7, 8, 16],
         ] {
-            let q: Vec<f32> = random
-                .floats(n.len() * dim)
+            let q: Vec<f32> = floats(&mut random, n.len() * dim)
                 .iter()
                 .map(|q| q * 3.0)
                 .collect();
             let (k, mut v) = (
-                random.floats(2 * dim * KV_BLOCK),
-                random.floats(2 * dim * KV_BLOCK),
+                floats(&mut random, 2 * dim * KV_BLOCK),
+                floats(&mut random, 2 * dim * KV_BLOCK),
             );
             // What lies behind the last key must not be looked at.
             v[(KV_BLOCK + n.iter().max().unwrap()) * dim..].fill(f32::NAN);
@@ -376,10 +361,10 @@ fn attention_is_the_same_in_every_tier() {
 fn attention_is_attention() {
     let mut random = Random(5);
     let (dim, n) = (32, KV_BLOCK + 20);
-    let q = random.floats(dim);
+    let q = floats(&mut random, dim);
     // What f16 holds, so that nothing is rounded on the way.
     let mut halves = || {
-        let x = random.floats(2 * dim * KV_BLOCK);
+        let x = floats(&mut random, 2 * dim * KV_BLOCK);
         let rounded = x.iter().map(|x| f16::from_f32_const(*x).widen());
         rounded.collect::<Vec<_>>()
     };

@@ -204,25 +204,20 @@ doors!(avx512bw, "avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq");
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::random::Random;
 
     /// Every tier encodes and decodes to the scalar tier's bits: blocks of ordinary weights, of zeros, of
     /// one value, of tiny and of huge ones, with and without importance.
     #[test]
     fn tiers_agree() {
-        let mut state = 1u64;
-        let mut next = || {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        };
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let scales = [0.02, 0.0, 1e-20, 3e4, 0.02, 1.0, 0.02];
         let mut x: Vec<f32> = Vec::new();
         for scale in scales {
-            x.extend((0..256).map(|_| scale * next()));
+            x.extend((0..256).map(|_| scale * random.float()));
         }
         x.extend([0.75; 256]);
-        let importance: Vec<f32> = (0..x.len()).map(|_| next().max(0.0)).collect();
+        let importance: Vec<f32> = (0..x.len()).map(|_| random.float().max(0.0)).collect();
         let plain = Encoder::of(Tier::Scalar);
         for tier in available() {
             let encoder = Encoder::of(tier);

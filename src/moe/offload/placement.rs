@@ -232,6 +232,7 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::random::Random;
 
     /// Two layers of four experts of 10 bytes; the device does not run the last one.
     fn placement(room: u64, share: [f32; 8]) -> Placement {
@@ -315,12 +316,12 @@ mod tests {
         let mut p = placement(40, [0.5; 8]);
         settle(&mut p);
         // A token at a time, drawn evenly: the shares move, the set stays.
-        let mut seed = 1u64;
+        let mut random = Random(1);
         for _ in 0..20_000 {
             for layer in 0..2 {
-                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
-                let first = (seed >> 33) as usize % 4;
-                let second = (first + 1 + (seed >> 40) as usize % 3) % 4;
+                let drawn = random.next();
+                let first = (drawn >> 33) as usize % 4;
+                let second = (first + 1 + (drawn >> 40) as usize % 3) % 4;
                 let mut counts = [0; 4];
                 counts[first] += 1;
                 counts[second] += 1;
