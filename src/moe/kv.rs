@@ -56,7 +56,7 @@ pub(super) const QUANT: usize = 32;
 /// Keys, `(n_kv, d_head, KV_BLOCK)`, or values, `(n_kv, KV_BLOCK, d_head)`, of one layer and block: keys lie so
 /// that neighbouring positions are neighbours, because attention works them side by side.
 #[derive(Clone)]
-pub enum Plane {
+pub(super) enum Plane {
     /// f16 elements.
     F16(Vec<f16>),
     /// f32 elements.

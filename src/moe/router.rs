@@ -43,7 +43,7 @@ pub(super) fn choose(
 /// 2024, section 2.1). Equal probabilities: the lower index first. Not-a-number counts as smallest.
 ///
 /// `logits`: `(n_expert)`; `out`: `(n_used)`, by rank, at most `n_expert` long.
-pub fn route(logits: &[f32], out: &mut [Choice]) {
+pub(super) fn route(logits: &[f32], out: &mut [Choice]) {
     let max = logits
         .iter()
         .fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m });
