@@ -9,7 +9,7 @@ use crate::simd::{Rows, Tokens};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A weight matrix `(n_out, n_in)` in the mapped file.
+/// A weight matrix `(n_out, n_in)`, in the mapped file or in memory that was read from it ([`super::store`]).
 #[derive(Clone)]
 pub struct Weight {
     /// The tensor that it is, or is a part of.

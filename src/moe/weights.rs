@@ -8,7 +8,8 @@ use crate::quant::Format;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-/// All weights of a model. The large ones stay in the mapped file; norms are copied (a few KiB).
+/// All weights of a model. The large ones stay in the mapped file, unless a budget has them read into memory ([`super::store`]);
+/// norms are copied (a few KiB).
 pub struct Weights {
     /// Token embedding, `(n_vocab, d_model)`.
     pub embed: Weight,
