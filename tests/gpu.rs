@@ -93,3 +93,29 @@ fn a_plan_says_what_would_lie_on_a_gpu() {
         "{text}"
     );
 }
+
+/// What of a file a GPU could have, and what not, is told without one; a program that could not use it says nothing.
+#[test]
+fn an_inspected_file_says_what_a_gpu_could_have() {
+    let home = Home::new();
+    let out = home.octet(&["inspect", DEMO]);
+    let part = out.text().split("\nOn a GPU\n").nth(1);
+    if !cfg!(feature = "cuda") {
+        assert_eq!(part, None);
+        return;
+    }
+    let part = part.unwrap();
+    for line in [
+        "  keys and values      1.00 KiB a token: 1048576 tokens in each GiB\n",
+        "  experts              32 of 32, ",
+    ] {
+        assert!(part.contains(line), "{line}: {part}");
+    }
+    assert!(!part.contains("stays with the CPU"), "{part}");
+    // Floats have no kernels there.
+    let floats = home.octet(&["inspect", crate::data("demo-BF16.gguf").to_str().unwrap()]);
+    let part = floats.text().split("\nOn a GPU\n").nth(1).unwrap();
+    let line =
+        "  stays with the CPU   keys and values, 32 of 32 experts; there are no kernels for BF16\n";
+    assert!(part.contains(line), "{part}");
+}

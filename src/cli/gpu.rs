@@ -4,8 +4,14 @@ use super::input::note;
 use super::options::{GpuMemory, GpuOptions};
 use super::report::cache_folder;
 use crate::error::{Error, Result};
+use crate::gguf::Gguf;
 use crate::moe::Model;
 use crate::moe::offload::{Device, Plan};
+#[cfg(feature = "cuda")]
+use {
+    super::inspect::bytes, crate::moe::Config, crate::moe::offload::forecast::Needs,
+    crate::moe::weights::Weights,
+};
 
 /// What is left to others of a GPU's memory when nobody says how much to take.
 const RESERVE: u64 = 512 << 20;
@@ -100,6 +106,66 @@ pub fn memory_to_plan(options: &GpuOptions) -> Result<Option<u64>> {
         None if options.gpu.is_none() => Ok(None),
         _ => Err(built_without()),
     }
+}
+
+/// What of a file a GPU could have, each with a name: whether there is one or not. Nothing for other files than those of a mixture
+/// of experts, and in a program that was not built for a GPU.
+pub fn inspected(file: &Gguf) -> Vec<(&'static str, String)> {
+    #[cfg(feature = "cuda")]
+    {
+        use crate::moe::offload::forecast::needs;
+        let config = Config::read(file).ok().filter(|c| c.routed);
+        let read = config.and_then(|c| Some((Weights::load(file, &c).ok()?, c)));
+        read.map_or(Vec::new(), |(weights, c)| told(&needs(&c, &weights)))
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = file;
+        Vec::new()
+    }
+}
+
+/// The same as lines.
+#[cfg(feature = "cuda")]
+fn told(needs: &Needs) -> Vec<(&'static str, String)> {
+    let mut lines = vec![
+        ("computes with", bytes(needs.scratch)),
+        ("every token reads", bytes(needs.dense)),
+    ];
+    let mut left = Vec::new();
+    match needs.kv_token {
+        Some(token) => {
+            let tokens = (1 << 30) / token.max(1);
+            let text = format!("{} a token: {tokens} tokens in each GiB", bytes(token));
+            lines.push(("keys and values", text));
+        }
+        None => left.push("keys and values".to_string()),
+    }
+    let (n, of) = (needs.experts, needs.of);
+    if n > 0 {
+        let each = needs.bytes / n as u64;
+        let many = (1 << 30) as f64 / each as f64;
+        let text = format!(
+            "{n} of {of}, {} on average: {many:.1} in each GiB, {} for all",
+            bytes(each),
+            bytes(needs.bytes)
+        );
+        lines.push(("experts", text));
+    }
+    if n < of {
+        left.push(format!("{} of {of} experts", of - n));
+    }
+    if !left.is_empty() {
+        let names: Vec<_> = needs.without.iter().map(|f| f.name()).collect();
+        let why = match names.is_empty() {
+            // Gate and up of two formats, or the experts of a layer.
+            true => "matrices that work together have different formats".to_string(),
+            false => format!("there are no kernels for {}", names.join(", ")),
+        };
+        let text = format!("{}; {why}", left.join(", "));
+        lines.push(("stays with the CPU", text));
+    }
+    lines
 }
 
 #[cfg(feature = "cuda")]

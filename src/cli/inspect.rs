@@ -1,5 +1,6 @@
 //! `octet inspect`: what is in a GGUF file.
 
+use super::gpu::inspected;
 use crate::chat::repl::show;
 use crate::error::Result;
 use crate::gguf::{Gguf, Tensor, hex};
@@ -59,6 +60,13 @@ pub fn run(args: &Args) -> Result<()> {
             "  {part:<12} {n:>5} tensors {:>12} {bits:>7.2} bits/weight\n",
             bytes(size)
         ));
+    }
+    let on_gpu = inspected(&file);
+    if !on_gpu.is_empty() {
+        out.push_str("\nOn a GPU\n");
+    }
+    for (name, text) in on_gpu {
+        out.push_str(&format!("  {name:<20} {text}\n"));
     }
     if args.tensors || args.hash {
         out.push_str("\nTensors\n");

@@ -9,8 +9,9 @@
 //! A device that has all that every token reads, and room for keys and values, takes whole passes (`offload/whole.rs`): what goes up
 //! are the tokens, what comes back are logits and the new keys and values, and the CPU is asked for the experts that are not there.
 //!
-//! [`Device`] (`offload/device.rs`) is all that is known of a device. `offload/gpu.rs` says in which order kernels run on one with CUDA, over the
-//! few calls of a driver; `offload/cuda.rs` (feature `cuda`) makes those calls. `offload/software.rs` is a device for tests.
+//! [`Device`] (`offload/device.rs`) is all that is known of a device. One with CUDA is `offload/gpu.rs`: where its slots and buffers
+//! are, and, with `offload/layers.rs` for whole passes, in which order kernels (`offload/kernels.rs`) run, over the few calls of a
+//! driver (`offload/driver.rs`); `offload/cuda.rs` (feature `cuda`) makes those calls. `offload/software.rs` is a device for tests.
 //!
 //! A device that runs out of memory gets a smaller set, and one that fails is let go: its rows are computed by the CPU, in
 //! the same pass. The kernels keep the order of operations of the CPU's, so that an answer does not depend on where its

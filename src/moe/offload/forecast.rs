@@ -1,12 +1,15 @@
-//! What would lie on a GPU with so much memory: arithmetic, for which none is needed.
+//! What of a model could lie on a GPU, and what would with so much memory: arithmetic, for which none is needed.
 
 use super::divide;
 use super::gpu::{scratch, slot_bytes};
+use super::kernels::FORMATS;
 use super::layers::whole_scratch;
 use super::placement::{Step, Where};
 use super::whole::Whole;
 use crate::moe::Config;
+use crate::moe::linear::Weight;
 use crate::moe::weights::{Expert, Weights};
+use crate::quant::Format;
 use std::sync::Arc;
 
 /// What would lie on a GPU, in bytes.
@@ -82,5 +85,56 @@ pub fn forecast(c: &Config, weights: &Weights, memory: u64, shares: Option<Vec<f
         bytes: placement.taken() - dense,
         hits: found / all,
         left: left + dense_left as f64,
+    }
+}
+
+/// What of a model could lie on a GPU, however much memory that has, in bytes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Needs {
+    /// What it computes with.
+    pub scratch: u64,
+    /// What every token reads: matrices, norms and routers.
+    pub dense: u64,
+    /// Keys and values of a token, if passes can stay there.
+    pub kv_token: Option<u64>,
+    /// Experts that could be there …
+    pub experts: usize,
+    /// … of so many …
+    pub of: usize,
+    /// … in so many bytes.
+    pub bytes: u64,
+    /// Formats of matrices that stay with the CPU, as there are no kernels for them; each once, in their order.
+    pub without: Vec<Format>,
+}
+
+/// What of a model could lie on a GPU.
+pub fn needs(c: &Config, weights: &Weights) -> Needs {
+    let layers = weights.layers.iter();
+    let experts: Vec<Arc<Expert>> = layers.flat_map(|l| l.experts.iter().cloned()).collect();
+    let extra = Some(whole_scratch(c));
+    // As much memory as nobody has, so that all of it finds room.
+    let (placement, whole) = divide(1 << 60, c, weights, &experts, None, extra, slot_bytes);
+    let places = (0..experts.len()).filter_map(|key| placement.bytes(key));
+    let places: Vec<u64> = places.collect();
+    let layers = weights.layers.iter();
+    let dense = layers.flat_map(|l| [&l.q, &l.k, &l.v, &l.o]);
+    let dense: Vec<&Weight> = dense.chain([&weights.head]).collect();
+    let of_experts = experts.iter().flat_map(|e| e.weights());
+    let mut without: Vec<Format> = (dense.iter().copied().chain(of_experts))
+        .map(|w| w.format)
+        .filter(|format| !FORMATS.contains(format))
+        .collect();
+    without.sort_by_key(|format| format.index());
+    without.dedup();
+    let matrices: u64 = dense.iter().filter_map(|w| slot_bytes(&[w])).sum();
+    let small = whole.as_ref().map_or(0, Whole::small);
+    Needs {
+        scratch: scratch(c.d_model, c.d_ff) + whole.as_ref().map_or(0, |_| whole_scratch(c)),
+        dense: matrices + small,
+        kv_token: whole.as_ref().map(Whole::token),
+        experts: places.len(),
+        of: experts.len(),
+        bytes: places.iter().sum(),
+        without,
     }
 }

@@ -1,4 +1,5 @@
-//! A device with CUDA's kernels (`offload.cu`): where its buffers are, and which kernels run in which order.
+//! A device with CUDA's kernels (`offload.cu`): where its slots and buffers are, and which kernels run in which order for experts
+//! and matrices of one layer. Whole passes are in `offload/layers.rs`.
 
 use super::driver::{Driver, Launch};
 use super::kernels::{

@@ -160,6 +160,18 @@ impl Whole {
         (self.room, self.room / self.block * KV_BLOCK as u64)
     }
 
+    /// Bytes of keys and values of a token.
+    #[cfg(any(all(test, unix), feature = "cuda"))]
+    pub(super) fn token(&self) -> u64 {
+        self.block / KV_BLOCK as u64
+    }
+
+    /// Bytes of norms and routers.
+    #[cfg(any(all(test, unix), feature = "cuda"))]
+    pub(super) fn small(&self) -> u64 {
+        self.small_bytes
+    }
+
     /// Whether experts of long prompts pass through.
     pub(super) fn streams(&self) -> bool {
         !self.ring.is_empty()

@@ -500,7 +500,7 @@ fn experts_of_a_long_prompt_pass_through() {
 
 #[test]
 fn a_forecast_is_what_happens() {
-    use crate::moe::offload::forecast::forecast;
+    use crate::moe::offload::forecast::{forecast, needs};
     let c = demo(1, Ram::Mapped).config;
     for percent in [0, 55, 100] {
         let mut model = demo(1, Ram::Mapped);
@@ -525,7 +525,22 @@ fn a_forecast_is_what_happens() {
         assert_eq!(told.left == 0.0, held.experts == held.of, "{told:?}");
         assert!(told.scratch + told.kv + told.dense + told.bytes <= memory);
     }
-    let none = forecast(&c, &demo(1, Ram::Mapped).weights, 0, None);
+    // However much memory there is: what would lie there if it were enough.
+    let weights = demo(1, Ram::Mapped).weights;
+    let (all, needs) = (forecast(&c, &weights, 1 << 40, None), needs(&c, &weights));
+    assert_eq!(
+        (needs.experts, needs.of, needs.bytes),
+        (all.experts, all.of, all.bytes)
+    );
+    let small = 4 * (small_at(&c, c.n_layer)[0] + c.d_model) as u64;
+    assert_eq!(needs.dense, all.dense + small);
+    assert_eq!(needs.scratch + small, all.scratch);
+    assert_eq!(
+        needs.kv_token,
+        Some((4 * c.n_layer * c.n_kv * c.d_head) as u64)
+    );
+    assert_eq!(needs.without, []);
+    let none = forecast(&c, &weights, 0, None);
     assert_eq!(
         (none.dense, none.experts, none.scratch, none.kv),
         (0, 0, 0, 0)
