@@ -182,26 +182,13 @@ fn target(args: &Args, dst: &Path, kind: Kind) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn run(args: &Args) -> Result<()> {
-    if let Some(shell) = args.completions {
-        return print(&completions::of(Args::command(), shell)?);
-    }
-    if let Some(folder) = &args.man {
-        return man::write(Args::command(), folder);
-    }
-    let started = Instant::now();
-    // Without these two the command line has not been accepted.
-    let (Some(src), Some(dst)) = (&args.src, &args.dst) else {
-        return Err(Error::Usage("SRC and DST are missing".to_string()));
-    };
-    let source = open(args, src)?;
-    let imatrix = match &args.imatrix {
-        Some(path) => Some(ImatrixFile {
-            path: path.clone(),
-            data: Imatrix::read(path)?,
-        }),
-        None => None,
-    };
+/// Decides what each output will be.
+fn outputs(
+    args: &Args,
+    dst: &Path,
+    source: &Source,
+    imatrix: Option<&ImatrixFile>,
+) -> Result<Vec<Output>> {
     let options = Options {
         by_name: args.tensor_type.clone(),
         output: args.output_tensor_type,
@@ -222,14 +209,32 @@ fn run(args: &Args) -> Result<()> {
             return Err(Error::Usage(what));
         }
         let path = target(args, dst, kind)?;
-        outputs.push(plan::output(
-            &source,
-            kind,
-            &path,
-            imatrix.as_ref(),
-            &options,
-        )?);
+        outputs.push(plan::output(source, kind, &path, imatrix, &options)?);
     }
+    Ok(outputs)
+}
+
+fn run(args: &Args) -> Result<()> {
+    if let Some(shell) = args.completions {
+        return print(&completions::of(Args::command(), shell)?);
+    }
+    if let Some(folder) = &args.man {
+        return man::write(Args::command(), folder);
+    }
+    let started = Instant::now();
+    // Without these two the command line has not been accepted.
+    let (Some(src), Some(dst)) = (&args.src, &args.dst) else {
+        return Err(Error::Usage("SRC and DST are missing".to_string()));
+    };
+    let source = open(args, src)?;
+    let imatrix = match &args.imatrix {
+        Some(path) => Some(ImatrixFile {
+            path: path.clone(),
+            data: Imatrix::read(path)?,
+        }),
+        None => None,
+    };
+    let outputs = outputs(args, dst, &source, imatrix.as_ref())?;
     tell_notes(&source, &outputs, imatrix.as_ref());
     if args.dry_run {
         return print(&table(&source, &outputs, None));
