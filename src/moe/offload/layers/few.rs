@@ -39,7 +39,7 @@ struct Record {
 }
 
 impl<D: Driver> Gpu<D> {
-    /// Layers of few tokens, and the head, as far as nothing stops them.
+    /// A segment: layers of few tokens, and the head, as far as nothing stops them.
     fn segment(
         &self,
         pass: &Pass<'_>,
@@ -91,7 +91,7 @@ impl<D: Driver> Gpu<D> {
         }
     }
 
-    /// The same, recorded the first time.
+    /// A segment, which is recorded the first time.
     fn replayed(
         &mut self,
         pass: &Pass<'_>,
@@ -138,6 +138,7 @@ impl<D: Driver> Gpu<D> {
         }
     }
 
+    /// All layers and the head; false if the host has ended it.
     pub(super) fn few(
         &mut self,
         pass: &Pass<'_>,

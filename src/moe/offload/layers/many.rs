@@ -118,6 +118,7 @@ impl<'a> Deal<'a> {
 }
 
 impl<D: Driver> Gpu<D> {
+    /// All layers and the head; false if the host has ended it.
     pub(super) fn many(
         &mut self,
         pass: &Pass<'_>,
