@@ -1,4 +1,4 @@
-// The kernels of `offload/gpu.rs`, compiled for the device that is found (CUDA C++, by NVRTC), and by a C++ compiler
+// The kernels of `offload/gpu.rs` and `offload/layers.rs`, compiled for the device that is found (CUDA C++, by NVRTC), and by a C++ compiler
 // for the tests (`offload/emulated.h`).
 //
 // They keep the promise of one answer: the integer part of a product is exact in any order, and the float part is done
@@ -198,19 +198,13 @@ __device__ __forceinline__ float exp_(float x) {
 
 __device__ __forceinline__ float silu_mul(float g, float u) { return g / (1.0f + exp_(-g)) * u; }
 
-// `quantize` of quant/act.rs: x (n, k) floats to chunks (k / 256, n), a scale for every `PER` values. One warp takes one chunk.
+// `quantize` of quant/act.rs for one chunk, which a warp takes: a lane has 8 values, which lie in one block. Of a block of 32 four
+// lanes have values, of one of 256 all of them. `mine`: there are values for this lane.
 template <int PER>
-__device__ __forceinline__ void quantize(const float *x, Chunk *out, int n, int k, const int *stop, int layer) {
-    if (stopped(stop, layer)) return;
+__device__ __forceinline__ void pack(const float v[8], bool mine, Chunk *chunk) {
     int lane = threadIdx.x % WARP;
-    int i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, t = blockIdx.y;
-    if (i * CHUNK >= k) return;
-    Chunk *chunk = out + (u64)i * n + t;
-    // A lane has 8 values, which lie in one block: 4 lanes make a block of 32, all of them one of 256.
-    float v[8], max = 0.0f;
-    int at = i * CHUNK + 8 * lane;
+    float max = 0.0f;
     for (int j = 0; j < 8; j++) {
-        v[j] = at < k ? x[(u64)t * k + at + j] : 0.0f;
         float a = fabsf(v[j]);
         max = a > max ? a : max;
     }
@@ -227,12 +221,24 @@ __device__ __forceinline__ void quantize(const float *x, Chunk *out, int n, int 
         q[j / 4] |= (u32)(u8)b << 8 * (j % 4);
     }
     int both = sum + __shfl_xor_sync(ALL, sum, 1);
-    if (at >= k) return;
+    if (!mine) return;
     ((u32 *)chunk->qs)[2 * lane] = q[0];
     ((u32 *)chunk->qs)[2 * lane + 1] = q[1];
     chunk->halves[lane] = (short)sum;
     if (lane % 2 == 0) chunk->sums[lane / 2] = (short)both;
     if (lane % (PER / 8) == 0) chunk->d[lane / (PER / 8)] = d;
+}
+
+// x (n, k) floats to chunks (k / 256, n), a scale for every `PER` values.
+template <int PER>
+__device__ __forceinline__ void quantize(const float *x, Chunk *out, int n, int k, const int *stop, int layer) {
+    if (stopped(stop, layer)) return;
+    int i = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, t = blockIdx.y;
+    if (i * CHUNK >= k) return;
+    float v[8];
+    int at = i * CHUNK + 8 * (threadIdx.x % WARP);
+    for (int j = 0; j < 8; j++) v[j] = at < k ? x[(u64)t * k + at + j] : 0.0f;
+    pack<PER>(v, at < k, out + (u64)i * n + t);
 }
 
 // The sum of the 32 activations of group `g` of a token, which are in `chunk`.
@@ -503,9 +509,11 @@ __device__ __forceinline__ float fold(float mine) {
     return mine;
 }
 
-// x += add, where there is something to add, and h = norm(x) * w (`add` and `rms_norm` of simd/float.rs). A block takes row
-// `pick[blockIdx.x]`, or blockIdx.x, of x (n_tok, d); add, h: (rows, d).
-__device__ __forceinline__ void norm(float *x, const float *add, const u32 *pick, const float *w, float eps, float *h, int d) {
+// x += add, where there is something to add, and h = norm(x) * w (`add` and `rms_norm` of simd/float.rs), as floats and, where there
+// is room for that, as activations. A block takes row `pick[blockIdx.x]`, or blockIdx.x, of x (n_tok, d); add, h: (rows, d); q8, q8k:
+// chunks (d / 256, rows).
+__device__ __forceinline__ void norm(float *x, const float *add, const u32 *pick, const float *w, float eps, float *h, Chunk *q8,
+                                     Chunk *q8k, int d) {
     __shared__ float shared;
     int t = threadIdx.x;
     float *mine = x + (u64)(pick ? pick[blockIdx.x] : blockIdx.x) * d;
@@ -523,6 +531,15 @@ __device__ __forceinline__ void norm(float *x, const float *add, const u32 *pick
     __syncthreads();
     float scale = shared;
     for (int i = t; i < d; i += blockDim.x) h[(u64)blockIdx.x * d + i] = mine[i] * scale * w[i];
+    if (!q8 && !q8k) return;
+    for (int i = t / WARP; i * CHUNK < d; i += blockDim.x / WARP) {
+        float v[8];
+        int at = i * CHUNK + 8 * (t % WARP);
+        for (int j = 0; j < 8; j++) v[j] = at < d ? mine[at + j] * scale * w[at + j] : 0.0f;
+        u64 chunk = (u64)i * gridDim.x + blockIdx.x;
+        if (q8) pack<32>(v, at < d, q8 + chunk);
+        if (q8k) pack<256>(v, at < d, q8k + chunk);
+    }
 }
 
 // f32 to f16, half to even: `f16::from_f32_const`.
@@ -751,8 +768,9 @@ KERNEL(silu_mul_all, float *gate, const float *up, u64 n) {
 }
 
 // Floats come as their bits.
-KERNEL(norm_rows, float *x, const float *add, const u32 *pick, const float *w, u32 eps, float *h, int d, const int *stop) {
-    if (!stopped(stop, 0)) norm(x, add, pick, w, __uint_as_float(eps), h, d);
+KERNEL(norm_rows, float *x, const float *add, const u32 *pick, const float *w, u32 eps, float *h, Chunk *q8, Chunk *q8k, int d,
+       const int *stop) {
+    if (!stopped(stop, 0)) norm(x, add, pick, w, __uint_as_float(eps), h, q8, q8k, d);
 }
 KERNEL(rotate_heads, float *q, const float *k, const float *v, const float *cosine, const float *sine, const Place *places,
        u8 *const *blocks, u64 at, u16 *fresh, int n_tok, int n_head, int n_kv, int d_head, int n_rot, u32 scale,

@@ -231,8 +231,9 @@ impl<D: Driver> Gpu<D> {
         Ok(())
     }
 
-    /// `h = norm(x + add) · w` of `n` tokens, those of `picks` if that is not 0; `small`: where `w` is among the small weights.
-    fn norm(
+    /// `h = norm(x + add) · w` of `n` tokens, those of `picks` if that is not 0, and activations of it for `weights`. `small`: where
+    /// `w` is among the small weights.
+    fn norm<'w>(
         &self,
         pass: &Pass<'_>,
         lay: &Layout,
@@ -240,38 +241,33 @@ impl<D: Driver> Gpu<D> {
         picks: u64,
         n: usize,
         small: usize,
-        stop: u64,
-    ) -> Result<(), Fault> {
-        let w = self.at(pass.small) + 4 * small as u64;
-        let (d, eps) = (int(pass.config.d_model), float(pass.config.rms_eps));
-        let ends = [Long(w), eps, Long(lay.normed), d, Long(stop)];
-        let args = [&[Long(lay.x), Long(add), Long(picks)][..], &ends].concat();
-        // SAFETY: the arguments are those of `offload.cu`; `arrange` made the buffers large enough for all tokens, and what was
-        // picked is among them.
-        unsafe { self.begin([Launch::new("norm_rows", [n, 1], &args)]) }
-    }
-
-    /// Activations of `x (n, k)` for `weights`, each kind once.
-    fn activate<'w>(
-        &self,
-        lay: &Layout,
-        x: u64,
-        n: usize,
         weights: impl IntoIterator<Item = &'w Weight>,
         stop: u64,
     ) -> Result<(), Fault> {
-        let stop = Stop { at: stop, layer: 0 };
-        let mut done = Vec::new();
-        for w in weights {
-            let kind = w.format.act();
-            if !done.contains(&kind) {
-                done.push(kind);
-                let launch = quantize(kind, x, n, w.n_in, lay.acts(w, n).at, stop);
-                // SAFETY: as in `norm`.
-                unsafe { self.begin([launch])? };
+        let w = self.at(pass.small) + 4 * small as u64;
+        let (mut q8, mut q8k) = (0, 0);
+        for weight in weights {
+            match weight.format.act() {
+                ActKind::Q8 => q8 = lay.q8,
+                _ => q8k = lay.q8k,
             }
         }
-        Ok(())
+        let (d, eps) = (int(pass.config.d_model), float(pass.config.rms_eps));
+        let args = [
+            Long(lay.x),
+            Long(add),
+            Long(picks),
+            Long(w),
+            eps,
+            Long(lay.normed),
+            Long(q8),
+            Long(q8k),
+            d,
+            Long(stop),
+        ];
+        // SAFETY: the arguments are those of `offload.cu`; `arrange` made the buffers large enough for all tokens, and what was
+        // picked is among them.
+        unsafe { self.begin([Launch::new("norm_rows", [n, 1], &args)]) }
     }
 
     /// `y (n, n_out) = w · x` of activations that were made of `n` tokens.
@@ -308,9 +304,8 @@ impl<D: Driver> Gpu<D> {
         let [q, k, v, o] = pass.layers[layer].attention;
         let [attn_norm, ffn_norm, router] = small_at(c, layer);
         let d_kv = c.n_kv * c.d_head;
-        self.norm(pass, lay, 0, 0, n, attn_norm, stop)?;
         let inputs = [&weights.q, &weights.k, &weights.v];
-        self.activate(lay, lay.normed, n, inputs, stop)?;
+        self.norm(pass, lay, 0, 0, n, attn_norm, inputs, stop)?;
         self.dense(lay, q, &weights.q, n, lay.q, stop)?;
         self.dense(lay, k, &weights.k, n, lay.k, stop)?;
         self.dense(lay, v, &weights.v, n, lay.v, stop)?;
@@ -346,9 +341,14 @@ impl<D: Driver> Gpu<D> {
                 self.begin([Launch::new("attend_values", [c.n_head, part], &attend)])?;
             }
         }
-        self.activate(lay, lay.heads, n, [&weights.o], stop)?;
+        let (kind, x) = (weights.o.format.act(), lay.acts(&weights.o, n));
+        let stopped = Stop { at: stop, layer: 0 };
+        let quantize = quantize(kind, lay.heads, n, weights.o.n_in, x.at, stopped);
+        // SAFETY: as in `norm`.
+        unsafe { self.begin([quantize])? };
         self.dense(lay, o, &weights.o, n, lay.added, stop)?;
-        self.norm(pass, lay, lay.added, 0, n, ffn_norm, stop)?;
+        let experts = pattern(pass, layer).map(|expert| &expert.gate);
+        self.norm(pass, lay, lay.added, 0, n, ffn_norm, experts, stop)?;
 
         let router = Long(self.at(pass.small) + 4 * router as u64);
         let choices = Long(lay.choices + (8 * layer * n * c.n_used) as u64);
@@ -393,8 +393,8 @@ impl<D: Driver> Gpu<D> {
             return Ok(());
         }
         let (c, n, w) = (pass.config, lay.wanted, &pass.weights.head);
-        self.norm(pass, lay, 0, lay.picks, n, small_at(c, c.n_layer)[0], stop)?;
-        self.activate(lay, lay.normed, n, [w], stop)?;
+        let norm = small_at(c, c.n_layer)[0];
+        self.norm(pass, lay, 0, lay.picks, n, norm, [w], stop)?;
         self.dense(lay, pass.head, w, n, lay.logits, stop)
     }
 

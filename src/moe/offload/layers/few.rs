@@ -58,12 +58,12 @@ impl<D: Driver> Gpu<D> {
         }
     }
 
-    /// A layer's experts, by the table that the router made: those that are there.
+    /// A layer's experts, by the table that the router made: those that are there. Their input is there since the norm.
     fn few_experts(&self, pass: &Pass<'_>, lay: &Layout, layer: usize) -> Result<(), Fault> {
         let Some(Expert { gate, up: _, down }) = pattern(pass, layer) else {
             return Ok(());
         };
-        let (d, d_ff, n) = (gate.n_in, gate.n_out, lay.n_tok);
+        let (d_ff, n) = (gate.n_out, lay.n_tok);
         // Of a layer that has stopped the pass these run all the same.
         let stop = Stop {
             at: lay.stop,
@@ -83,7 +83,6 @@ impl<D: Driver> Gpu<D> {
         // not have no addresses.
         unsafe {
             self.begin([
-                quantize(gate.format.act(), lay.normed, n, d, x.at, stop),
                 expert_up(gate, rows, x, gates, stop),
                 quantize(down.format.act(), gates, rows.n, d_ff, inner.at, stop),
                 gemv(down, rows, inner, lay.out, stop),

@@ -164,7 +164,7 @@ impl<D: Driver> Gpu<D> {
             return Ok(sent.homes);
         };
         let gate = &expert.gate;
-        self.activate(lay, lay.normed, lay.n_tok, [gate], 0)?;
+        // Since the norm.
         let x = lay.acts(gate, lay.n_tok);
         let (here, passing) = deal.shares.split_at(deal.resident);
         let mut row = here.iter().map(|share| share.pick.len()).sum();

@@ -7,8 +7,9 @@ use crate::moe::offload::driver::Arg::{self, Int, Long};
 use crate::moe::offload::driver::{float, int};
 use crate::moe::router::{Choice, route};
 use crate::moe::{Config, offload::Seat};
+use crate::quant::act::{ActKind, CHUNK, Chunk};
 use crate::quant::float::{LANES, dots};
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 use half::f16;
 
 /// Kernels with their arguments made of slices.
@@ -56,7 +57,7 @@ fn bits(x: &[f32]) -> Vec<u32> {
 fn norms_of_any_width() {
     let kernels = Machine::new(1, None).unwrap().kernels;
     let mut random = Random(17);
-    for d in [1, 15, 16, 100, 129, 256, 1000] {
+    for d in [1, 15, 16, 96, 100, 129, 256, 1000, 1280] {
         let mut floats = |n: usize| -> Vec<f32> { (0..n).map(|_| 4.0 * random.float()).collect() };
         let (x, add, w) = (floats(3 * d), floats(2 * d), floats(d));
         // Row 2 and row 0, with something added.
@@ -67,15 +68,36 @@ fn norms_of_any_width() {
             kernels.add(&add[i * d..][..d], row);
             kernels.rms_norm(row, &w, 1e-5, &mut want[i * d..][..d]);
         }
+        // The same as activations, of the kinds that have blocks in such a width.
+        let kinds = [ActKind::Q8, ActKind::Q8K];
+        let n_chunks = d.div_ceil(CHUNK);
+        let want_chunks = kinds.map(|kind| {
+            let mut chunks = vec![Chunk::zeroed(); 2 * n_chunks];
+            for (at, chunk) in chunks.iter_mut().enumerate() {
+                let row = &want[at % 2 * d..][..d];
+                let part = &row[at / 2 * CHUNK..d.min((at / 2 + 1) * CHUNK)];
+                kernels.quantize(kind, part, chunk);
+            }
+            chunks
+        });
         for bench in Bench::all() {
             let at = bench.put(&x);
             let h = bench.put(&vec![f32::NAN; 2 * d]);
+            let chunks = kinds.map(|kind| match d.is_multiple_of(kind.block()) {
+                true => bench.put(&vec![Chunk::zeroed(); 2 * n_chunks]),
+                false => 0,
+            });
             let [add, picks, w] = [bench.put(&add), bench.put(&picks), bench.put(&w)];
-            let ends = [Long(w), float(1e-5), Long(h), int(d), Long(0)];
+            let [q8, q8k] = chunks.map(Long);
+            let ends = [Long(w), float(1e-5), Long(h), q8, q8k, int(d), Long(0)];
             let args = [&[Long(at), Long(add), Long(picks)][..], &ends].concat();
             bench.run("norm_rows", [2, 1], &args);
             assert_eq!(bits(&bench.get(at, 3 * d)), bits(&want_x), "{d}");
             assert_eq!(bits(&bench.get(h, 2 * d)), bits(&want), "{d}");
+            for (at, want) in chunks.iter().zip(&want_chunks).filter(|(at, _)| **at != 0) {
+                let got: Vec<u8> = bench.get(*at, size_of_val(&want[..]));
+                assert!(got == bytemuck::cast_slice::<_, u8>(want), "{d}");
+            }
         }
     }
 }
