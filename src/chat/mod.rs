@@ -5,7 +5,6 @@ pub mod constraint;
 pub mod conversation;
 pub mod draft;
 mod gbnf;
-pub mod gguf_vocab;
 pub mod jinja;
 mod json;
 pub mod repl;

@@ -1,6 +1,6 @@
 //! The vocabulary that a GGUF file carries.
 
-use super::tokenizer::{Piece, PieceKind, Tokenizer, Vocab};
+use super::{Piece, PieceKind, Tokenizer, Vocab};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
