@@ -4,7 +4,7 @@ use super::MAX_PIECES;
 use super::vocab::{Piece, PieceKind, Vocab, parse_byte, read_bounded};
 use crate::bounded;
 use crate::error::{Error, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -28,17 +28,13 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
     let json = parse(bytes, path)?;
     let model = &json["model"];
     let invalid =
-        |what: &str, expected: &str, found: &str| Error::invalid(path, what, expected, found);
-    let texts = model["vocab"].as_object().ok_or_else(|| {
-        invalid(
-            "model.vocab",
-            "an object of pieces and ids",
-            "something else",
-        )
-    })?;
+        |what: &str, expected: &str| Error::invalid(path, what, expected, "something else");
+    let texts = model["vocab"]
+        .as_object()
+        .ok_or_else(|| invalid("model.vocab", "an object of pieces and ids"))?;
     let merges = model["merges"]
         .as_array()
-        .ok_or_else(|| invalid("model.merges", "a list", "something else"))?;
+        .ok_or_else(|| invalid("model.merges", "a list"))?;
     if model["byte_fallback"] != true || find(&json["pre_tokenizer"], "ByteLevel").is_some() {
         return Err(Error::unsupported(
             path,
@@ -53,48 +49,57 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
             Some(scheme) => scheme != "never",
             None => m["add_prefix_space"] != false,
         });
-    let added = json["added_tokens"]
-        .as_array()
-        .map(Vec::as_slice)
-        .unwrap_or(&[]);
+    let added = json["added_tokens"].as_array();
+    let added = added.map(Vec::as_slice).unwrap_or_default();
+    let unk = model["unk_token"].as_str();
+    let mut pieces = pieces(texts, added, unk, path)?;
+    score(&mut pieces, merges, path)?;
+    Ok(Vocab {
+        bos: id_of(&pieces, "<s>"),
+        eos: id_of(&pieces, "</s>"),
+        unk: unk.and_then(|unk| id_of(&pieces, unk)),
+        add_bos: true,
+        add_space_prefix: space_prefix,
+        pieces,
+        ..Vocab::default()
+    })
+}
+
+/// The pieces that `model.vocab` and `added_tokens` name, without scores.
+fn pieces(
+    texts: &Map<String, Value>,
+    added: &[Value],
+    unk: Option<&str>,
+    path: &Path,
+) -> Result<Vec<Piece>> {
     let count = texts.len() + added.len();
     // Ids may leave gaps, but not wide ones: the list must stay about as large as the file.
     let limit = count.saturating_mul(2).saturating_add(1024).min(MAX_PIECES);
     let mut pieces: Vec<Piece> = Vec::with_capacity(count.min(limit));
-    let mut set = |id: Option<u64>, text: &str, kind: Option<PieceKind>| -> Result<()> {
-        let id = id
-            .and_then(|id| usize::try_from(id).ok())
-            .filter(|&id| id < limit)
-            .ok_or_else(|| {
-                invalid(
-                    &format!("the id of {text:?}"),
-                    &format!("a number below {limit}"),
-                    "another",
-                )
-            })?;
-        if id >= pieces.len() {
-            let gap = Piece {
-                text: String::new(),
-                score: 0.0,
-                kind: PieceKind::Unused,
-            };
-            pieces.resize(id + 1, gap);
-        }
-        let kind = kind.unwrap_or(match parse_byte(text) {
-            Some(_) => PieceKind::Byte,
-            None => PieceKind::Normal,
-        });
-        pieces[id] = Piece {
+    let mut set = |id: Option<u64>, text: &str, kind: PieceKind| -> Result<()> {
+        let id = id.and_then(|id| usize::try_from(id).ok());
+        let id = id.filter(|&id| id < limit).ok_or_else(|| {
+            let expected = format!("a number below {limit}");
+            Error::invalid(path, format!("the id of {text:?}"), expected, "another")
+        })?;
+        let piece = |text: &str, kind| Piece {
             text: text.to_string(),
             score: 0.0,
             kind,
         };
+        if id >= pieces.len() {
+            pieces.resize(id + 1, piece("", PieceKind::Unused));
+        }
+        pieces[id] = piece(text, kind);
         Ok(())
     };
     for (text, id) in texts {
-        set(id.as_u64(), text, None)?;
+        let kind = match parse_byte(text) {
+            Some(_) => PieceKind::Byte,
+            None => PieceKind::Normal,
+        };
+        set(id.as_u64(), text, kind)?;
     }
-    let unk = model["unk_token"].as_str();
     for token in added {
         let text = token["content"].as_str().unwrap_or_default();
         let kind = match token["special"].as_bool() {
@@ -102,8 +107,13 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
             Some(true) => PieceKind::Control,
             _ => PieceKind::UserDefined,
         };
-        set(token["id"].as_u64(), text, Some(kind))?;
+        set(token["id"].as_u64(), text, kind)?;
     }
+    Ok(pieces)
+}
+
+/// Gives each piece minus the rank of the first merge that makes it. What no merge makes is not in use.
+fn score(pieces: &mut [Piece], merges: &[Value], path: &Path) -> Result<()> {
     let mut rank: HashMap<String, usize> = HashMap::with_capacity(merges.len());
     for (i, merge) in merges.iter().enumerate() {
         let pair = match (merge.as_str(), merge.as_array().map(Vec::as_slice)) {
@@ -111,8 +121,9 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
             (_, Some([left, right])) => left.as_str().zip(right.as_str()),
             _ => None,
         };
-        let (left, right) =
-            pair.ok_or_else(|| invalid(&format!("merge {i}"), "two pieces", "something else"))?;
+        let (left, right) = pair.ok_or_else(|| {
+            Error::invalid(path, format!("merge {i}"), "two pieces", "something else")
+        })?;
         rank.entry(format!("{left}{right}")).or_insert(i);
     }
     for piece in pieces.iter_mut().filter(|p| p.kind == PieceKind::Normal) {
@@ -123,21 +134,13 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
             None => {}
         }
     }
-    let id_of = |text: &str| {
-        pieces
-            .iter()
-            .position(|p| p.text == text)
-            .map(|id| id as u32)
-    };
-    Ok(Vocab {
-        bos: id_of("<s>"),
-        eos: id_of("</s>"),
-        unk: unk.and_then(id_of),
-        add_bos: true,
-        add_space_prefix: space_prefix,
-        pieces,
-        ..Vocab::default()
-    })
+    Ok(())
+}
+
+/// The first piece with this text.
+fn id_of(pieces: &[Piece], text: &str) -> Option<u32> {
+    let at = pieces.iter().position(|p| p.text == text)?;
+    Some(at as u32)
 }
 
 /// `tokenizer_config.json` and `chat_template.jinja`, where the folder has them.
@@ -171,12 +174,7 @@ pub(super) fn apply_config(vocab: &mut Vocab, folder: &Path) -> Result<()> {
     // A token is written as its text or as an object around it.
     let id = |key: &str| {
         let token = &config[key];
-        let text = token.as_str().or(token["content"].as_str())?;
-        vocab
-            .pieces
-            .iter()
-            .position(|p| p.text == text)
-            .map(|id| id as u32)
+        id_of(&vocab.pieces, token.as_str().or(token["content"].as_str())?)
     };
     let (bos, eos) = (id("bos_token"), id("eos_token"));
     vocab.bos = bos.or(vocab.bos);

@@ -86,6 +86,15 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// What of the trainer's and the normalizer's settings decides whether the vocabulary can be used here.
+struct Settings {
+    /// The kind of model.
+    kind: u64,
+    keeps_spaces: bool,
+    /// Text stays as it is but for `▁` in place of spaces, in front of words.
+    plain: bool,
+}
+
 pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
     let mut vocab = Vocab {
         bos: Some(1),
@@ -96,7 +105,11 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
         ..Vocab::default()
     };
     // proto2 defaults: unigram, and a normalizer that drops extra spaces.
-    let (mut model, mut keeps_spaces, mut plain) = (1, false, true);
+    let mut settings = Settings {
+        kind: 1,
+        keeps_spaces: false,
+        plain: true,
+    };
     let mut fields = Fields {
         bytes,
         at: 0,
@@ -104,59 +117,23 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
         path,
     };
     while let Some(field) = fields.next()? {
-        match field {
-            (1, Field::Bytes(bytes, base)) => {
-                if vocab.pieces.len() == MAX_PIECES {
-                    return Err(fields.wrong(
-                        "the list of pieces",
-                        &format!("at most {MAX_PIECES}"),
-                        "more",
-                    ));
-                }
-                vocab.pieces.push(piece(Fields {
-                    bytes,
-                    at: 0,
-                    base,
-                    path,
-                })?);
+        let (number, Field::Bytes(bytes, base)) = field else {
+            continue;
+        };
+        let inner = Fields {
+            bytes,
+            at: 0,
+            base,
+            path,
+        };
+        match number {
+            1 if vocab.pieces.len() == MAX_PIECES => {
+                let most = format!("at most {MAX_PIECES}");
+                return Err(fields.wrong("the list of pieces", &most, "more"));
             }
-            (2, Field::Bytes(bytes, base)) => {
-                let mut trainer = Fields {
-                    bytes,
-                    at: 0,
-                    base,
-                    path,
-                };
-                // Ids are int32; a negative one (ten bytes) says that there is no such piece.
-                let id = |v: u64| u32::try_from(v as i64).ok();
-                while let Some(field) = trainer.next()? {
-                    match field {
-                        (3, Field::Varint(v)) => model = v,
-                        (24, Field::Varint(v)) => plain &= v == 0, // whitespace as suffix
-                        (40, Field::Varint(v)) => vocab.unk = id(v),
-                        (41, Field::Varint(v)) => vocab.bos = id(v),
-                        (42, Field::Varint(v)) => vocab.eos = id(v),
-                        _ => {}
-                    }
-                }
-            }
-            (3, Field::Bytes(bytes, base)) => {
-                let mut normalizer = Fields {
-                    bytes,
-                    at: 0,
-                    base,
-                    path,
-                };
-                while let Some(field) = normalizer.next()? {
-                    match field {
-                        (2, Field::Bytes(map, _)) => plain &= map.is_empty(),
-                        (3, Field::Varint(v)) => vocab.add_space_prefix = v != 0,
-                        (4, Field::Varint(v)) => keeps_spaces = v == 0,
-                        (5, Field::Varint(v)) => plain &= v != 0, // escape spaces
-                        _ => {}
-                    }
-                }
-            }
+            1 => vocab.pieces.push(piece(inner)?),
+            2 => trainer(inner, &mut vocab, &mut settings)?,
+            3 => normalizer(inner, &mut vocab, &mut settings)?,
             _ => {}
         }
     }
@@ -168,15 +145,15 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
             "no pieces in it",
         ));
     }
-    if model != 2 {
+    if settings.kind != 2 {
         return Err(Error::unsupported(
             path,
             "the SentencePiece model type",
             "2 (BPE)",
-            model,
+            settings.kind,
         ));
     }
-    if !plain || !keeps_spaces {
+    if !settings.plain || !settings.keeps_spaces {
         return Err(Error::unsupported(
             path,
             "the SentencePiece normalizer",
@@ -185,6 +162,35 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vocab> {
         ));
     }
     Ok(vocab)
+}
+
+fn trainer(mut fields: Fields<'_>, vocab: &mut Vocab, settings: &mut Settings) -> Result<()> {
+    // Ids are int32; a negative one (ten bytes) says that there is no such piece.
+    let id = |v: u64| u32::try_from(v as i64).ok();
+    while let Some(field) = fields.next()? {
+        match field {
+            (3, Field::Varint(v)) => settings.kind = v,
+            (24, Field::Varint(v)) => settings.plain &= v == 0, // whitespace as suffix
+            (40, Field::Varint(v)) => vocab.unk = id(v),
+            (41, Field::Varint(v)) => vocab.bos = id(v),
+            (42, Field::Varint(v)) => vocab.eos = id(v),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn normalizer(mut fields: Fields<'_>, vocab: &mut Vocab, settings: &mut Settings) -> Result<()> {
+    while let Some(field) = fields.next()? {
+        match field {
+            (2, Field::Bytes(map, _)) => settings.plain &= map.is_empty(),
+            (3, Field::Varint(v)) => vocab.add_space_prefix = v != 0,
+            (4, Field::Varint(v)) => settings.keeps_spaces = v == 0,
+            (5, Field::Varint(v)) => settings.plain &= v != 0, // escape spaces
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn piece(mut fields: Fields<'_>) -> Result<Piece> {
