@@ -1,6 +1,7 @@
 //! Tokenizers, prompts and samplers against what the official implementations give (tests/data).
 
-use octet::chat::template::{Message, Template};
+use octet::chat::message::Message;
+use octet::chat::template::Template;
 use octet::chat::tokenizer::Tokenizer;
 use octet::error::Error;
 use serde_json::Value;

@@ -6,7 +6,8 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Stdio;
 
-use octet::chat::template::{Message, Role, Template};
+use octet::chat::message::{Message, Role};
+use octet::chat::template::Template;
 use octet::chat::tokenizer::Tokenizer;
 use octet::gguf::{Gguf, Writer};
 use octet::moe::{Kv, KvType, Machine, Model, Run, Scratch, Want};

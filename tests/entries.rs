@@ -11,11 +11,12 @@ use std::sync::{Arc, LazyLock};
 use octet::chat::constraint::{Compiler, Form};
 use octet::chat::conversation::Conversation;
 use octet::chat::jinja::JinjaTemplate;
+use octet::chat::message::{Message, Role};
 use octet::chat::request::{Defaults, Line, Request};
 use octet::chat::sampler::SamplerOptions;
 use octet::chat::saved::{ModelId, Saved};
 use octet::chat::session::Session;
-use octet::chat::template::{Message, Role, Template};
+use octet::chat::template::Template;
 use octet::chat::tokenizer::{Tokenizer, Vocab};
 use octet::chat::tools::read_tools;
 use octet::cli::journal::{Journal, Mode};
@@ -462,7 +463,7 @@ static TOKENIZER: LazyLock<Arc<Tokenizer>> =
 static TEMPLATE: LazyLock<Template> = LazyLock::new(|| Template::choose(&TOKENIZER, None).unwrap());
 
 static COMPILER: LazyLock<Compiler> =
-    LazyLock::new(|| Compiler::new(&TOKENIZER, &TEMPLATE.stop_ids(&TOKENIZER)).unwrap());
+    LazyLock::new(|| Compiler::new(&TOKENIZER, &TOKENIZER.stop_ids()).unwrap());
 
 /// A conversation with everything that templates look at.
 static TALK: LazyLock<(Vec<Message>, Vec<Value>)> = LazyLock::new(|| {

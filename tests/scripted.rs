@@ -3,7 +3,8 @@
 //! It is a real file of the usual kind. A token's embedding is a direction of its own, attention and experts
 //! add nothing, and the output head points from each token to the one that follows it.
 
-use octet::chat::template::{Message, Role, Template};
+use octet::chat::message::{Message, Role};
+use octet::chat::template::Template;
 use octet::chat::tokenizer::Tokenizer;
 use octet::gguf::Gguf;
 use octet::quant::Format;

@@ -6,9 +6,9 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use octet::chat::conversation::Conversation;
+use octet::chat::message::{Message, Role};
 use octet::chat::saved::{ModelId, Saved, Shelf, kv_path};
 use octet::chat::session::Session;
-use octet::chat::template::{Message, Role};
 use octet::error::{Error, Result};
 use octet::gguf::Gguf;
 use octet::moe::kv_file::{KvFile, Loaded};

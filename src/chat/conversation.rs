@@ -1,6 +1,7 @@
 //! What was said, and the part of it that the model is given.
 
-use super::template::{Message, Role, Template};
+use super::message::{Message, Role};
+use super::template::Template;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -193,7 +194,7 @@ mod tests {
     fn turns_are_taken_back_whole() {
         let mut c = conversation(3);
         let mut call = Message::new(Role::Assistant, "");
-        call.tool_calls.push(super::super::template::ToolCall {
+        call.tool_calls.push(super::super::message::ToolCall {
             id: "abcdefgh1".into(),
             name: "f".into(),
             arguments: "{}".into(),

@@ -28,7 +28,7 @@ use serde_json::Value;
 
 use crate::bounded::{self, Exceeded, Limits};
 use crate::chat::json::Json;
-use crate::chat::template::{Message, Role};
+use crate::chat::message::{Message, Role};
 use crate::chat::tokenizer::{Matcher, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 
@@ -624,7 +624,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::chat::template::{Template, ToolCall};
+    use crate::chat::message::ToolCall;
     use crate::chat::tokenizer::{Piece, Vocab};
 
     const CHATML: &str = "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + \
@@ -684,10 +684,7 @@ mod tests {
         want.push(start);
         want.extend(tok.encode_with("assistant\n", true, false));
         assert_eq!(got, want);
-        assert_eq!(
-            Template::choose(&tok, Some(CHATML)).unwrap().stop_ids(&tok),
-            [2, end]
-        );
+        assert_eq!(tok.stop_ids(), [2, end]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod draft;
 mod gbnf;
 pub mod jinja;
 mod json;
+pub mod message;
 pub mod repl;
 pub mod request;
 pub mod sampler;

@@ -10,10 +10,11 @@ mod markdown;
 
 use super::constraint::{Constraint, INCOMPLETE};
 use super::conversation::Conversation;
+use super::message::{Message, Role, ToolCall};
 use super::sampler::{Sampler, SamplerOptions};
 use super::saved::{ModelId, Saved, Shelf};
 use super::session::{Event, Finish, Limits, Session, Stats};
-use super::template::{Message, Role, Template, ToolCall};
+use super::template::Template;
 use super::tokenizer::{Tokenizer, for_terminal};
 use crate::error::{Error, Result};
 use crate::near::did_you_mean;
@@ -401,7 +402,7 @@ impl Talk<'_> {
             self.tell_left_out(before, !tokens.is_empty());
             let limits = Limits {
                 max_tokens: Some(most - tokens.len()),
-                stop: template.stop_ids(tokenizer),
+                stop: tokenizer.stop_ids(),
                 ..Limits::default()
             };
             let (interrupted, progress) = (self.repl.interrupted, &mut self.repl.progress);

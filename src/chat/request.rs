@@ -1,10 +1,12 @@
 //! Requests in JSON, in OpenAI's form or our own, and answers in OpenAI's form.
 
 use super::constraint::Form;
+use super::message::{Message, Role, brief};
 use super::sampler::{SamplerOptions, settings};
 use super::session::{Answer, Finish, Limits};
-use super::template::{Message, Role, Template, brief, check_tool};
+use super::template::Template;
 use super::tokenizer::Tokenizer;
+use super::tools::check_tool;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -211,7 +213,7 @@ impl Request {
         let mut rest = said.rest;
         let mut limits = Limits {
             max_tokens: rest.max_tokens,
-            stop: template.stop_ids(tokenizer),
+            stop: tokenizer.stop_ids(),
             logprobs: logprobs.map_or(0, |k| k.max(1)),
         };
         if rest.ignore_ends && rest.form.is_some() {

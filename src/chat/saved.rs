@@ -6,8 +6,8 @@
 //! need not agree: the text says what was said, and the cache only saves reading what of that it holds.
 
 use super::conversation::Conversation;
+use super::message::{Message, Role};
 use super::session::Session;
-use super::template::{Message, Role};
 use crate::bounded;
 use crate::disk::{self, WholeFile};
 use crate::error::{Error, Result};

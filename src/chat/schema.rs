@@ -3,6 +3,7 @@
 //! The prompt formats with tools refuse a tool whose `parameters` are no valid schema, so the meta-schema
 //! (<https://json-schema.org/draft-07/schema>) is written down here as one table of keywords.
 
+use super::message::beginning;
 use serde_json::Value;
 
 /// What a keyword's value must be.
@@ -95,11 +96,7 @@ pub(super) fn check(schema: &Value, place: &str) -> Result<(), Fault> {
 }
 
 fn fault(place: &str, expected: &'static str, found: &Value) -> Result<(), Fault> {
-    let mut found: String = found.to_string().chars().take(60).collect();
-    if found.chars().count() == 60 {
-        found.push('…');
-    }
-    Err((place.to_string(), expected, found))
+    Err((place.to_string(), expected, beginning(&found.to_string())))
 }
 
 impl Rule {

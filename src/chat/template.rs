@@ -12,270 +12,14 @@
 //! SentencePiece's dummy space, and control ids are put between. So nothing that a user typed becomes a control piece.
 //! What mistral-common refuses is refused here, with [`Error::Prompt`].
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::chat::jinja::JinjaTemplate;
-use crate::chat::json::{self, Json, NotJson};
-use crate::chat::schema;
-use crate::chat::tokenizer::Tokenizer;
-use crate::chat::tools;
+use super::jinja::JinjaTemplate;
+use super::json::{self, Json, NotJson};
+use super::message::{Message, Role, ToolCall, join};
+use super::tokenizer::Tokenizer;
+use super::tools::{self, check_name, check_tool};
 use crate::error::{Error, Result};
-
-/// Who speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Sets the scene.
-    System,
-    /// Asks.
-    User,
-    /// Answers: the model.
-    Assistant,
-    /// Gives the result of a tool call.
-    Tool,
-}
-
-impl Role {
-    /// The role's name in JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            Role::System => "system",
-            Role::User => "user",
-            Role::Assistant => "assistant",
-            Role::Tool => "tool",
-        }
-    }
-
-    fn from_name(name: &str) -> Option<Role> {
-        [Role::System, Role::User, Role::Assistant, Role::Tool]
-            .into_iter()
-            .find(|role| role.name() == name)
-    }
-}
-
-/// A call of a tool, made by the model.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ToolCall {
-    /// Joins the call to its result. V3 wants 9 letters or digits; `"null"` where the message has none.
-    pub id: String,
-    /// The function's name.
-    pub name: String,
-    /// The arguments, as JSON text.
-    pub arguments: String,
-}
-
-/// One message of a conversation. In JSON it has OpenAI's shape.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Message {
-    /// Who speaks.
-    pub role: Role,
-    /// The text. A list of text chunks in JSON is joined with blank lines.
-    pub content: String,
-    /// The calls of an assistant's message.
-    pub tool_calls: Vec<ToolCall>,
-    /// Which call a tool's message answers.
-    pub tool_call_id: Option<String>,
-    /// The tool's name in a tool's message; not part of any prompt here.
-    pub name: Option<String>,
-    /// The last message is the beginning of the answer: it is not closed, the model goes on with it.
-    pub prefix: bool,
-}
-
-impl Message {
-    /// A message of text only.
-    pub fn new(role: Role, content: impl Into<String>) -> Message {
-        Message {
-            role,
-            content: content.into(),
-            tool_calls: Vec::new(),
-            tool_call_id: None,
-            name: None,
-            prefix: false,
-        }
-    }
-
-    /// A message from OpenAI's JSON shape; unknown keys are ignored.
-    ///
-    /// Errors: [`Error::Prompt`] for an unknown role, content that is not text, or fields of the wrong type.
-    pub fn from_json(value: &Value) -> Result<Message> {
-        let role = value["role"]
-            .as_str()
-            .and_then(Role::from_name)
-            .ok_or_else(|| {
-                Error::prompt(
-                    "a message's role",
-                    "system, user, assistant or tool",
-                    brief(&value["role"]),
-                )
-            })?;
-        let mut message = Message::new(role, text_content(role, &value["content"])?);
-        message.tool_call_id = optional_text(value, "tool_call_id")?;
-        message.name = optional_text(value, "name")?;
-        message.prefix = match &value["prefix"] {
-            Value::Null => false,
-            Value::Bool(prefix) => *prefix,
-            other => {
-                return Err(Error::prompt(
-                    "a message's prefix",
-                    "true or false",
-                    brief(other),
-                ));
-            }
-        };
-        match &value["tool_calls"] {
-            Value::Null => {}
-            Value::Array(calls) => {
-                message.tool_calls = calls.iter().map(tool_call).collect::<Result<_>>()?;
-            }
-            other => {
-                return Err(Error::prompt(
-                    "a message's tool_calls",
-                    "a list",
-                    brief(other),
-                ));
-            }
-        }
-        Ok(message)
-    }
-
-    /// The message in OpenAI's JSON shape; what [`Message::from_json`] reads back.
-    pub fn to_json(&self) -> Value {
-        let mut value = json!({"role": self.role.name(), "content": self.content});
-        if !self.tool_calls.is_empty() {
-            let call = |c: &ToolCall| json!({"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}});
-            value["tool_calls"] = self.tool_calls.iter().map(call).collect();
-        }
-        if let Some(id) = &self.tool_call_id {
-            value["tool_call_id"] = id.as_str().into();
-        }
-        if let Some(name) = &self.name {
-            value["name"] = name.as_str().into();
-        }
-        if self.prefix {
-            value["prefix"] = true.into();
-        }
-        value
-    }
-
-    /// The messages of a JSON list. Errors as [`Message::from_json`].
-    pub fn list_from_json(value: &Value) -> Result<Vec<Message>> {
-        value
-            .as_array()
-            .ok_or_else(|| Error::prompt("the messages", "a list", brief(value)))?
-            .iter()
-            .map(Message::from_json)
-            .collect()
-    }
-}
-
-impl<'de> Deserialize<'de> for Message {
-    fn deserialize<D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> std::result::Result<Message, D::Error> {
-        let value = Value::deserialize(deserializer)?;
-        Message::from_json(&value).map_err(serde::de::Error::custom)
-    }
-}
-
-impl Serialize for Message {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        self.to_json().serialize(serializer)
-    }
-}
-
-/// A value as an error shows it.
-pub(super) fn brief(value: &Value) -> String {
-    if value.is_null() {
-        return "none".into();
-    }
-    let mut text: String = value.to_string().chars().take(60).collect();
-    if text.chars().count() == 60 {
-        text.push('…');
-    }
-    text
-}
-
-fn optional_text(value: &Value, key: &str) -> Result<Option<String>> {
-    match &value[key] {
-        Value::Null => Ok(None),
-        Value::String(text) => Ok(Some(text.clone())),
-        other => Err(Error::prompt(
-            format!("a message's {key}"),
-            "a string",
-            brief(other),
-        )),
-    }
-}
-
-/// A string, a list of text chunks, or (for the assistant) nothing.
-fn text_content(role: Role, content: &Value) -> Result<String> {
-    let bad = |found: &Value| {
-        let what = format!("the content of the {} message", role.name());
-        Err(Error::prompt(
-            what,
-            "text or a list of text chunks",
-            brief(found),
-        ))
-    };
-    match content {
-        Value::String(text) => Ok(text.clone()),
-        Value::Null if role == Role::Assistant => Ok(String::new()),
-        Value::Array(chunks) => {
-            let mut texts = Vec::new();
-            for chunk in chunks {
-                match (chunk["type"].as_str(), chunk["text"].as_str()) {
-                    (Some("text"), Some(text)) => texts.push(text),
-                    _ => return bad(chunk),
-                }
-            }
-            Ok(join(texts.into_iter()))
-        }
-        other => bad(other),
-    }
-}
-
-fn tool_call(value: &Value) -> Result<ToolCall> {
-    let function = &value["function"];
-    if !matches!(value["type"].as_str().unwrap_or("function"), "function") {
-        return Err(Error::prompt(
-            "a tool call's type",
-            "function",
-            brief(&value["type"]),
-        ));
-    }
-    let name = function["name"].as_str().ok_or_else(|| {
-        Error::prompt(
-            "a tool call's function name",
-            "a string",
-            brief(&function["name"]),
-        )
-    })?;
-    let arguments = match &function["arguments"] {
-        Value::Null => "{}".to_string(),
-        Value::String(text) => text.clone(),
-        object @ Value::Object(_) => Json::from(object).dump(),
-        other => {
-            return Err(Error::prompt(
-                "a tool call's arguments",
-                "JSON text or an object",
-                brief(other),
-            ));
-        }
-    };
-    Ok(ToolCall {
-        id: optional_text(value, "id")?.unwrap_or_else(|| "null".into()),
-        name: name.to_string(),
-        arguments,
-    })
-}
-
-/// Texts of one speaker in a row are one text; empty ones leave no trace.
-fn join<'a>(texts: impl Iterator<Item = &'a str>) -> String {
-    texts
-        .filter(|text| !text.is_empty())
-        .collect::<Vec<_>>()
-        .join("\n\n")
-}
 
 /// How a model's prompts are made.
 #[derive(Debug)]
@@ -422,15 +166,27 @@ impl Template {
         message.tool_calls = calls;
         Ok(message)
     }
-
-    /// The ids at which an answer ends.
-    pub fn stop_ids(&self, tok: &Tokenizer) -> Vec<u32> {
-        tok.stop_ids()
-    }
 }
 
-/// What mistral-common checks before it builds a prompt.
+/// What mistral-common checks before it builds a prompt. `ids`: whether calls and results must have them.
 fn validate(messages: &[Message], tools: Option<&[Value]>, ids: bool) -> Result<()> {
+    check_order(messages)?;
+    check_results(messages)?;
+    for (i, message) in messages.iter().enumerate() {
+        check_message(message, ids)?;
+        if message.prefix && message.role == Role::Assistant && i + 1 != messages.len() {
+            return Err(Error::prompt(
+                "an assistant message with \"prefix\": true",
+                "the last message",
+                format!("message {}", i + 1),
+            ));
+        }
+    }
+    tools.unwrap_or(&[]).iter().try_for_each(check_tool)
+}
+
+/// Who may speak first, last and after whom.
+fn check_order(messages: &[Message]) -> Result<()> {
     let first = messages
         .first()
         .ok_or_else(|| Error::prompt("the conversation", "at least one message", "none"))?;
@@ -465,8 +221,12 @@ fn validate(messages: &[Message], tools: Option<&[Value]>, ids: bool) -> Result<
             ));
         }
     }
-    // Before each further assistant message all calls must have their results. The official count begins after
-    // the first message and is not checked at the end; the same conversations pass here.
+    Ok(())
+}
+
+/// Before each further assistant message all calls must have their results. The official count begins after
+/// the first message and is not checked at the end; the same conversations pass here.
+fn check_results(messages: &[Message]) -> Result<()> {
     let mut open = 0i64;
     for message in &messages[1..] {
         match message.role {
@@ -487,49 +247,41 @@ fn validate(messages: &[Message], tools: Option<&[Value]>, ids: bool) -> Result<
             _ => {}
         }
     }
-    for (i, message) in messages.iter().enumerate() {
-        match message.role {
-            Role::Assistant => {
-                if message.content.is_empty() == message.tool_calls.is_empty() {
-                    let found = if message.content.is_empty() {
-                        "neither"
-                    } else {
-                        "both"
-                    };
-                    return Err(Error::prompt(
-                        "an assistant message",
-                        "either text or tool calls",
-                        found,
-                    ));
-                }
-                for call in &message.tool_calls {
-                    if ids {
-                        check_id(Some(&call.id).filter(|id| *id != "null"))?;
-                    }
-                    check_name(&call.name)?;
-                }
-                if message.prefix && i + 1 != messages.len() {
-                    let what = "an assistant message with \"prefix\": true";
-                    return Err(Error::prompt(
-                        what,
-                        "the last message",
-                        format!("message {}", i + 1),
-                    ));
-                }
+    Ok(())
+}
+
+/// What a single message may say.
+fn check_message(message: &Message, ids: bool) -> Result<()> {
+    match message.role {
+        Role::Assistant => {
+            if message.content.is_empty() == message.tool_calls.is_empty() {
+                let found = if message.content.is_empty() {
+                    "neither"
+                } else {
+                    "both"
+                };
+                return Err(Error::prompt(
+                    "an assistant message",
+                    "either text or tool calls",
+                    found,
+                ));
             }
-            Role::Tool => {
-                if let Some(name) = &message.name {
-                    check_name(name)?;
-                }
+            for call in &message.tool_calls {
                 if ids {
-                    check_id(message.tool_call_id.as_ref())?;
+                    check_id(Some(&call.id).filter(|id| *id != "null"))?;
                 }
+                check_name(&call.name)?;
             }
-            Role::System | Role::User => {}
         }
-    }
-    for tool in tools.unwrap_or(&[]) {
-        check_tool(tool)?;
+        Role::Tool => {
+            if let Some(name) = &message.name {
+                check_name(name)?;
+            }
+            if ids {
+                check_id(message.tool_call_id.as_ref())?;
+            }
+        }
+        Role::System | Role::User => {}
     }
     Ok(())
 }
@@ -550,59 +302,6 @@ fn check_id(id: Option<&String>) -> Result<()> {
             "a tool call's id",
             "9 letters or digits (a-z, A-Z, 0-9)",
             id.map_or("none".into(), |id| format!("{id:?}")),
-        )),
-    }
-}
-
-pub(super) fn check_name(name: &str) -> Result<()> {
-    let good = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-    if (1..=64).contains(&name.len()) && name.bytes().all(good) {
-        return Ok(());
-    }
-    Err(Error::prompt(
-        "a function's name",
-        "1 to 64 of a-z, A-Z, 0-9, _ and -",
-        format!("{name:?}"),
-    ))
-}
-
-/// A tool must be a function with a name and, if it has parameters, a JSON Schema for them.
-pub(super) fn check_tool(tool: &Value) -> Result<()> {
-    let function = &tool["function"];
-    if !matches!(&tool["type"], Value::Null) && tool["type"] != "function" {
-        return Err(Error::prompt(
-            "a tool's type",
-            "function",
-            brief(&tool["type"]),
-        ));
-    }
-    let Some(name) = function["name"].as_str() else {
-        let expected = "{\"type\": \"function\", \"function\": {\"name\": …}}";
-        return Err(Error::prompt("a tool", expected, brief(tool)));
-    };
-    check_name(name)?;
-    if !matches!(&function["description"], Value::Null | Value::String(_)) {
-        return Err(Error::prompt(
-            "a tool's description",
-            "a string",
-            brief(&function["description"]),
-        ));
-    }
-    match &function["parameters"] {
-        Value::Null => Ok(()),
-        parameters @ Value::Object(_) => {
-            schema::check(parameters, "parameters").map_err(|(place, expected, found)| {
-                Error::prompt(
-                    format!("the JSON Schema of tool {name}: {place}"),
-                    expected,
-                    found,
-                )
-            })
-        }
-        other => Err(Error::prompt(
-            "a tool's parameters",
-            "an object",
-            brief(other),
         )),
     }
 }
@@ -869,67 +568,6 @@ mod tests {
             .unwrap();
         assert_eq!((ids[..2].to_vec(), ids[ids.len() - 1]), (vec![1, 3], 4));
         assert!(!ids[2..ids.len() - 1].iter().any(|&id| tok.is_control(id)));
-    }
-
-    #[test]
-    fn messages_survive_json() {
-        let mut call = Message::new(Role::Assistant, "");
-        let arguments = "{\"a\": 1}".to_string();
-        call.tool_calls.push(ToolCall {
-            id: "abcdefgh1".into(),
-            name: "f".into(),
-            arguments,
-        });
-        let mut result = Message::new(Role::Tool, "{}");
-        result.tool_call_id = Some("abcdefgh1".into());
-        result.name = Some("f".into());
-        let mut prefix = Message::new(Role::Assistant, "So \u{0}\"");
-        prefix.prefix = true;
-        for message in [call, result, prefix, Message::new(Role::System, "é")] {
-            let text = serde_json::to_string(&message).unwrap();
-            assert_eq!(serde_json::from_str::<Message>(&text).unwrap(), message);
-        }
-    }
-
-    #[test]
-    fn odd_messages_are_named() {
-        for (json, word) in [
-            (r#"{}"#, "role"),
-            (r#"3"#, "role"),
-            (r#"{"role":"x","content":"a"}"#, "role"),
-            (r#"{"role":"user"}"#, "content of the user message"),
-            (
-                r#"{"role":"user","content":{"a":1}}"#,
-                "content of the user message",
-            ),
-            (
-                r#"{"role":"user","content":[{"type":"image_url"}]}"#,
-                "text chunks",
-            ),
-            (
-                r#"{"role":"tool","content":"","tool_call_id":3}"#,
-                "tool_call_id",
-            ),
-            (r#"{"role":"assistant","prefix":1}"#, "prefix"),
-            (r#"{"role":"assistant","tool_calls":{}}"#, "tool_calls"),
-            (r#"{"role":"assistant","tool_calls":[3]}"#, "function name"),
-            (
-                r#"{"role":"assistant","tool_calls":[{"type":"x","function":{"name":"f"}}]}"#,
-                "type",
-            ),
-            (
-                r#"{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":[]}}]}"#,
-                "arguments",
-            ),
-        ] {
-            let value: Value = serde_json::from_str(json).unwrap();
-            let error = Message::from_json(&value).unwrap_err();
-            assert!(
-                matches!(error, Error::Prompt { .. }) && error.to_string().contains(word),
-                "{json}: {error}"
-            );
-        }
-        assert!(Message::list_from_json(&json!({"role": "user"})).is_err());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Tools that a model may call: declared in a file, called in an answer, run by a command of the user's.
 
 use super::json::{self, Json};
-use super::template::{ToolCall, check_name, check_tool};
+use super::message::{ToolCall, brief};
+use super::schema;
 use crate::bounded;
 use crate::disk;
 use crate::error::{Error, Result};
@@ -29,6 +30,60 @@ pub fn read_tools(path: &Path) -> Result<Vec<Value>> {
         check_tool(tool).map_err(|e| wrong(&e))?;
     }
     Ok(tools)
+}
+
+/// Whether a function may be called so.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let good = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    if (1..=64).contains(&name.len()) && name.bytes().all(good) {
+        return Ok(());
+    }
+    Err(Error::prompt(
+        "a function's name",
+        "1 to 64 of a-z, A-Z, 0-9, _ and -",
+        format!("{name:?}"),
+    ))
+}
+
+/// A tool must be a function with a name and, if it has parameters, a JSON Schema for them.
+pub(super) fn check_tool(tool: &Value) -> Result<()> {
+    let function = &tool["function"];
+    if !matches!(&tool["type"], Value::Null) && tool["type"] != "function" {
+        return Err(Error::prompt(
+            "a tool's type",
+            "function",
+            brief(&tool["type"]),
+        ));
+    }
+    let Some(name) = function["name"].as_str() else {
+        let expected = "{\"type\": \"function\", \"function\": {\"name\": …}}";
+        return Err(Error::prompt("a tool", expected, brief(tool)));
+    };
+    check_name(name)?;
+    if !matches!(&function["description"], Value::Null | Value::String(_)) {
+        return Err(Error::prompt(
+            "a tool's description",
+            "a string",
+            brief(&function["description"]),
+        ));
+    }
+    match &function["parameters"] {
+        Value::Null => Ok(()),
+        parameters @ Value::Object(_) => {
+            schema::check(parameters, "parameters").map_err(|(place, expected, found)| {
+                Error::prompt(
+                    format!("the JSON Schema of tool {name}: {place}"),
+                    expected,
+                    found,
+                )
+            })
+        }
+        other => Err(Error::prompt(
+            "a tool's parameters",
+            "an object",
+            brief(other),
+        )),
+    }
 }
 
 /// The calls that a model wrote: `[{"name": …, "arguments": {…}}, …]`, or one of them without the list. `taken`

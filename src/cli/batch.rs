@@ -9,11 +9,11 @@ use super::report::{Progress, batch_closing_line};
 use crate::bounded;
 use crate::chat::batch::{Batch, Done, Room};
 use crate::chat::constraint::{Compiler, Constraint, Form};
+use crate::chat::message::{Message, Role};
 use crate::chat::request::{Answerer, Body, Defaults, Line, Object, Request, Told};
 use crate::chat::sampler::Sampler;
 use crate::chat::session::Finish;
 use crate::chat::stops::AnswerText;
-use crate::chat::template::{Message, Role};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::memory;
@@ -478,7 +478,7 @@ impl Forms {
                 let compiler = match self.compiler.take() {
                     Some(compiler) => compiler,
                     None => {
-                        let stop = loaded.template.stop_ids(&loaded.tokenizer);
+                        let stop = loaded.tokenizer.stop_ids();
                         Compiler::new(&loaded.tokenizer, &stop)?
                     }
                 };

@@ -312,7 +312,7 @@ impl FormOptions {
             return Ok(None);
         };
         let started = Instant::now();
-        let stop = loaded.template.stop_ids(&loaded.tokenizer);
+        let stop = loaded.tokenizer.stop_ids();
         let compiler = Compiler::new(&loaded.tokenizer, &stop)?;
         let constraint = compiler.compile(form, source, &text, continuing)?;
         if verbose {

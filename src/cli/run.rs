@@ -6,11 +6,11 @@ use super::load::{Loaded, load};
 use super::options::{AnswerOptions, DraftOptions, PromptOptions};
 use super::report::{Progress, closing_line, draft_line};
 use crate::chat::constraint::INCOMPLETE;
+use crate::chat::message::{Message, Role};
 use crate::chat::repl::show;
 use crate::chat::sampler::Sampler;
 use crate::chat::session::{Answer, Event, Finish, Limits};
 use crate::chat::stops::AnswerText;
-use crate::chat::template::{Message, Role};
 use crate::chat::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 use serde_json::json;
@@ -94,7 +94,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut session = args.draft.session(&loaded, &args.answer);
     let mut limits = Limits {
         max_tokens: args.answer.predict.map(|n| n as usize),
-        stop: loaded.template.stop_ids(tokenizer),
+        stop: tokenizer.stop_ids(),
         logprobs: args.logprobs,
     };
     let mut options = args.answer.sampling.sampler(loaded.model.config.n_vocab)?;

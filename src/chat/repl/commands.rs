@@ -2,10 +2,10 @@
 
 use super::editor::{KEYS, edited};
 use super::{Draft, Talk, note, put, show, turns};
+use crate::chat::message::Role;
 use crate::chat::sampler::{SamplerOptions, no_such_setting, settings};
 use crate::chat::saved::{Saved, Shelf};
 use crate::chat::session::Stats;
-use crate::chat::template::Role;
 use crate::disk;
 use crate::error::{Error, Result};
 use std::io::IsTerminal;
