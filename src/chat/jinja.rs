@@ -14,23 +14,25 @@
 //!
 //! Text between marks gets the dummy space where the vocabulary has one, as llama.cpp and `transformers` do it.
 
+mod marks;
+mod python;
+
 use std::collections::HashSet;
-use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
+use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, context};
 use serde_json::Value;
 
+use super::message::{Message, Role};
+use super::tokenizer::Tokenizer;
 use crate::bounded::{self, Exceeded, Limits};
-use crate::chat::json::Json;
-use crate::chat::message::{Message, Role};
-use crate::chat::tokenizer::{Matcher, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
+use marks::Marks;
 
 /// Instructions a template may execute: a conversation of thousands of messages needs less, an endless loop ends within a
 /// second.
@@ -141,16 +143,7 @@ impl JinjaTemplate {
         }
         let (guard, bytes) = self.guard_for(messages, tools)?;
         let rendered = match self.render(messages, tools, guard, bytes) {
-            Err(Error::Prompt {
-                what,
-                expected,
-                found,
-            }) => {
-                let refused = Error::Prompt {
-                    what,
-                    expected,
-                    found,
-                };
+            Err(refused @ Error::Prompt { .. }) => {
                 let folded = fold_system(messages).ok_or(refused)?;
                 self.render(&folded, tools, guard, bytes)?
             }
@@ -264,7 +257,7 @@ fn environment(text: &str) -> Result<Environment<'static>, minijinja::Error> {
     env.set_syntax(syntax);
     env.set_fuel(Some(FUEL));
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    env.add_filter("tojson", to_json);
+    env.add_filter("tojson", python::to_json);
     env.add_function(
         "raise_exception",
         |message: String| -> Result<minijinja::Value, minijinja::Error> {
@@ -272,7 +265,9 @@ fn environment(text: &str) -> Result<Environment<'static>, minijinja::Error> {
                 .with_source(Raised(message)))
         },
     );
-    env.add_function("strftime_now", |format: String| strftime(&format, now()));
+    env.add_function("strftime_now", |format: String| {
+        python::strftime(&format, python::now())
+    });
     env.add_template_owned(NAME, plain_generation_tags(text))?;
     Ok(env)
 }
@@ -386,246 +381,13 @@ impl io::Write for Bounded {
     }
 }
 
-/// `tojson` as `transformers` has it: Python's `json.dumps(value, ensure_ascii=False, indent=…)`.
-fn to_json(value: &minijinja::Value, kwargs: Kwargs) -> Result<String, minijinja::Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    let _ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?; // never: the prompt is UTF-8
-    kwargs.assert_all_used()?;
-    let value = serde_json::to_value(value)
-        .map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, "tojson").with_source(e))?;
-    let json = Json::from(&value);
-    Ok(match indent {
-        Some(indent) => json.dump_indented(indent.min(16)),
-        None => json.dump(),
-    })
-}
-
-/// Seconds since 1970, UTC.
-fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs())
-}
-
-/// The directives of `strftime` that templates use, in UTC; others stay as they are.
-fn strftime(format: &str, seconds: u64) -> String {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
-    let leap = |year: u64| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
-    let (days, clock) = (seconds / 86400, seconds % 86400);
-    // Plain counting from 1970: at most a few hundred steps in this millennium, bounded for a broken clock.
-    let (mut year, mut day) = (1970, days.min(4_000_000));
-    while day >= 365 + u64::from(leap(year)) {
-        day -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let of_year = day + 1;
-    let mut month = 0;
-    for length in [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-    ] {
-        if day < length {
-            break;
-        }
-        day -= length;
-        month += 1;
-    }
-    let (hour, minute, second) = (clock / 3600, clock / 60 % 60, clock % 60);
-    let weekday = DAYS[(days % 7) as usize];
-    let mut out = String::new();
-    let mut chars = format.chars();
-    while let Some(c) = chars.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
-        }
-        // Writing into a String cannot fail.
-        let _ = match chars.next() {
-            Some('Y') => write!(out, "{year}"),
-            Some('y') => write!(out, "{:02}", year % 100),
-            Some('m') => write!(out, "{:02}", month + 1),
-            Some('d') => write!(out, "{:02}", day + 1),
-            Some('j') => write!(out, "{of_year:03}"),
-            Some('H') => write!(out, "{hour:02}"),
-            Some('I') => write!(out, "{:02}", (hour + 11) % 12 + 1),
-            Some('p') => write!(out, "{}", if hour < 12 { "AM" } else { "PM" }),
-            Some('M') => write!(out, "{minute:02}"),
-            Some('S') => write!(out, "{second:02}"),
-            Some('B') => write!(out, "{}", MONTHS[month]),
-            Some('b') => write!(out, "{}", &MONTHS[month][..3]),
-            Some('A') => write!(out, "{weekday}"),
-            Some('a') => write!(out, "{}", &weekday[..3]),
-            Some('%') => write!(out, "%"),
-            Some(other) => write!(out, "%{other}"),
-            None => write!(out, "%"),
-        };
-    }
-    out
-}
-
-/// The pieces that a template writes to mark turns.
-struct Marks {
-    texts: Vec<String>,
-    matcher: Matcher,
-}
-
-impl Marks {
-    fn new(tok: &Tokenizer) -> Marks {
-        let marks: Vec<(String, u32)> = (0u32..)
-            .zip(tok.pieces())
-            .filter(|(_, p)| matches!(p.kind, PieceKind::Control | PieceKind::UserDefined))
-            // A guard needs two characters to stand between; white space is layout and no mark.
-            .map(|(id, p)| (p.text.replace('\u{2581}', " "), id))
-            .filter(|(text, _)| text.chars().nth(1).is_some() && !text.trim().is_empty())
-            .collect();
-        let matcher = Matcher::from_texts(marks.iter().map(|(text, id)| (text.clone(), *id)));
-        Marks {
-            texts: marks.into_iter().map(|(text, _)| text).collect(),
-            matcher,
-        }
-    }
-
-    fn guard_message(&self, message: &Message, guard: char) -> Value {
-        let mut value = message.to_json();
-        // Templates expect arguments as an object.
-        if let Some(calls) = value.get_mut("tool_calls").and_then(Value::as_array_mut) {
-            for arguments in calls
-                .iter_mut()
-                .filter_map(|c| c.pointer_mut("/function/arguments"))
-            {
-                let object = arguments
-                    .as_str()
-                    .and_then(|text| bounded::json(text.as_bytes()).ok());
-                if let Some(object) = object.filter(Value::is_object) {
-                    *arguments = object;
-                }
-            }
-        }
-        let role = value["role"].clone(); // ours, and compared by every template
-        let mut value = self.guard_value(&value, guard);
-        value["role"] = role;
-        value
-    }
-
-    /// All strings inside a value, keys too.
-    fn guard_value(&self, value: &Value, guard: char) -> Value {
-        match value {
-            Value::String(text) => self.guard_text(text, guard).into(),
-            Value::Array(items) => items.iter().map(|v| self.guard_value(v, guard)).collect(),
-            Value::Object(map) => map
-                .iter()
-                .map(|(k, v)| (self.guard_text(k, guard), self.guard_value(v, guard)))
-                .collect(),
-            other => other.clone(),
-        }
-    }
-
-    fn guard_text(&self, text: &str, guard: char) -> String {
-        // Byte offsets before which the guard goes.
-        let mut places = HashSet::new();
-        let after_first = |at: usize| at + text[at..].chars().next().map_or(0, char::len_utf8);
-        for (at, _) in text.char_indices() {
-            if self.matcher.longest_at(text, at).is_some() {
-                places.insert(after_first(at));
-            }
-        }
-        let (trimmed, left) = (text.trim_end(), text.len() - text.trim_start().len());
-        for mark in &self.texts {
-            for (cut, _) in mark.char_indices().skip(1) {
-                let (head, tail) = mark.split_at(cut);
-                for end in [text, trimmed] {
-                    if end.ends_with(head) {
-                        places.insert(after_first(end.len() - head.len()));
-                    }
-                }
-                for start in [0, left] {
-                    if text[start..].starts_with(tail) {
-                        let last = tail.char_indices().next_back().map_or(0, |(i, _)| i);
-                        places.insert(start + last);
-                    }
-                }
-            }
-        }
-        if places.is_empty() {
-            return text.to_string();
-        }
-        let mut out = String::with_capacity(text.len() + 4 * places.len());
-        for (at, c) in text.char_indices() {
-            if places.contains(&at) {
-                out.push(guard);
-            }
-            out.push(c);
-        }
-        if places.contains(&text.len()) {
-            out.push(guard);
-        }
-        out
-    }
-
-    /// The ids of a rendered prompt: whole marks are ids, the rest is text.
-    fn ids(&self, tok: &Tokenizer, rendered: &str, guard: char) -> Vec<u32> {
-        let mut out = Vec::new();
-        let text = |from: usize, to: usize, out: &mut Vec<u32>| {
-            let text = rendered[from..to].replace(guard, "");
-            out.extend(tok.encode_with(&text, tok.add_space_prefix(), false));
-        };
-        let (mut from, mut at) = (0, 0);
-        while at < rendered.len() {
-            match self.matcher.longest_at(rendered, at) {
-                Some((id, len)) => {
-                    text(from, at, &mut out);
-                    out.push(id);
-                    at += len;
-                    from = at;
-                }
-                None => at += 1,
-            }
-        }
-        text(from, at, &mut out);
-        out
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
     use super::*;
     use crate::chat::message::ToolCall;
-    use crate::chat::tokenizer::{Piece, Vocab};
+    use crate::chat::tokenizer::{Piece, PieceKind, Vocab};
 
     const CHATML: &str = "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + \
         message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
@@ -877,20 +639,5 @@ mod tests {
         assert!(JinjaTemplate::new(&"x".repeat(MAX_TEMPLATE + 1), &tok).is_err());
         assert!(JinjaTemplate::new(&"(".repeat(MAX_TEMPLATE), &tok).is_ok());
         assert!(JinjaTemplate::new(&format!("{{{{ {} }}}}", "(".repeat(100_000)), &tok).is_err());
-    }
-
-    #[test]
-    fn dates_are_written_as_strftime_writes_them() {
-        // date -u -d @951827696: Tue Feb 29 12:34:56 UTC 2000
-        assert_eq!(
-            strftime(
-                "%a %A %b %B %d %m %Y %y %j %H:%M:%S %I%p %% %q",
-                951_827_696
-            ),
-            "Tue Tuesday Feb February 29 02 2000 00 060 12:34:56 12PM % %q"
-        );
-        assert_eq!(strftime("%d %b %Y", 1_798_761_599), "31 Dec 2026");
-        assert_eq!(strftime("%Y-%m-%d", 0), "1970-01-01");
-        strftime("%Y%", u64::MAX);
     }
 }
