@@ -8,7 +8,7 @@
 //! cache was thrown away and computed again are matters of speed alone.
 
 use super::sampler::Sampler;
-use super::session::{Answer, Finish, Limits, LogitsHash, check_prompt, rate};
+use super::session::{Answer, Finish, Limits, LogitsHash, check_prompt, common, rate};
 use crate::error::Result;
 use crate::moe::kv::KV_BLOCK;
 use crate::moe::{Kv, KvType, Model, Reads, Run, Scratch, Want};
@@ -139,11 +139,6 @@ struct Beginning {
     from: usize,
     /// The most that one of them will hold.
     soon: usize,
-}
-
-/// How many tokens two sequences have in common from the start.
-fn common(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 impl<'m> Batch<'m> {

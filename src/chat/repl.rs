@@ -247,26 +247,16 @@ impl Talk<'_> {
 
     /// Says what went wrong. Only what ends the conversation stays an error: nobody who talks, or nobody who listens.
     fn survive(&mut self, result: Result<()>) -> Result<()> {
-        match result {
-            Err(Error::Io {
-                file,
-                action,
-                source,
-            }) if file.to_string_lossy().starts_with('<') => Err(Error::Io {
-                file,
-                action,
-                source,
-            }),
-            Err(e) => {
-                self.failed += 1;
-                note(format!("octet: {e}"));
-                if matches!(e, Error::ContextFull { .. }) {
-                    note("octet: /clear starts a new conversation");
-                }
-                Ok(())
-            }
-            Ok(()) => Ok(()),
+        let Err(e) = result else { return Ok(()) };
+        if matches!(&e, Error::Io { file, .. } if file.to_string_lossy().starts_with('<')) {
+            return Err(e);
         }
+        self.failed += 1;
+        note(format!("octet: {e}"));
+        if matches!(e, Error::ContextFull { .. }) {
+            note("octet: /clear starts a new conversation");
+        }
+        Ok(())
     }
 
     /// Answers a message.

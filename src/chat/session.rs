@@ -189,6 +189,11 @@ pub(super) fn check_prompt(prompt: &[u32], ctx: usize) -> Result<()> {
     }
 }
 
+/// How many tokens two sequences have in common from the start.
+pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
 /// What the machine did, for the closing line.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
@@ -470,13 +475,7 @@ impl<'m> Session<'m> {
     ) -> Result<bool> {
         check_prompt(prompt, self.limit())?;
         // What the cache holds already is not computed again, but the last token is: it gives the logits.
-        let same = self
-            .tokens
-            .iter()
-            .zip(prompt)
-            .take_while(|(a, b)| a == b)
-            .count();
-        let keep = same.min(prompt.len() - 1);
+        let keep = common(&self.tokens, prompt).min(prompt.len() - 1);
         self.kv.truncate(keep);
         self.tokens.truncate(keep);
         let started = Instant::now();
