@@ -3,6 +3,7 @@
 //! Every variant says *what* is wrong, *where*, what was *expected* and what was *found*, so that
 //! `main.rs` can print one useful line and choose an exit code. A hint may say what to do next.
 
+use crate::readable::one_line;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -221,15 +222,10 @@ impl Error {
 /// one its beginning and its end.
 fn short(part: impl fmt::Display) -> String {
     const KEPT: usize = 300;
-    let mut line = String::new();
-    for c in part.to_string().chars() {
-        match c.is_control() {
-            true => line.extend(c.escape_default()),
-            false => line.push(c),
-        }
-    }
+    let part = part.to_string();
+    let line = one_line(&part);
     if line.len() <= 2 * KEPT {
-        return line;
+        return line.into_owned();
     }
     let fits = |at: &usize| line.is_char_boundary(*at);
     let head = (0..=KEPT).rev().find(fits).unwrap_or(0);

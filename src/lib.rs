@@ -6,7 +6,8 @@
 //!
 //! | room | what it is for | may use |
 //! |---|---|---|
-//! | [`error`] | one error type: what, where, expected, found | |
+//! | [`readable`] | sizes, and texts from outside, as people are shown them | |
+//! | [`error`] | one error type: what, where, expected, found | `readable` |
 //! | [`bounded`] | bounds for strangers' programs and documents | |
 //! | [`near`] | what was probably meant: the nearest word, the nearest file | |
 //! | [`disk`] | files that survive a crash, whole or not at all | `error` |
@@ -17,7 +18,7 @@
 //! | [`simd`] | faster ways to say what `quant` says, one file per CPU tier | `quant`, `pool` |
 //! | [`gguf`] | the container of weights: read in place, written as a stream | `quant`, `error`, `bounded`, `near` |
 //! | [`moe`] | the Mixtral model: config, weights, attention, router, experts | all of these |
-//! | [`chat`] | from people to tokens and back: tokenizer, prompts, sampler, sessions, REPL | `moe`, `gguf`, `disk`, `bounded`, `near`, `error` |
+//! | [`chat`] | from people to tokens and back: tokenizer, prompts, sampler, sessions, REPL | `moe`, `gguf`, `disk`, `bounded`, `near`, `readable`, `error` |
 //! | [`cli`] | one file per command: its arguments and how it talks to the terminal | everything |
 //!
 //! `tools/quantize/` makes the files that all this reads, from Hugging Face folders and other GGUFs.
@@ -48,4 +49,5 @@ pub mod moe;
 pub mod near;
 pub mod pool;
 pub mod quant;
+pub mod readable;
 pub mod simd;

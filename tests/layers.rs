@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 /// Each room and the rooms it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("error", &[]),
+    ("readable", &[]),
+    ("error", &["readable"]),
     ("bounded", &[]),
     ("near", &[]),
     ("disk", &["error"]),
@@ -20,12 +21,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "error", "bounded", "disk", "memory", "pool", "quant", "simd", "gguf",
         ],
     ),
-    ("chat", &["error", "bounded", "near", "disk", "gguf", "moe"]),
+    (
+        "chat",
+        &[
+            "error", "readable", "bounded", "near", "disk", "gguf", "moe",
+        ],
+    ),
     (
         "cli",
         &[
-            "error", "bounded", "near", "disk", "memory", "pool", "quant", "simd", "gguf", "moe",
-            "chat",
+            "error", "readable", "bounded", "near", "disk", "memory", "pool", "quant", "simd",
+            "gguf", "moe", "chat",
         ],
     ),
 ];

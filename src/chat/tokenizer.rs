@@ -357,17 +357,3 @@ impl Tokenizer {
         self.piece(id).is_some_and(|p| p.kind == PieceKind::Control)
     }
 }
-
-/// What a terminal should be given of a model's text: byte tokens can spell escape sequences, which are
-/// shown instead of obeyed. Line breaks and tabs pass.
-pub fn for_terminal(text: &str) -> std::borrow::Cow<'_, str> {
-    let bad = |c: char| c.is_control() && c != '\n' && c != '\t';
-    if !text.contains(bad) {
-        return text.into();
-    }
-    let escaped = text.chars().flat_map(|c| match bad(c) {
-        true => c.escape_default().collect::<Vec<_>>(),
-        false => vec![c],
-    });
-    escaped.collect::<String>().into()
-}

@@ -1,8 +1,8 @@
 //! Pictures of a routing profile: a row for each layer, a column for each expert, reuse and recall beside them.
 
 use crate::chat::repl::styled;
-use crate::chat::tokenizer::for_terminal;
 use crate::moe::Profile;
+use crate::readable::for_terminal;
 use plotters::element::{DashedPathElement, Rectangle, Text};
 use plotters::prelude::{IntoDrawingArea, SVGBackend};
 use plotters::style::colors::colormaps::ViridisRGB;

@@ -5,6 +5,7 @@ use crate::chat::repl::show;
 use crate::error::Result;
 use crate::gguf::{Gguf, Tensor, hex};
 use crate::pool::Pool;
+use crate::readable::{bytes, one_line};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
@@ -83,19 +84,6 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     show(&out)
-}
-
-/// A string of a file, which may hold line breaks and terminal escapes, on one line.
-pub fn one_line(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            if c.is_control() {
-                c.escape_default().collect()
-            } else {
-                vec![c]
-            }
-        })
-        .collect()
 }
 
 /// SHA-256 of every tensor, as many at once as there are cores.
@@ -178,13 +166,4 @@ fn parts(file: &Gguf) -> Vec<(&'static str, usize, u64, u64)> {
 /// `blk.N.ffn_gate.X.weight`: one expert of the old layout.
 fn is_old_expert(name: &str) -> bool {
     name.contains(".ffn_") && name.split('.').filter(|p| p.parse::<u32>().is_ok()).count() == 2
-}
-
-/// A size for people.
-pub fn bytes(n: u64) -> String {
-    let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
-    match units.iter().find(|(_, size)| n >= *size) {
-        Some((unit, size)) => format!("{:.2} {unit}", n as f64 / *size as f64),
-        None => format!("{n} B"),
-    }
 }

@@ -2,7 +2,6 @@
 
 use super::gpu;
 use super::input::note;
-use super::inspect::bytes;
 use super::options::{MachineOptions, ModelOptions, RamLimit, parse_tier};
 use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
@@ -11,6 +10,7 @@ use crate::gguf::Gguf;
 use crate::memory;
 use crate::moe::{Config, Kv, KvType, Machine, Model, Profile, Ram};
 use crate::pool::{Threads, apart};
+use crate::readable::bytes;
 use crate::simd::Tier;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

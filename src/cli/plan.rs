@@ -2,7 +2,6 @@
 
 use super::bench::{Limits, limits};
 use super::gpu::memory_to_plan;
-use super::inspect::bytes;
 use super::load::{FIRST_TOKENS, machine, memory_to_use, ram};
 use super::options::{MachineOptions, RamLimit, kv_values};
 use crate::chat::repl::show;
@@ -13,6 +12,7 @@ use crate::moe::budget::{Fit, Parts, Phase, Prediction, Speeds};
 use crate::moe::{Config, Kv, KvType, Model, Profile, Ram, Run, Scratch, Want};
 use crate::pool::{Background, try_each};
 use crate::quant::recipe::Recipe;
+use crate::readable::bytes;
 use memmap2::MmapMut;
 use serde_json::{Value, json};
 use std::path::PathBuf;

@@ -29,6 +29,7 @@ use octet::gguf::Imatrix;
 use octet::pool::Pool;
 use octet::quant::Format;
 use octet::quant::recipe::Recipe;
+use octet::readable::{self, one_line};
 use octet::simd::encode::Encoder;
 use octet::simd::{Tier, best};
 use regex::Regex;
@@ -280,7 +281,7 @@ fn run(args: &Args) -> Result<()> {
     };
     eprintln!(
         "quantize: {} in {seconds:.1} s, {:.0} MB/s read; {}, {} threads{again}",
-        size(bytes),
+        readable::bytes(bytes),
         bytes as f64 / 1e6 / seconds,
         encoder.tier().name(),
         pool.threads(),
@@ -362,7 +363,7 @@ fn table(source: &Source, outputs: &[Output], errors: Option<&Errors>) -> String
                 "{:<wide$}  {from:<6}  {:<6}  {:>10}",
                 one_line(&t.name),
                 type_name(output.types[i]),
-                size(output.tensor_bytes(i)),
+                readable::bytes(output.tensor_bytes(i)),
             );
             if let Some(error) = errors.map(|e| &e[i][o]) {
                 // Each weight counts the same, whether all of a tensor's were measured or some.
@@ -384,7 +385,7 @@ fn table(source: &Source, outputs: &[Output], errors: Option<&Errors>) -> String
             "{}: {} tensors, {}, {:.2} bits per weight",
             output.kind.name(),
             names.len(),
-            size(output.bytes()),
+            readable::bytes(output.bytes()),
             plan::bits_per_weight(tensors()),
         );
         if let (Some(rms), Some(relative)) = (all.rms(), all.relative()) {

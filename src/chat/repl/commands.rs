@@ -8,6 +8,7 @@ use crate::chat::saved::{Saved, Shelf};
 use crate::chat::session::Stats;
 use crate::disk;
 use crate::error::{Error, Result};
+use crate::readable::bytes;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -463,7 +464,7 @@ fn sessions(talk: &mut Talk<'_>, _: &str) -> Result<()> {
             None => ("?".to_string(), "it cannot be read".to_string()),
         };
         rows += &format!(
-            "{} {:<16} {what:>9} {:>9} {:>8}  {first}\n",
+            "{} {:<16} {what:>9} {:>11} {:>8}  {first}\n",
             if here { '*' } else { ' ' },
             entry.name,
             bytes(entry.bytes),
@@ -483,14 +484,6 @@ fn ago(then: SystemTime) -> String {
     match units.iter().find(|(_, unit)| seconds >= *unit) {
         Some((name, unit)) => format!("{} {name}", seconds / unit),
         None => "now".to_string(),
-    }
-}
-
-fn bytes(n: u64) -> String {
-    let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
-    match units.iter().find(|(_, unit)| n >= *unit) {
-        Some((name, unit)) => format!("{:.1} {name}", n as f64 / *unit as f64),
-        None => format!("{n} B"),
     }
 }
 

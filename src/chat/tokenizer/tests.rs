@@ -594,10 +594,3 @@ fn build_time() {
         }
     }
 }
-
-#[test]
-fn a_terminal_gets_no_escape_sequences() {
-    let text = "é\ttwo\nlines \u{1b}[31mred\u{7}\u{9b}2J";
-    let shown = "é\ttwo\nlines \\u{1b}[31mred\\u{7}\\u{9b}2J";
-    assert_eq!(for_terminal(text), shown);
-}
