@@ -17,7 +17,6 @@ type Decode = unsafe fn(Format, &[u8], &mut [f32]);
 /// Encodes and decodes rows with the instructions of a tier.
 #[derive(Clone, Copy)]
 pub struct Encoder {
-    tier: Tier,
     encode: Encode,
     decode: Decode,
 }
@@ -26,7 +25,6 @@ impl Encoder {
     /// The encoder of `tier`, or of the best lower tier that this CPU has.
     pub fn of(tier: Tier) -> Encoder {
         let plain = Encoder {
-            tier: Tier::Scalar,
             encode: |format, x, importance, out| format.encode::<Plain>(x, importance, out),
             decode: |format, bytes, out| format.decode(bytes, out),
         };
@@ -37,13 +35,11 @@ impl Encoder {
             .filter_map(|tier| match tier {
                 #[cfg(target_arch = "x86_64")]
                 Tier::Avx2 => Some(Encoder {
-                    tier,
                     encode: avx2::encode,
                     decode: avx2::decode,
                 }),
                 #[cfg(target_arch = "x86_64")]
                 Tier::Avx512Bw => Some(Encoder {
-                    tier,
                     encode: avx512bw::encode,
                     decode: avx512bw::decode,
                 }),
@@ -51,11 +47,6 @@ impl Encoder {
             })
             .next_back()
             .unwrap_or(plain)
-    }
-
-    /// The tier that it is of.
-    pub fn tier(&self) -> Tier {
-        self.tier
     }
 
     /// [`Format::encode`], for one row if there is importance, else for any whole blocks.

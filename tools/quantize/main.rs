@@ -242,7 +242,7 @@ fn run(args: &Args) -> Result<()> {
     }
 
     let pool = Pool::new(args.threads.map_or(0, usize::from))?;
-    let encoder = Encoder::of(best(tier_cap(args.isa)?));
+    let tier = best(tier_cap(args.isa)?);
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
     // Without a handler Ctrl-C ends the program at once, which is safe too.
@@ -256,7 +256,7 @@ fn run(args: &Args) -> Result<()> {
         force: args.force,
         resume: args.resume,
         pool: &pool,
-        encoder,
+        encoder: Encoder::of(tier),
         stop: &stop,
         progress: &|n| bar.inc(n),
     };
@@ -283,7 +283,7 @@ fn run(args: &Args) -> Result<()> {
         "quantize: {} in {seconds:.1} s, {:.0} MB/s read; {}, {} threads{again}",
         readable::bytes(bytes),
         bytes as f64 / 1e6 / seconds,
-        encoder.tier().name(),
+        tier.name(),
         pool.threads(),
     );
     Ok(())
