@@ -1,12 +1,17 @@
 //! The conversation at the terminal: read a line, answer, again.
 //!
 //! Given lines from elsewhere (a pipe on standard input), the same loop answers them one by one. Lines that begin
-//! with `/` are commands (`repl/commands.rs`); keys and completion are in `repl/editor.rs`; answers are rendered on a terminal
-//! by `repl/markdown.rs`.
+//! with `/` are commands (`repl/commands.rs`); keys and completion are in `repl/editor.rs`; answers appear by `repl/screen.rs`, rendered by
+//! `repl/markdown.rs`, and what is typed meanwhile waits (`repl/silence.rs`).
 
 mod commands;
 mod editor;
 mod markdown;
+mod screen;
+mod silence;
+
+pub use screen::{put, show, styled};
+pub use silence::end_silence;
 
 use super::constraint::{Constraint, INCOMPLETE};
 use super::conversation::Conversation;
@@ -21,10 +26,10 @@ use crate::near::did_you_mean;
 use crate::readable::for_terminal;
 use commands::{COMMANDS, brief};
 use editor::{Line, Terminal, run_tool, unquoted};
-use markdown::Markdown;
+use screen::{Screen, note};
 use serde_json::{Value, json};
+use silence::Silence;
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -373,6 +378,7 @@ impl Talk<'_> {
     /// The model's next message; `false`: it says nothing.
     fn message(&mut self) -> Result<bool> {
         let (template, tokenizer) = (self.repl.template, self.repl.tokenizer);
+        let silence = self.terminal.is_some().then(Silence::begin);
         let most = self.repl.max_tokens.unwrap_or(usize::MAX);
         let mut stream = tokenizer.stream();
         let mut said = String::new();
@@ -432,6 +438,7 @@ impl Talk<'_> {
                 break answer.finish;
             }
         };
+        drop(silence);
         let rest = stream.flush();
         said.push_str(&rest);
         if !is_call {
@@ -541,74 +548,4 @@ fn turns(n: usize) -> String {
 /// Whether a line is a command: a text may begin with `//`.
 fn is_command(text: &str) -> bool {
     text.starts_with('/') && !text.starts_with("//")
-}
-
-/// Where answers appear.
-struct Screen {
-    terminal: bool,
-    /// Only where the terminal knows styles and its user wants them (no-color.org).
-    markdown: Option<Markdown>,
-}
-
-impl Screen {
-    fn new() -> Screen {
-        Screen {
-            terminal: std::io::stdout().is_terminal(),
-            markdown: styled().then(Markdown::default),
-        }
-    }
-
-    /// More of an answer.
-    fn say(&mut self, text: &str) -> Result<()> {
-        if !self.terminal {
-            return put(text);
-        }
-        let text = for_terminal(text);
-        match &mut self.markdown {
-            Some(markdown) => put(&markdown.push(&text)),
-            None => put(&text),
-        }
-    }
-
-    /// The last of an answer.
-    fn end(&mut self, text: &str) -> Result<()> {
-        self.say(text)?;
-        let rest = self.markdown.as_mut().map(Markdown::flush);
-        put(&(rest.unwrap_or_default() + "\n"))
-    }
-}
-
-/// Writes to standard output at once, so that an answer appears as it comes; on a terminal without the
-/// escape sequences that a model may spell.
-///
-/// # Errors
-/// [`Error::Io`]; of kind `BrokenPipe` when the reader has gone.
-pub fn show(text: &str) -> Result<()> {
-    match std::io::stdout().is_terminal() {
-        true => put(&for_terminal(text)),
-        false => put(text),
-    }
-}
-
-/// Whether standard output is a terminal that knows styles and whose user wants them (no-color.org).
-pub fn styled() -> bool {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    let plain = set("NO_COLOR").is_some() || set("TERM").is_none_or(|term| term == "dumb");
-    std::io::stdout().is_terminal() && !plain
-}
-
-/// Writes to standard output as it is, at once.
-///
-/// # Errors
-/// As for [`show`].
-pub fn put(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(Error::io("<stdout>", "write"))
-}
-
-/// Tells the user something on standard error; nothing is lost where nobody can read it.
-fn note(text: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
