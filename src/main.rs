@@ -103,7 +103,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            cli::input::note(&e);
+            cli::report::note(&e);
             ExitCode::from(e.exit_code())
         }
     }

@@ -1,11 +1,12 @@
 //! `octet batch`: a file of requests, answered many at once, each of them once.
 
-use super::chat::hear_interrupts;
-use super::input::{BoundedLines, note};
+use super::input::BoundedLines;
+use super::interrupt::hear_interrupts;
 use super::journal::{Finished, Id, Journal, LineSum, Mode};
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, PromptOptions, parse_size};
-use super::report::{Progress, batch_closing_line};
+use super::progress::Progress;
+use super::report::{batch_closing_line, note};
 use crate::bounded;
 use crate::chat::batch::{Batch, Done, Room};
 use crate::chat::constraint::{Compiler, Constraint, Form};
@@ -98,7 +99,9 @@ pub fn run(args: &Args) -> Result<()> {
     ));
     // A line without a seed gets one of its own, the same in every run.
     let seed = defaults.sampling.seed.take().unwrap_or(0);
-    let interrupted = hear_interrupts()?;
+    let interrupted = hear_interrupts(Some(
+        "stopping after this step; Ctrl-C once more ends at once",
+    ))?;
     let mode = Mode {
         resume: args.resume,
         force: args.force,

@@ -1,10 +1,11 @@
 //! `octet bench`: how fast this machine runs a model, and how fast it could.
 
 use super::gpu;
-use super::input::note;
 use super::load::{model_path, ram, tier_cap};
+use super::machine::{bandwidth, int8_peak};
 use super::options::{GpuOptions, ModelOptions, RamLimit, kv_values, parse_ram, tier_values};
-use super::report::{Progress, bandwidth, int8_peak};
+use super::progress::Progress;
+use super::report::note;
 use super::table::{Form, Table};
 use crate::chat::repl::show;
 use crate::error::{Error, Result};

@@ -1,9 +1,11 @@
 //! `octet chat`: talk with a model.
 
-use super::input::note;
+use super::folders::state_folder;
+use super::interrupt::hear_interrupts;
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, DraftOptions, count};
-use super::report::{Progress, closing_line, draft_line, state_folder};
+use super::progress::Progress;
+use super::report::{closing_line, draft_line, note};
 use crate::chat::repl::{Exec, Repl, Talked, show};
 use crate::chat::saved::{ModelId, Shelf};
 use crate::chat::tools::read_tools;
@@ -11,7 +13,6 @@ use crate::error::{Error, Result};
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Talk with a model. Without a terminal it answers standard input line by line.
 #[derive(clap::Args, Clone, Debug)]
@@ -51,28 +52,6 @@ fn some(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Set by Ctrl-C: whatever generates tokens looks at it after each one.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-/// Makes Ctrl-C stop an answer instead of the program; the second one, when the first was not heard,
-/// ends the program.
-///
-/// # Errors
-/// If the system refuses to install the handler.
-pub fn hear_interrupts() -> Result<&'static AtomicBool> {
-    ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(i32::from(Error::Interrupted.exit_code()));
-        }
-    })
-    .map_err(|e| Error::Io {
-        file: "<signals>".into(),
-        action: "handle",
-        source: std::io::Error::other(e),
-    })?;
-    Ok(&INTERRUPTED)
-}
-
 /// Runs the command.
 ///
 /// # Errors
@@ -87,7 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
         ));
     }
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
-    let interrupted = hear_interrupts()?;
+    let interrupted = hear_interrupts(None)?;
     if terminal {
         greet(&loaded)?;
     }

@@ -1,8 +1,8 @@
 //! From options to a GPU that computes beside the CPU.
 
-use super::input::note;
+use super::folders::cache_folder;
 use super::options::{GpuMemory, GpuOptions};
-use super::report::cache_folder;
+use super::report::note;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::moe::Model;

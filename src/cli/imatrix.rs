@@ -1,11 +1,10 @@
 //! `octet imatrix`: measures which columns of the weights matter, for `quantize --imatrix`.
 
-use super::chat::hear_interrupts;
-use super::input::note;
+use super::interrupt::hear_interrupts;
 use super::load::load;
 use super::options::{GpuMemory, GpuOptions, MachineOptions, ModelOptions};
-use super::report::closing_line;
-use super::score::{Chunks, Scorer};
+use super::report::{closing_line, note};
+use super::score::{Chunks, STOPPING, Scorer};
 use crate::chat::repl::show;
 use crate::disk::WholeFile;
 use crate::error::Result;
@@ -75,7 +74,7 @@ pub fn run(args: &Args) -> Result<()> {
     let loaded = load(&args.model, &machine)?;
     let mut chunks = Chunks::read(&args.file, &loaded, &args.model)?;
     chunks.truncate(args.chunks.map_or(usize::MAX, |n| n as usize));
-    let interrupted = hear_interrupts()?;
+    let interrupted = hear_interrupts(Some(STOPPING))?;
     let stop = || interrupted.load(Ordering::Relaxed);
     // That it cannot be written is said now, not after an hour's work.
     drop(WholeFile::create(&args.output)?);

@@ -1,9 +1,11 @@
 //! Text that comes from files and pipes.
 
+use super::report::note;
 use crate::disk::utf8;
 use crate::error::{Error, Result};
+use crate::gguf::MAGIC;
 use crate::near;
-use std::io::{BufRead, IsTerminal, Read, Write};
+use std::io::{BufRead, IsTerminal, Read};
 use std::path::Path;
 
 /// A file's text, or standard input's for `None` or `-`.
@@ -31,7 +33,6 @@ pub fn read_text(file: Option<&Path>) -> Result<String> {
 
 /// A file's bytes, unless it is a model: that is no text, and may be larger than the memory.
 fn read_file(path: &Path) -> Result<Vec<u8>> {
-    const MODEL: &[u8] = b"GGUF";
     let mut file = std::fs::File::open(path).map_err(|e| {
         let near = match e.kind() {
             std::io::ErrorKind::NotFound => near::file(path),
@@ -41,10 +42,10 @@ fn read_file(path: &Path) -> Result<Vec<u8>> {
         Error::io(path, "read")(e).hint(hint)
     })?;
     let mut bytes = Vec::new();
-    let start = MODEL.len() as u64;
+    let start = MAGIC.len() as u64;
     let read = Read::by_ref(&mut file).take(start).read_to_end(&mut bytes);
     read.map_err(Error::io(path, "read"))?;
-    if bytes == MODEL {
+    if bytes == MAGIC {
         let found = "a GGUF file; a model belongs behind --model";
         return Err(Error::invalid(path, "the text", "text", found));
     }
@@ -127,12 +128,6 @@ impl<R: BufRead> BoundedLines<R> {
         }
         Ok(any.then_some(end))
     }
-}
-
-/// Tells the user something on standard error. Where nobody can read it, nothing is lost: `eprintln!`
-/// would panic there.
-pub fn note(text: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr().lock(), "octet: {text}");
 }
 
 #[cfg(test)]

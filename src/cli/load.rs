@@ -1,8 +1,8 @@
 //! From options to a model that is ready to talk.
 
 use super::gpu;
-use super::input::note;
 use super::options::{MachineOptions, ModelOptions, RamLimit, parse_tier};
+use super::report::note;
 use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};

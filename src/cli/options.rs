@@ -1,7 +1,8 @@
 //! Groups of options that several commands share, each defined once.
 
-use super::input::{note, read_text};
+use super::input::read_text;
 use super::load::Loaded;
+use super::report::note;
 use crate::chat::constraint::{Compiler, Constraint, Form};
 use crate::chat::draft::Draft;
 use crate::chat::sampler::{SamplerOptions, Setting, settings, unescape};

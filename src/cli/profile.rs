@@ -1,11 +1,11 @@
 //! `octet profile`: records how a model routes a text, and draws it.
 
-use super::chat::hear_interrupts;
 use super::heatmap::{self, Colours};
+use super::interrupt::hear_interrupts;
 use super::load::load;
 use super::options::{MachineOptions, ModelOptions};
 use super::report::closing_line;
-use super::score::{Chunks, Scorer};
+use super::score::{Chunks, STOPPING, Scorer};
 use crate::chat::repl::{put, show};
 use crate::disk::WholeFile;
 use crate::error::{Error, Result};
@@ -91,7 +91,7 @@ fn record(args: &Args, text: &Path) -> Result<()> {
     }
     let mut chunks = Chunks::read(text, &loaded, &args.model)?;
     chunks.truncate(args.chunks.map_or(usize::MAX, |n| n as usize));
-    let interrupted = hear_interrupts()?;
+    let interrupted = hear_interrupts(Some(STOPPING))?;
     let stop = || interrupted.load(Ordering::Relaxed);
     // That it cannot be written is said now, not after an hour's work.
     drop(WholeFile::create(&args.output)?);

@@ -1,10 +1,11 @@
 //! `octet run`: one prompt, its answer on standard output.
 
-use super::chat::hear_interrupts;
-use super::input::{note, read_text};
+use super::input::read_text;
+use super::interrupt::hear_interrupts;
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, DraftOptions, PromptOptions};
-use super::report::{Progress, closing_line, draft_line};
+use super::progress::Progress;
+use super::report::{closing_line, draft_line, note};
 use crate::chat::constraint::INCOMPLETE;
 use crate::chat::message::{Message, Role};
 use crate::chat::repl::show;
@@ -90,7 +91,7 @@ pub fn run(args: &Args) -> Result<()> {
         args.answer
             .form
             .constraint(&loaded, args.request.raw, args.answer.machine.verbose)?;
-    let interrupted = hear_interrupts()?;
+    let interrupted = hear_interrupts(None)?;
     let mut session = args.draft.session(&loaded, &args.answer);
     let mut limits = Limits {
         max_tokens: args.answer.predict.map(|n| n as usize),
@@ -152,7 +153,8 @@ pub fn run(args: &Args) -> Result<()> {
         show(&format!("{document}\n"))?;
     } else if args.logprobs > 0 {
         show_logprobs(tokenizer, &answer)?;
-    } else if std::io::IsTerminal::is_terminal(&std::io::stdout()) {
+    } else if !said.is_empty() && !said.ends_with('\n') {
+        // As texts end, in a file and before what stderr says now.
         show("\n")?;
     }
     if answer.finish == Finish::ContextFull {

@@ -3,7 +3,7 @@
 use super::input::read_text;
 use super::load::Loaded;
 use super::options::{MachineOptions, ModelOptions};
-use super::report::Progress;
+use super::progress::Progress;
 use crate::chat::session::{LogitsHash, Stats};
 use crate::error::{Error, Result};
 use crate::moe::{Kv, Model, Observer, Run, Scratch, Want};
@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 
 /// Tokens of a chunk when `--ctx` does not say; the reference's default.
 const CHUNK: usize = 512;
+
+/// What is said at once when Ctrl-C comes.
+pub(super) const STOPPING: &str = "stopping after these tokens; Ctrl-C once more ends at once";
 
 /// A text's tokens in chunks of one length; the rest of the text is left out.
 pub struct Chunks {

@@ -9,7 +9,7 @@ use crate::chat::repl::show;
 use crate::chat::template::Template;
 use crate::chat::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, MAGIC};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -55,7 +55,7 @@ fn is_gguf(path: &Path) -> bool {
     let mut magic = [0; 4];
     let read =
         std::fs::File::open(path).and_then(|mut f| std::io::Read::read_exact(&mut f, &mut magic));
-    (read.is_ok() && &magic == b"GGUF") || path.extension().is_some_and(|e| e == "gguf")
+    (read.is_ok() && &magic == MAGIC) || path.extension().is_some_and(|e| e == "gguf")
 }
 
 /// Runs the command.
