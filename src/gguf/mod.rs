@@ -5,6 +5,8 @@
 //! [`Writer`] makes such a file. The facts of the format are those of the GGUF specification
 //! (`docs/gguf.md` in the ggml repository), versions 1 to 3.
 
+mod bytes;
+mod header;
 mod identity;
 pub mod imatrix;
 mod mistaken;
@@ -14,9 +16,10 @@ pub mod source;
 pub mod value;
 pub mod writer;
 
+pub use bytes::Bytes;
 pub use identity::hex;
 pub use imatrix::Imatrix;
-pub use reader::{Bytes, Gguf};
+pub use reader::Gguf;
 pub use safetensors::Safetensors;
 pub use source::Source;
 pub use value::{Array, Kind, Value};
