@@ -170,9 +170,10 @@ impl Imatrix {
             let Some(name) = sums.name.strip_suffix(SUMS) else {
                 continue;
             };
+            let counts = format!("{name}{COUNTS}");
             let counts = file
-                .tensor(&format!("{name}{COUNTS}"))
-                .ok_or_else(|| Error::missing(path, format!("tensor {}", shown(name)), ""))?;
+                .tensor(&counts)
+                .ok_or_else(|| Error::missing(path, format!("tensor {}", shown(&counts)), ""))?;
             let floats = |t: &Tensor| match t.format() {
                 Some(Format::F32) => {
                     let bytes = file.bytes(t);
@@ -344,4 +345,26 @@ impl Imatrix {
 
 fn bytes(floats: &[f32]) -> Vec<u8> {
     floats.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_missing_tensor_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("imatrix.gguf");
+        let mut writer = Writer::new();
+        writer
+            .put("imatrix.datasets", ["text"])
+            .put("imatrix.chunk_count", 1u32)
+            .put("imatrix.chunk_size", 8u32)
+            .tensor("a.in_sum2", Format::F32 as u32, &[4]);
+        let mut stream = writer.start(&path, Vec::new()).unwrap();
+        stream.write(&[0; 16]).unwrap();
+        std::fs::write(&path, stream.finish().unwrap()).unwrap();
+        let said = Imatrix::read(&path).unwrap_err().to_string();
+        assert!(said.ends_with("tensor `a.counts` is missing"), "{said}");
+    }
 }
