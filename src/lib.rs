@@ -9,14 +9,14 @@
 //! | [`readable`] | sizes, and texts from outside, as people are shown them | |
 //! | [`error`] | one error type: what, where, expected, found | `readable` |
 //! | [`bounded`] | bounds for strangers' programs and documents | |
-//! | [`near`] | what was probably meant: the nearest word, the nearest file | |
 //! | [`disk`] | files that survive a crash, whole or not at all | `error` |
+//! | [`near`] | what was probably meant: the nearest word, the nearest file | `disk` |
 //! | [`cgroup`] | which control groups limit this process | |
 //! | [`memory`] | how much memory there is, and how much is taken | `cgroup` |
 //! | [`pool`] | how threads are made and woken, and on which cores | `error`, `cgroup` |
 //! | [`quant`] | what the bytes of a weight mean: layout, decode, encode, exact dot products | |
 //! | [`simd`] | faster ways to say what `quant` says, one file per CPU tier | `quant`, `pool` |
-//! | [`gguf`] | the container of weights: read in place, written as a stream | `quant`, `error`, `bounded`, `near` |
+//! | [`gguf`] | the container of weights: read in place, written as a stream | `quant`, `error`, `bounded`, `disk`, `near` |
 //! | [`moe`] | the Mixtral model: config, weights, attention, router, experts | all of these |
 //! | [`chat`] | from people to tokens and back: tokenizer, prompts, sampler, sessions, REPL | `moe`, `gguf`, `disk`, `bounded`, `near`, `readable`, `error` |
 //! | [`cli`] | one file per command: its arguments and how it talks to the terminal | everything |

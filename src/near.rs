@@ -1,5 +1,6 @@
 //! What was probably meant: the nearest of some words, the nearest file of a folder.
 
+use crate::disk::folder_of;
 use std::path::{Path, PathBuf};
 
 /// From here on two words are alike: one letter of five is wrong, or a beginning is all there is.
@@ -22,14 +23,6 @@ pub fn nearest<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Opti
 /// `did you mean …?`, if one of `words` is alike.
 pub fn did_you_mean<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Option<String> {
     nearest(word, words).map(|other| format!("did you mean {other}?"))
-}
-
-/// The folder that a file is in.
-pub fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    }
 }
 
 /// The names in a folder that `wanted` wants, in order; of a very large one some.
@@ -83,7 +76,5 @@ mod tests {
         let near = |name: &str| file(&folder.path().join(name));
         assert_eq!(near("promt.txt"), Some(folder.path().join("prompt.txt")));
         assert_eq!(near("zebra"), None);
-        assert_eq!(folder_of(Path::new("a")), Path::new("."));
-        assert_eq!(folder_of(Path::new("a/b")), Path::new("a"));
     }
 }

@@ -7,14 +7,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("readable", &[]),
     ("error", &["readable"]),
     ("bounded", &[]),
-    ("near", &[]),
     ("disk", &["error"]),
+    ("near", &["disk"]),
     ("cgroup", &[]),
     ("memory", &["cgroup"]),
     ("pool", &["error", "cgroup"]),
     ("quant", &[]),
     ("simd", &["quant", "pool"]),
-    ("gguf", &["quant", "error", "bounded", "near"]),
+    ("gguf", &["quant", "error", "bounded", "disk", "near"]),
     (
         "moe",
         &[

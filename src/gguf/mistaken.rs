@@ -1,5 +1,6 @@
 //! What a path is that is no GGUF file, and what helps.
 
+use crate::disk::folder_of;
 use crate::near;
 use std::path::Path;
 
@@ -22,7 +23,7 @@ fn is_gguf(name: &str) -> bool {
 
 /// What may be meant by a file that is not there.
 pub(super) fn missing(path: &Path) -> Option<String> {
-    let folder = near::folder_of(path);
+    let folder = folder_of(path);
     if !folder.is_dir() {
         return Some(format!("there is no folder {}", folder.display()));
     }
@@ -138,7 +139,7 @@ pub(super) fn identify(path: &Path, data: &[u8]) -> String {
     if let Some((len, rest)) = data.split_first_chunk::<8>() {
         let len = u64::from_le_bytes(*len);
         if rest.starts_with(b"{") && len <= rest.len() as u64 {
-            let folder = near::folder_of(path);
+            let folder = folder_of(path);
             let whole = folder.join("config.json").exists();
             return match whole {
                 true => format!(

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::shown;
 use crate::bounded;
+use crate::disk;
 use crate::error::{Error, Result};
 use crate::quant::Format;
 
@@ -43,7 +44,7 @@ pub struct Entry {
 }
 
 /// The tensors of one safetensors file or of all shards of a folder.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Safetensors {
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, Entry>,
@@ -55,10 +56,7 @@ impl Safetensors {
     /// # Errors
     /// If it cannot be read, ends too early, or has a header that is not right.
     pub fn open(path: &Path) -> Result<Safetensors> {
-        let mut all = Safetensors {
-            files: Vec::new(),
-            tensors: BTreeMap::new(),
-        };
+        let mut all = Safetensors::default();
         all.add(path)?;
         Ok(all)
     }
@@ -69,50 +67,55 @@ impl Safetensors {
     /// As for [`Safetensors::open`]; if there is no such file, a shard is missing, or a shard has not the
     /// tensors that the index says.
     pub fn open_folder(folder: &Path) -> Result<Safetensors> {
-        let mut all = Safetensors {
-            files: Vec::new(),
-            tensors: BTreeMap::new(),
-        };
         let index = folder.join(INDEX);
-        if index.is_file() {
-            let map = read_index(&index)?;
-            let shards: BTreeSet<&str> = map.values().map(String::as_str).collect();
-            let absent: Vec<&str> = shards
-                .iter()
-                .copied()
-                .filter(|name| !folder.join(name).is_file())
-                .collect();
-            if let Some(first) = absent.first() {
+        match index.is_file() {
+            true => Safetensors::open_indexed(folder, &read_index(&index)?),
+            false => Safetensors::open_listed(folder),
+        }
+    }
+
+    /// `index`: which shard has which tensor.
+    fn open_indexed(folder: &Path, index: &BTreeMap<String, String>) -> Result<Safetensors> {
+        let shards: BTreeSet<&str> = index.values().map(String::as_str).collect();
+        let absent: Vec<&str> = shards
+            .iter()
+            .copied()
+            .filter(|name| !folder.join(name).is_file())
+            .collect();
+        if let Some(first) = absent.first() {
+            return Err(Error::missing(
+                folder.join(first),
+                format!("this shard ({} of {})", absent.len(), shards.len()),
+                format!("{INDEX} names it; download it again"),
+            ));
+        }
+        let mut all = Safetensors::default();
+        for name in &shards {
+            all.add(&folder.join(name))?;
+        }
+        for (tensor, shard) in index {
+            let found = all.tensors.get(tensor).map(|t| &all.files[t.file]);
+            if found.and_then(|f| f.file_name()?.to_str()) != Some(shard) {
                 return Err(Error::missing(
-                    folder.join(first),
-                    format!("this shard ({} of {})", absent.len(), shards.len()),
-                    format!("{INDEX} names it; download it again"),
+                    folder.join(shard),
+                    format!("tensor {}", shown(tensor)),
+                    format!("{INDEX} says that it is in this shard"),
                 ));
             }
-            for name in &shards {
-                all.add(&folder.join(name))?;
-            }
-            for (tensor, shard) in &map {
-                let found = all.tensors.get(tensor).map(|t| &all.files[t.file]);
-                if found.and_then(|f| f.file_name()?.to_str()) != Some(shard) {
-                    return Err(Error::missing(
-                        folder.join(shard),
-                        format!("tensor {}", shown(tensor)),
-                        format!("{INDEX} says that it is in this shard"),
-                    ));
-                }
-            }
-            return Ok(all);
         }
-        let mut names = Vec::new();
+        Ok(all)
+    }
+
+    fn open_listed(folder: &Path) -> Result<Safetensors> {
+        let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(Error::io(folder, "open"))? {
             let path = entry.map_err(Error::io(folder, "read"))?.path();
             if path.extension().is_some_and(|e| e == "safetensors") {
-                names.push(path);
+                paths.push(path);
             }
         }
-        names.sort();
-        if names.is_empty() {
+        paths.sort();
+        if paths.is_empty() {
             return Err(Error::missing(
                 folder,
                 "a .safetensors file",
@@ -120,16 +123,17 @@ impl Safetensors {
             ));
         }
         // Without an index the names themselves may say how many shards there are.
-        if let Some(count) = names.iter().find_map(|p| shard_of(p)).map(|(_, n)| n)
-            && names.len() != count
+        if let Some(count) = paths.iter().find_map(|p| shard_of(p)).map(|(_, n)| n)
+            && paths.len() != count
         {
             return Err(Error::missing(
                 folder,
-                format!("a shard ({} of {count} are there)", names.len()),
+                format!("a shard ({} of {count} are there)", paths.len()),
                 "download the rest",
             ));
         }
-        for path in &names {
+        let mut all = Safetensors::default();
+        for path in &paths {
             all.add(path)?;
         }
         Ok(all)
@@ -175,16 +179,7 @@ fn shard_of(path: &Path) -> Option<(usize, usize)> {
 /// # Errors
 /// If it cannot be read, is larger, or is not JSON.
 pub fn read_json(path: &Path, limit: u64) -> Result<Value> {
-    let mut bytes = Vec::new();
-    File::open(path)
-        .map_err(Error::io(path, "open"))?
-        .take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(Error::io(path, "read"))?;
-    if bytes.len() as u64 > limit {
-        let expected = format!("at most {limit} bytes");
-        return Err(Error::invalid(path, "the file", expected, "a larger file"));
-    }
+    let bytes = disk::read(path, limit)?;
     bounded::json(&bytes).map_err(|e| Error::invalid(path, "the file", "JSON", e))
 }
 
@@ -228,6 +223,7 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
+/// The tensors of a file, which is number `file`.
 fn read_header(path: &Path, file: usize) -> Result<Vec<(String, Entry)>> {
     let meta = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
     if !meta.is_file() {
@@ -236,15 +232,8 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<(String, Entry)>> {
     }
     let mut input = File::open(path).map_err(Error::io(path, "open"))?;
     let size = meta.len();
-    let truncated = |what: &str, at: u64, want: u64| Error::Truncated {
-        file: path.to_path_buf(),
-        what: what.to_string(),
-        at,
-        want,
-        have: size.saturating_sub(at),
-    };
     if size < 8 {
-        return Err(truncated("the header's length", 0, 8));
+        return Err(truncated(path, "the header's length", 0, 8, size));
     }
     let mut length = [0; 8];
     input
@@ -260,7 +249,7 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<(String, Entry)>> {
         ));
     }
     if length > size - 8 {
-        return Err(truncated("the header", 8, length));
+        return Err(truncated(path, "the header", 8, length, size));
     }
     let mut header = Vec::new();
     input
@@ -272,61 +261,83 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<(String, Entry)>> {
         .as_object()
         .ok_or_else(|| Error::invalid(path, "the header", "an object", kind_of(&json)))?;
     let data = 8 + length;
-    let mut entries = Vec::new();
-    for (name, value) in object.iter().filter(|(name, _)| *name != "__metadata__") {
-        let what = |part: &str| format!("the {part} of tensor {}", shown(name));
-        let invalid = |part: &str, expected: String, found: String| {
-            Error::invalid(path, what(part), expected, found)
-        };
-        let dtype = value["dtype"].as_str().unwrap_or_default();
-        let format = match dtype {
-            "F32" => Format::F32,
-            "F16" => Format::F16,
-            "BF16" => Format::BF16,
-            _ => {
-                let expected = "F32, F16 or BF16";
-                return Err(Error::unsupported(
-                    path,
-                    what("dtype"),
-                    expected,
-                    shown(dtype),
-                ));
-            }
-        };
-        let numbers = |value: &Value| -> Option<Vec<u64>> {
-            value.as_array()?.iter().map(Value::as_u64).collect()
-        };
-        let shape = numbers(&value["shape"])
-            .filter(|s| s.len() <= 8)
-            .ok_or_else(|| {
-                let found = shown(&value["shape"].to_string());
-                invalid("shape", "a list of at most 8 sizes".into(), found)
-            })?;
-        let offsets = numbers(&value["data_offsets"]);
-        let Some(&[start, end]) = offsets.as_deref() else {
-            let found = shown(&value["data_offsets"].to_string());
-            return Err(invalid("data_offsets", "a start and an end".into(), found));
-        };
-        let bytes = shape
-            .iter()
-            .try_fold(format.block_bytes() as u64, |n, &d| n.checked_mul(d));
-        if bytes.is_none() || end.checked_sub(start) != bytes {
-            let expected = format!("{} bytes for {dtype} {shape:?}", bytes.unwrap_or(u64::MAX));
-            return Err(invalid("size", expected, format!("{start} to {end}")));
-        }
+    let tensors = object.iter().filter(|(name, _)| *name != "__metadata__");
+    let entry = |(name, value): (&String, &Value)| {
+        let entry = entry(path, name, value)?;
+        let end = entry.offset + entry.bytes;
         if end > size - data {
-            return Err(truncated(&format!("tensor {}", shown(name)), data, end));
+            let what = format!("tensor {}", shown(name));
+            return Err(truncated(path, &what, data, end, size));
         }
-        entries.push((
-            name.clone(),
-            Entry {
-                format,
-                shape,
-                file,
-                offset: data + start,
-                bytes: end - start,
-            },
-        ));
+        let offset = data + entry.offset;
+        let entry = Entry {
+            file,
+            offset,
+            ..entry
+        };
+        Ok((name.clone(), entry))
+    };
+    tensors.map(entry).collect()
+}
+
+/// The file of `size` bytes ends before the `want` bytes from `at` on that a thing needs.
+fn truncated(path: &Path, what: &str, at: u64, want: u64, size: u64) -> Error {
+    Error::Truncated {
+        file: path.to_path_buf(),
+        what: what.to_string(),
+        at,
+        want,
+        have: size.saturating_sub(at),
     }
-    Ok(entries)
+}
+
+/// What the header says of a tensor: its offset is that within the data.
+fn entry(path: &Path, name: &str, value: &Value) -> Result<Entry> {
+    let what = |part: &str| format!("the {part} of tensor {}", shown(name));
+    let invalid = |part: &str, expected: String, found: String| {
+        Error::invalid(path, what(part), expected, found)
+    };
+    let dtype = value["dtype"].as_str().unwrap_or_default();
+    let format = match dtype {
+        "F32" => Format::F32,
+        "F16" => Format::F16,
+        "BF16" => Format::BF16,
+        _ => {
+            let expected = "F32, F16 or BF16";
+            return Err(Error::unsupported(
+                path,
+                what("dtype"),
+                expected,
+                shown(dtype),
+            ));
+        }
+    };
+    let numbers = |value: &Value| -> Option<Vec<u64>> {
+        value.as_array()?.iter().map(Value::as_u64).collect()
+    };
+    let shape = numbers(&value["shape"])
+        .filter(|s| s.len() <= 8)
+        .ok_or_else(|| {
+            let found = shown(&value["shape"].to_string());
+            invalid("shape", "a list of at most 8 sizes".into(), found)
+        })?;
+    let offsets = numbers(&value["data_offsets"]);
+    let Some(&[start, end]) = offsets.as_deref() else {
+        let found = shown(&value["data_offsets"].to_string());
+        return Err(invalid("data_offsets", "a start and an end".into(), found));
+    };
+    let bytes = shape
+        .iter()
+        .try_fold(format.block_bytes() as u64, |n, &d| n.checked_mul(d));
+    let Some(bytes) = bytes.filter(|bytes| end.checked_sub(start) == Some(*bytes)) else {
+        let expected = format!("{} bytes for {dtype} {shape:?}", bytes.unwrap_or(u64::MAX));
+        return Err(invalid("size", expected, format!("{start} to {end}")));
+    };
+    Ok(Entry {
+        format,
+        shape,
+        file: 0,
+        offset: start,
+        bytes,
+    })
 }

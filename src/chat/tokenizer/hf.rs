@@ -3,6 +3,7 @@
 use super::MAX_PIECES;
 use super::vocab::{Piece, PieceKind, Vocab, parse_byte, read_bounded};
 use crate::bounded;
+use crate::disk;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
@@ -147,9 +148,7 @@ fn id_of(pieces: &[Piece], text: &str) -> Option<u32> {
 pub(super) fn apply_config(vocab: &mut Vocab, folder: &Path) -> Result<()> {
     let jinja = folder.join("chat_template.jinja");
     if jinja.is_file() {
-        let text = String::from_utf8(read_bounded(&jinja)?)
-            .map_err(|e| Error::invalid(&jinja, "the chat template", "UTF-8", e))?;
-        vocab.chat_template = Some(text);
+        vocab.chat_template = Some(disk::utf8(&jinja, read_bounded(&jinja)?)?);
     }
     let path = folder.join("tokenizer_config.json");
     if !path.is_file() {

@@ -1,9 +1,8 @@
 //! A vocabulary as files hold it: its pieces, and where to find one.
 
 use super::{hf, spm};
+use crate::disk;
 use crate::error::{Error, Result};
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 /// The largest tokenizer file that is read, in bytes (a Hugging Face `tokenizer.json` has about 20 MB).
@@ -130,21 +129,7 @@ impl Vocab {
 
 /// The whole file, refused beyond [`MAX_FILE_BYTES`].
 pub(super) fn read_bounded(file: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(file)
-        .map_err(Error::io(file, "open"))?
-        .take(MAX_FILE_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(Error::io(file, "read"))?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(Error::invalid(
-            file,
-            "the tokenizer file",
-            format!("at most {MAX_FILE_BYTES} bytes"),
-            "a larger file",
-        ));
-    }
-    Ok(bytes)
+    disk::read(file, MAX_FILE_BYTES)
 }
 
 /// `<0x0A>` -> 10.
