@@ -88,22 +88,16 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     let started = Instant::now();
     let (path, demo) = model_path(model)?;
     let file = Gguf::open(&path)?;
-    let ram = ram(
-        &file,
-        machine.ram,
-        machine.profile.as_deref(),
-        model.kv,
-        model.ctx,
-    )?;
+    let shares = match &machine.profile {
+        Some(path) => Some(Profile::read_of(path, &file)?.shares()),
+        None => None,
+    };
+    let ram = ram(&file, machine.ram, shares.clone(), model.kv, model.ctx)?;
     if matches!(ram, Ram::Mapped) && memory_to_use().is_some_and(|bytes| file.file_bytes() <= bytes)
     {
         fetch(&file)?;
     }
     let (mut model_opened, tokenizer) = open_parts(&file, machine, ram)?;
-    let shares = match &machine.profile {
-        Some(path) => Some(Profile::read_of(path, &file)?.shares()),
-        None => None,
-    };
     gpu::offload(&mut model_opened, &machine.gpu, shares, machine.verbose)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
@@ -152,23 +146,19 @@ const RESERVE: u64 = 1 << 30;
 /// Tokens of a conversation that the cache is sure to have memory for.
 pub const FIRST_TOKENS: usize = 4096;
 
-/// The memory that the model gets. `profile`: the experts to keep in it at first.
+/// The memory that the model gets. `shares (n_layer, n_expert)`: how often a token takes each expert, if that is known.
 ///
 /// # Errors
-/// See [`Config::read`] and [`Profile::read_of`].
+/// See [`Config::read`].
 pub fn ram(
     file: &Gguf,
     limit: RamLimit,
-    profile: Option<&Path>,
+    shares: Option<Vec<f32>>,
     kv: KvType,
     ctx: Option<u32>,
 ) -> Result<Ram> {
     let config = Config::read(file)?;
     config.check_kv(kv)?;
-    let shares = match profile {
-        Some(path) => Some(Profile::read_of(path, file)?.shares()),
-        None => None,
-    };
     Ok(match limit {
         RamLimit::All => Ram::Mapped,
         RamLimit::Bytes(bytes) => Ram::Within { bytes, shares },
