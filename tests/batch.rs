@@ -783,6 +783,9 @@ fn interrupted_it_says_how_to_go_on() {
         .unwrap()
         .read_to_string(&mut said)
         .unwrap();
+    // At once, before all that it says at the end.
+    let heard = "octet: stopping after this step; Ctrl-C once more ends at once\n";
+    assert!(said.starts_with(heard), "{said}");
     assert!(
         said.contains(
             "octet: 1 of 4 results are kept; the same command with --resume goes on from here\n"

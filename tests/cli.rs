@@ -586,12 +586,37 @@ const ENDLESS: [&str; 8] = [
     "--ubatch=64",
 ];
 
+/// An answer in a file is a text of whole lines, and the closing line has a line of its own.
+#[test]
+fn an_answer_ends_its_last_line_once() {
+    let home = Home::new();
+    let run = |args: &[&str]| {
+        home.octet(&[&["run", "--raw", "--temp", "0", "-p", "Once"], args].concat())
+    };
+    let text = |args: &[&str]| run(args).text().to_string();
+    let said = |args: &[&str]| run(&[args, &["--json"]].concat()).json()["text"].clone();
+    let short = ["-n", "5"];
+    assert_eq!(
+        text(&short),
+        format!("{}\n", said(&short).as_str().unwrap())
+    );
+    assert!(!said(&short).as_str().unwrap().ends_with('\n'));
+    // A line break that the model wrote is enough.
+    let breaks = ["-n", "3", "--regex", "a\n"];
+    assert_eq!(
+        (text(&breaks).as_str(), said(&breaks)),
+        ("a\n", json!("a\n"))
+    );
+    // No answer is no line.
+    assert_eq!(text(&["-n", "0"]), "");
+}
+
 #[cfg(unix)]
 #[test]
 fn interrupted_a_run_keeps_its_text_and_exits_130() {
     let home = Home::new();
     let beginning = home.octet(&[&ENDLESS[..], &["-n", "8"]].concat());
-    let beginning = beginning.text();
+    let beginning = beginning.text().trim_end_matches('\n');
     let mut child = home
         .command(&ENDLESS)
         .stdin(Stdio::null())

@@ -82,7 +82,7 @@ impl Person {
 /// What `octet run` says, as a terminal shows it.
 fn answer(home: &Home, args: &[&str]) -> String {
     let out = home.octet(&[&["run", "--temp", "0", "-n", "8"], args].concat());
-    format!("{}\n", out.text()).replace('\n', "\r\n")
+    out.text().replace('\n', "\r\n")
 }
 
 /// A chat whose answers are `answer`'s.
@@ -240,6 +240,37 @@ fn control_c_stops_an_answer_and_not_the_program() {
     person.type_keys("/exit\r");
     let (last, code) = person.end();
     assert_eq!(code, 0, "{last}");
+}
+
+/// What is typed while an answer is written does not stand in the midst of it, and is not lost.
+#[test]
+fn what_is_typed_ahead_waits_for_the_prompt() {
+    let home = Home::new();
+    let (mut person, _) = Person::new(&home, &["chat", "--temp", "0", "-l", "2-1000", "-n", "200"]);
+    person.type_keys("Tell me a story.\r");
+    person.until(HAS_READ);
+    person.until(" the ");
+    person.type_keys("/help\rzebra");
+    let answer = person.until(READS);
+    assert!(answer.len() > 100, "{answer}");
+    assert!(
+        !answer.contains("/help") && !answer.contains("zebra"),
+        "{answer}"
+    );
+    // The line is entered as it is, and the beginning of another stands in the next.
+    let shown = person.until(READS);
+    assert!(
+        shown.contains("/help") && shown.contains("Ctrl-D"),
+        "{shown}"
+    );
+    person.until("zebra");
+    person.type_keys("\x03");
+    person.until(READS);
+    // What is typed at the prompt, and after the end, is shown as ever.
+    person.type_keys("/exit\r");
+    let (last, code) = person.end();
+    assert_eq!(code, 0, "{last}");
+    assert!(last.contains("/exit"), "{last}");
 }
 
 #[test]
