@@ -19,7 +19,7 @@ use octet::chat::session::Session;
 use octet::chat::template::Template;
 use octet::chat::tokenizer::{Tokenizer, Vocab};
 use octet::chat::tools::read_tools;
-use octet::cli::journal::{Journal, Mode};
+use octet::cli::batch::journal::{Journal, Mode};
 use octet::error::{Error, Result};
 use octet::gguf::imatrix::{Form as ImatrixForm, Importance};
 use octet::gguf::{Gguf, Imatrix, Safetensors, Writer, safetensors};

@@ -1,8 +1,9 @@
 //! `octet batch`: a file of requests, answered many at once, each of them once.
 
-use super::input::BoundedLines;
+pub mod journal;
+mod lines;
+
 use super::interrupt::hear_interrupts;
-use super::journal::{Finished, Id, Journal, LineSum, Mode};
 use super::load::{Loaded, load};
 use super::options::{AnswerOptions, PromptOptions, parse_size};
 use super::progress::Progress;
@@ -16,18 +17,16 @@ use crate::chat::sampler::Sampler;
 use crate::chat::session::Finish;
 use crate::chat::stops::AnswerText;
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
 use crate::memory;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{BufReader, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::time::Duration;
+
+use journal::{Finished, Id, Journal, Mode};
+use lines::{Input, Lines, MAX_LINE, Next, is_blank, line_hash};
 
 /// Answer a file of requests, many at once: a line of JSON in, a line of JSON out.
 #[derive(clap::Args, Clone, Debug)]
@@ -61,9 +60,6 @@ pub struct Args {
     pub request: PromptOptions,
 }
 
-/// The longest line that is read. OpenAI's own limit for a whole file is 200 MB.
-const MAX_LINE: usize = 16 << 20;
-
 /// Most results that wait for those of earlier lines: each takes about a hundred bytes of memory.
 const MAX_WAITING: usize = 100_000;
 
@@ -79,7 +75,6 @@ pub fn run(args: &Args) -> Result<()> {
     let lines = Lines::check(args)?;
     let loaded = load(&args.answer.model, &args.answer.machine)?;
     let options = args.answer.sampling.sampler(loaded.model.config.n_vocab)?;
-    let file = Gguf::open(&loaded.path)?;
     let mut defaults = Defaults {
         system: args.answer.system.clone(),
         raw: args.request.raw,
@@ -92,7 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
     let settings = hash(&format!(
         "{} {:?} {} {:?} {} {defaults:?}",
         env!("CARGO_PKG_VERSION"),
-        file.identity(),
+        loaded.file.identity(),
         loaded.ctx,
         args.answer.model.kv,
         args.unordered,
@@ -132,46 +127,15 @@ pub fn run(args: &Args) -> Result<()> {
         verbose: args.answer.machine.verbose,
     };
     let mut input = Input::open(&lines)?;
-    let mut progress = Progress::of("", "prompts");
-    let in_all = total.map_or(usize::MAX, |n| n as usize);
-    progress.set(work.done as usize, in_all);
-    let mut line = Vec::new();
-    let mut number = 0;
-    let mut more = true;
-    let resumable = args.output != Path::new("-") && args.input != Path::new("-");
     let stopped = || interrupted.load(Ordering::Relaxed);
-    // Whatever is wrong with the files, such as a full disk, what is written stays written.
-    let hint = |e: Error| {
-        if matches!(e, Error::Io { .. }) && resumable {
+    let resumable = args.output != Path::new("-") && args.input != Path::new("-");
+    let whole = work.answer_all(&mut input, args, &finished, total, stopped);
+    let whole = whole.inspect_err(|e| {
+        // Whatever is wrong with the files, such as a full disk, what is written stays written.
+        if matches!(e, Error::Io { file, .. } if *file != args.input) && resumable {
             note("the results so far are kept; the same command with --resume goes on from here");
         }
-        e
-    };
-    while (more || !work.batch.is_empty()) && !stopped() {
-        // Not too many at once: lines without work must not keep the others waiting.
-        for _ in 0..args.parallel {
-            let room = work.batch.has_room() && work.journal.waiting() < MAX_WAITING;
-            if !more || !room {
-                break;
-            }
-            let next = input.next(&mut line, work.batch.is_empty());
-            match next.map_err(Error::io(&args.input, "read"))? {
-                Next::Line(bytes) => {
-                    number += 1;
-                    if !is_blank(&line) {
-                        let taken = work.take(number, &line, bytes, finished.has(number));
-                        taken.map_err(hint)?;
-                    }
-                }
-                Next::NotYet => break,
-                Next::End => more = false,
-            }
-        }
-        work.step().map_err(hint)?;
-        progress.tell(|| format!("{:.1} tok/s", work.batch.totals().answer_rate()));
-        progress.set(work.done as usize, in_all);
-    }
-    progress.clear();
+    })?;
     let (done, failed) = (work.done, work.failed);
     match (done - finished.lines, failed - finished.failed) {
         (0, _) if !stopped() => note(format!(
@@ -186,7 +150,7 @@ pub fn run(args: &Args) -> Result<()> {
             batch_closing_line(&lines, work.batch.totals(), loaded.model.machine());
         }
     }
-    if more || !work.batch.is_empty() {
+    if !whole {
         let of = total.map_or(String::new(), |n| format!(" of {n}"));
         let how = match resumable {
             false => "",
@@ -216,161 +180,6 @@ fn digest(bytes: &(impl AsRef<[u8]> + ?Sized)) -> u64 {
     let digest = Sha256::digest(bytes.as_ref());
     let first = digest.iter().take(8);
     first.fold(0, |h, b| h << 8 | u64::from(*b))
-}
-
-fn is_blank(line: &[u8]) -> bool {
-    line.trim_ascii().is_empty()
-}
-
-/// The hash of a line that may be longer than what is in memory of it.
-fn line_hash(line: &[u8], bytes: u64) -> u64 {
-    match bytes > line.len() as u64 {
-        false => hash(line.trim_ascii_end()),
-        true => hash(&[line, &bytes.to_le_bytes()].concat()),
-    }
-}
-
-/// The input.
-struct Lines<'a> {
-    path: &'a Path,
-    /// The file's size; `None`: it is a pipe, which can be read once.
-    bytes: Option<u64>,
-}
-
-impl<'a> Lines<'a> {
-    /// Looks whether the input can be used at all, before a model is loaded.
-    fn check(args: &'a Args) -> Result<Lines<'a>> {
-        let path = args.input.as_path();
-        let bytes = match path == Path::new("-") {
-            true => None,
-            false => {
-                let there = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
-                there.is_file().then_some(there.len())
-            }
-        };
-        if bytes.is_none() && args.resume {
-            return Err(Error::Usage(format!(
-                "--resume compares the results with the requests, for which {} must be a file",
-                path.display()
-            )));
-        }
-        let same = |a: &Path, b: &Path| a.canonicalize().ok() == b.canonicalize().ok();
-        if bytes.is_some() && args.output.exists() && same(path, &args.output) {
-            return Err(Error::Usage(format!(
-                "{}: the results would be written over the requests",
-                path.display()
-            )));
-        }
-        Ok(Lines { path, bytes })
-    }
-
-    fn open(&self) -> Result<BoundedLines<BufReader<Box<dyn Read + Send>>>> {
-        let reader: Box<dyn Read + Send> = match self.path == Path::new("-") {
-            true => Box::new(std::io::stdin()),
-            false => Box::new(File::open(self.path).map_err(Error::io(self.path, "open"))?),
-        };
-        let reader = BufReader::with_capacity(1 << 16, reader);
-        Ok(BoundedLines::new(reader, MAX_LINE))
-    }
-
-    /// How many requests a file has. Those that are done must be the same as ever.
-    fn count(&self, finished: &Finished, args: &Args) -> Result<Option<u64>> {
-        if self.bytes.is_none() {
-            return Ok(None);
-        }
-        let mut lines = self.open()?;
-        let (mut line, mut number, mut total) = (Vec::new(), 0, 0);
-        let (mut same, mut sum) = (0, LineSum::default());
-        while let Some(end) = lines
-            .next(&mut line)
-            .map_err(Error::io(self.path, "read"))?
-        {
-            number += 1;
-            if is_blank(&line) {
-                continue;
-            }
-            // In order, what is done comes first.
-            if finished.has(number) && (args.unordered || same == total) {
-                same += 1;
-                sum.add(number, line_hash(&line, end.bytes));
-            }
-            total += 1;
-        }
-        if !finished.are(same, sum) {
-            return Err(Error::invalid(
-                &args.output,
-                "the file",
-                format!("results of {}", self.path.display()),
-                "results of other requests; --force begins anew",
-            ));
-        }
-        Ok(Some(total))
-    }
-}
-
-/// Lines as they are wanted, from a file, or as they come, from a pipe: whoever writes there may take their time,
-/// and what runs goes on meanwhile.
-enum Input {
-    File(BoundedLines<BufReader<Box<dyn Read + Send>>>),
-    Pipe(Receiver<std::io::Result<(Vec<u8>, u64)>>),
-}
-
-/// What an [`Input`] has.
-enum Next {
-    /// A line of so many bytes.
-    Line(u64),
-    /// Nothing yet.
-    NotYet,
-    /// No more lines.
-    End,
-}
-
-impl Input {
-    fn open(lines: &Lines<'_>) -> Result<Input> {
-        let mut reader = lines.open()?;
-        if lines.bytes.is_some() {
-            return Ok(Input::File(reader));
-        }
-        let (send, receive) = sync_channel(2);
-        std::thread::spawn(move || {
-            loop {
-                let mut line = Vec::new();
-                let next = match reader.next(&mut line) {
-                    Ok(Some(end)) => Ok((line, end.bytes)),
-                    Ok(None) => break,
-                    Err(e) => Err(e),
-                };
-                // Nobody listens any more, or nothing more can be read.
-                let failed = next.is_err();
-                if send.send(next).is_err() || failed {
-                    break;
-                }
-            }
-        });
-        Ok(Input::Pipe(receive))
-    }
-
-    /// Puts the next line into `line`. `idle`: there is time to wait for it.
-    fn next(&mut self, line: &mut Vec<u8>, idle: bool) -> std::io::Result<Next> {
-        match self {
-            Input::File(lines) => Ok(lines
-                .next(line)?
-                .map_or(Next::End, |end| Next::Line(end.bytes))),
-            Input::Pipe(lines) => {
-                // Ctrl-C is heard in between.
-                let patience = Duration::from_millis(if idle { 100 } else { 1 });
-                match lines.recv_timeout(patience) {
-                    Ok(next) => {
-                        let (text, bytes) = next?;
-                        *line = text;
-                        Ok(Next::Line(bytes))
-                    }
-                    Err(RecvTimeoutError::Timeout) => Ok(Next::NotYet),
-                    Err(RecvTimeoutError::Disconnected) => Ok(Next::End),
-                }
-            }
-        }
-    }
 }
 
 /// How much may run at once.
@@ -521,6 +330,48 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// Answers every line of the input that is not `finished`, of `total` if that is known; `false`: somebody `stopped` it.
+    fn answer_all(
+        &mut self,
+        input: &mut Input,
+        args: &Args,
+        finished: &Finished,
+        total: Option<u64>,
+        stopped: impl Fn() -> bool,
+    ) -> Result<bool> {
+        let mut progress = Progress::of("", "prompts");
+        let in_all = total.map_or(usize::MAX, |n| n as usize);
+        progress.set(self.done as usize, in_all);
+        let mut line = Vec::new();
+        let mut number = 0;
+        let mut more = true;
+        while (more || !self.batch.is_empty()) && !stopped() {
+            // Not too many at once: lines without work must not keep the others waiting.
+            for _ in 0..args.parallel {
+                let room = self.batch.has_room() && self.journal.waiting() < MAX_WAITING;
+                if !more || !room {
+                    break;
+                }
+                let next = input.next(&mut line, self.batch.is_empty());
+                match next.map_err(Error::io(&args.input, "read"))? {
+                    Next::Line(bytes) => {
+                        number += 1;
+                        if !is_blank(&line) {
+                            self.take(number, &line, bytes, finished.has(number))?;
+                        }
+                    }
+                    Next::NotYet => break,
+                    Next::End => more = false,
+                }
+            }
+            self.step()?;
+            progress.tell(|| format!("{:.1} tok/s", self.batch.totals().answer_rate()));
+            progress.set(self.done as usize, in_all);
+        }
+        progress.clear();
+        Ok(!more && self.batch.is_empty())
+    }
+
     /// Begins with a line, or writes why not, if it is not `finished`. `bytes`: of the whole line, which may be more than
     /// was read.
     fn take(&mut self, number: u64, line: &[u8], bytes: u64, finished: bool) -> Result<()> {

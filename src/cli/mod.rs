@@ -12,7 +12,6 @@ pub mod imatrix;
 pub mod input;
 pub mod inspect;
 pub mod interrupt;
-pub mod journal;
 pub mod load;
 pub mod machine;
 pub mod man;

@@ -5,7 +5,7 @@
 //! settings it answers, so that a later run can tell what is done and that it is the same work. Results that
 //! come before their turn wait in a second file, `OUT.ahead`, and lose no work either.
 
-use super::input::{BoundedLines, LineEnd};
+use super::lines::{BoundedLines, LineEnd};
 use crate::disk::{self, WholeFile};
 use crate::error::{Error, Result};
 use std::collections::{HashMap, VecDeque};
@@ -445,10 +445,8 @@ impl Turns {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.map_or(0, |d| d.as_nanos());
         let path = std::env::temp_dir().join(format!("octet-{}-{now}.ahead", std::process::id()));
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let mut options = disk::private();
+        let options = options.read(true).create_new(true);
         let file = options.open(&path).map_err(Error::io(&path, "create"))?;
         // Where a file that is open cannot go, it goes at the end.
         let _ = std::fs::remove_file(&path);
