@@ -195,59 +195,23 @@ impl Chooser {
             return base;
         }
         let eight = m.n_expert == 8;
-        let groups = m.n_head / m.n_kv.max(1);
         match Role::of(name) {
             Role::Output => self.output_format(columns),
             Role::Embedding if m.tied => self.output_format(columns),
             Role::Value => {
-                let i = self.values;
                 self.values += 1;
-                if eight {
+                match eight {
                     // Little beside eight experts, and sensitive.
-                    return F::Q8_0;
-                }
-                let format = match recipe {
-                    R::Q2_K if groups >= 4 => F::Q4_K,
-                    R::Q2_K => F::Q3_K,
-                    R::Q3_K_M if i < 2 => F::Q5_K,
-                    R::Q3_K_M => F::Q4_K,
-                    R::Q3_K_L => F::Q5_K,
-                    R::IQ4_NL | R::IQ4_XS if groups >= 4 => F::Q5_K,
-                    R::Q4_K_M | R::Q5_K_M if more_bits(i, m.n_attn_v) => F::Q6_K,
-                    R::Q4_K_S if i < 4 => F::Q5_K,
-                    _ => base,
-                };
-                // The 70B model: eight heads share a value head, so that its values are few.
-                let is_70b = m.n_layer == 80 && m.n_head != m.n_kv;
-                match format {
-                    F::Q3_K | F::Q4_K if is_70b => F::Q5_K,
-                    format => format,
+                    true => F::Q8_0,
+                    false => self.value_format(self.values - 1),
                 }
             }
             Role::Key if eight => F::Q8_0,
             Role::Down => {
-                let counted = self.downs;
                 self.downs += 1;
-                let n = m.n_layer;
                 // Experts may be scattered over a file; their names say the layer.
-                let i = if m.n_expert > 1 {
-                    layer(name).unwrap_or(counted)
-                } else {
-                    counted
-                };
-                match recipe {
-                    R::Q2_K => F::Q3_K,
-                    R::Q3_K_M if i < n / 16 => F::Q5_K,
-                    R::Q3_K_M => F::Q4_K,
-                    R::Q3_K_L => F::Q5_K,
-                    R::Q4_K_M | R::Q5_K_M if more_bits(i, n) => F::Q6_K,
-                    R::Q4_K_S if i < n / 8 => F::Q5_K,
-                    R::IQ4_NL | R::IQ4_XS if i < n / 8 && !m.importance => F::Q5_K,
-                    // With importance the first downs can go astray in formats without a minimum.
-                    R::Q4_0 if i < n / 8 && m.importance => F::Q4_1,
-                    R::Q5_0 if i < n / 8 && m.importance => F::Q5_1,
-                    _ => base,
-                }
+                let named = layer(name).filter(|_| m.n_expert > 1);
+                self.down_format(named.unwrap_or(self.downs - 1))
             }
             Role::AttentionOutput if eight => match recipe {
                 R::Q2_K | R::Q3_K_S | R::Q3_K_M | R::Q4_K_S | R::Q4_K_M | R::IQ4_NL | R::IQ4_XS => {
@@ -262,6 +226,51 @@ impl Chooser {
                 _ => base,
             },
             _ => base,
+        }
+    }
+
+    /// The format of `attn_v` number `i`, in a model without eight experts.
+    fn value_format(&self, i: usize) -> Format {
+        use Format as F;
+        use Recipe as R;
+        let m = self.model;
+        let groups = m.n_head / m.n_kv.max(1);
+        let format = match self.recipe {
+            R::Q2_K if groups >= 4 => F::Q4_K,
+            R::Q2_K => F::Q3_K,
+            R::Q3_K_M if i < 2 => F::Q5_K,
+            R::Q3_K_M => F::Q4_K,
+            R::Q3_K_L => F::Q5_K,
+            R::IQ4_NL | R::IQ4_XS if groups >= 4 => F::Q5_K,
+            R::Q4_K_M | R::Q5_K_M if more_bits(i, m.n_attn_v) => F::Q6_K,
+            R::Q4_K_S if i < 4 => F::Q5_K,
+            other => other.base(),
+        };
+        // The 70B model: eight heads share a value head, so that its values are few.
+        let is_70b = m.n_layer == 80 && m.n_head != m.n_kv;
+        match format {
+            F::Q3_K | F::Q4_K if is_70b => F::Q5_K,
+            format => format,
+        }
+    }
+
+    /// The format of the downs of layer `i`.
+    fn down_format(&self, i: usize) -> Format {
+        use Format as F;
+        use Recipe as R;
+        let (n, importance) = (self.model.n_layer, self.model.importance);
+        match self.recipe {
+            R::Q2_K => F::Q3_K,
+            R::Q3_K_M if i < n / 16 => F::Q5_K,
+            R::Q3_K_M => F::Q4_K,
+            R::Q3_K_L => F::Q5_K,
+            R::Q4_K_M | R::Q5_K_M if more_bits(i, n) => F::Q6_K,
+            R::Q4_K_S if i < n / 8 => F::Q5_K,
+            R::IQ4_NL | R::IQ4_XS if i < n / 8 && !importance => F::Q5_K,
+            // With importance the first downs can go astray in formats without a minimum.
+            R::Q4_0 if i < n / 8 && importance => F::Q4_1,
+            R::Q5_0 if i < n / 8 && importance => F::Q5_1,
+            other => other.base(),
         }
     }
 
