@@ -4,6 +4,8 @@
 //! values shares one float scale, and the sums of 16 and of 8 values are kept so that an offset or a
 //! minimum of the weights leaves the inner loop. Float weights take the floats themselves.
 
+use super::bits::ROUND;
+
 /// The kind of activations that a weight format is multiplied with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ActKind {
@@ -211,10 +213,6 @@ fn room<T: Clone>(v: &mut Vec<T>, n: usize, empty: T) -> &mut [T] {
     }
     &mut v[..n]
 }
-
-/// 1.5·2²³: adding it to a float of magnitude below 2²² rounds that to an integer, half to even, and
-/// leaves the integer in the low bits. The same on every CPU, and one addition in SIMD.
-const ROUND: f32 = 12_582_912.0;
 
 /// Quantizes up to 256 of a token's activations: `d = max|x| / 127`, `q = round_half_even(x · 127 / max|x|)`
 /// for each `block` of them.

@@ -57,14 +57,13 @@ impl IntBlock for Iq4Nl {
 
 impl Encode for Iq4Nl {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        let runs = search::runs(x, importance, 32 * WIDE);
-        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE)) {
+        search::in_runs::<32, _>(x, importance, out, |x, importance, out| {
             let d = scales::<S>(x, importance, 32);
             for ((x, d), out) in x.chunks_exact(32).zip(d.0).zip(out) {
                 out.d = f16::from_f32_const(d);
                 code(x, d, &mut out.qs);
             }
-        }
+        });
     }
 }
 

@@ -64,10 +64,7 @@ impl IntBlock for Iq4Xs {
 
 impl Encode for Iq4Xs {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        let runs = search::runs(x, importance, 32 * WIDE);
-        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 8)) {
-            encode::<S>(x, importance, out);
-        }
+        search::in_runs::<32, _>(x, importance, out, encode::<S>);
     }
 }
 

@@ -77,10 +77,7 @@ const PLAIN: Tries = Tries {
 
 impl Encode for Q2_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        let runs = search::runs(x, importance, 16 * WIDE);
-        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 16)) {
-            encode::<S>(x, importance, out);
-        }
+        search::in_runs::<16, _>(x, importance, out, encode::<S>);
     }
 }
 

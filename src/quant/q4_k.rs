@@ -85,17 +85,12 @@ const PLAIN: Tries = Tries {
 
 impl Encode for Q4_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        let runs = search::runs(x, importance, 32 * WIDE);
-        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 8)) {
+        search::in_runs::<32, _>(x, importance, out, |x, importance, out| {
             for (part, out) in encode::<S>(x, importance, 15, PLAIN).iter().zip(out) {
-                out.d = part.d;
-                out.dmin = part.dmin;
-                out.scales = part.scales;
-                for (q, bytes) in part.q.chunks_exact(64).zip(out.qs.chunks_exact_mut(32)) {
-                    pack::<4>(q, 0, bytes);
-                }
+                (out.d, out.dmin, out.scales) = (part.d, part.dmin, part.scales);
+                out.qs = part.nibbles();
             }
-        }
+        });
     }
 }
 
@@ -106,6 +101,17 @@ pub(super) struct Parts {
     pub(super) dmin: f16,
     pub(super) scales: [u8; 12],
     pub(super) q: [u8; 256],
+}
+
+impl Parts {
+    /// The low 4 bits of the weights.
+    pub(super) fn nibbles(&self) -> [u8; 128] {
+        let mut qs = [0; 128];
+        for (q, bytes) in self.q.chunks_exact(64).zip(qs.chunks_exact_mut(32)) {
+            pack::<4>(q, 0, bytes);
+        }
+        qs
+    }
 }
 
 /// Encodes Q4_K and Q5_K, whose weights go to `top`: blocks of [`WIDE`] sub-blocks in all, or less.

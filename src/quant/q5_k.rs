@@ -5,7 +5,7 @@
 //! (llama.cpp, `block_q5_K`).
 
 use super::bits::{pack, unpack};
-use super::search::{self, Search, Tries, WIDE};
+use super::search::{self, Search, Tries};
 use super::{Encode, IntBlock, q4_k};
 use half::f16;
 
@@ -70,18 +70,13 @@ const PLAIN: Tries = Tries {
 
 impl Encode for Q5_K {
     fn encode_row<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Self]) {
-        let runs = search::runs(x, importance, 32 * WIDE);
-        for ((x, importance), out) in runs.zip(out.chunks_mut(WIDE / 8)) {
+        search::in_runs::<32, _>(x, importance, out, |x, importance, out| {
             let parts = q4_k::encode::<S>(x, importance, 31, PLAIN);
             for (part, out) in parts.iter().zip(out) {
-                out.d = part.d;
-                out.dmin = part.dmin;
-                out.scales = part.scales;
-                for (q, bytes) in part.q.chunks_exact(64).zip(out.qs.chunks_exact_mut(32)) {
-                    pack::<4>(q, 0, bytes);
-                }
+                (out.d, out.dmin, out.scales) = (part.d, part.dmin, part.scales);
+                out.qs = part.nibbles();
                 pack::<1>(&part.q, 4, &mut out.qh);
             }
-        }
+        });
     }
 }

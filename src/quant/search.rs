@@ -10,6 +10,7 @@
 //! register. Groups can: every search works on `G` groups at once, transposed ([`Groups`]), one lane
 //! each, with selections instead of branches. Encoders gather [`WIDE`] groups, of several blocks.
 
+use super::Block;
 use super::bits::{nearest, truncate};
 use super::iq4_nl;
 use super::lanes::Lanes;
@@ -38,16 +39,21 @@ pub fn groups<const N: usize, const G: usize>(x: &[f32]) -> Groups<N, G> {
     out
 }
 
-/// The floats of every `n` of a row, with the importance of their columns; the last may be fewer.
-pub fn runs<'a>(
-    x: &'a [f32],
-    importance: Option<&'a [f32]>,
-    n: usize,
-) -> impl Iterator<Item = (&'a [f32], Option<&'a [f32]>)> {
+/// Hands a row to `encode` in runs of blocks that have [`WIDE`] groups of `N` in all, the last perhaps fewer: their floats, the
+/// importance of their columns, and the blocks to be filled.
+#[inline(always)]
+pub fn in_runs<const N: usize, B: Block>(
+    x: &[f32],
+    importance: Option<&[f32]>,
+    out: &mut [B],
+    mut encode: impl FnMut(&[f32], Option<&[f32]>, &mut [B]),
+) {
+    let n = N * WIDE;
     let starts = (0..).step_by(n);
-    x.chunks(n)
-        .zip(starts)
-        .map(move |(x, at)| (x, importance.map(|w| &w[at..at + x.len()])))
+    let runs = x.chunks(n).zip(out.chunks_mut(n / B::WEIGHTS));
+    for ((x, out), at) in runs.zip(starts) {
+        encode(x, importance.map(|w| &w[at..at + x.len()]), out);
+    }
 }
 
 /// `scale · Σ x²` of each block, in the lanes of its groups of `N`.
@@ -76,7 +82,7 @@ pub fn ungroup<const N: usize, const G: usize>(q: &Groups<N, G>, out: &mut [u8])
 
 /// `Σ x²`, in order.
 #[inline(always)]
-pub fn sum_of_squares(x: &[f32]) -> f32 {
+fn sum_of_squares(x: &[f32]) -> f32 {
     let mut sum = 0.0;
     for x in x {
         sum += x * x;
@@ -156,7 +162,7 @@ pub fn peak_of(x: &[f32]) -> f32 {
 ///
 /// `x`: `(8 · n)`.
 #[inline(always)]
-pub fn range_of(x: &[f32]) -> (f32, f32) {
+fn range_of(x: &[f32]) -> (f32, f32) {
     let (mut low, mut high) = ([f32::MAX; 8], [f32::MIN; 8]);
     for x in x.as_chunks::<8>().0 {
         for i in 0..8 {
