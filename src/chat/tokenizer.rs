@@ -39,6 +39,7 @@ pub use surface::Stream;
 pub use vocab::{Piece, PieceKind, Vocab};
 
 use std::collections::{HashMap, HashSet};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use tokenizers::Model;
@@ -75,6 +76,40 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
+/// Sizes, scores and special ids that can be right.
+fn check(vocab: &Vocab, source: &Path) -> Result<()> {
+    let n = vocab.pieces.len();
+    if n == 0 || n > MAX_PIECES {
+        let expected = format!("1 to {MAX_PIECES} pieces");
+        return Err(wrong(source, "its size", expected, n));
+    }
+    let specials = [("bos", vocab.bos), ("eos", vocab.eos), ("unk", vocab.unk)];
+    let stops = vocab.stop.iter().map(|&id| ("stop", Some(id)));
+    for (name, id) in specials.into_iter().chain(stops) {
+        if let Some(id) = id.filter(|&id| id as usize >= n) {
+            let what = format!("the {name} id");
+            return Err(wrong(source, what, format!("less than {n}"), id));
+        }
+    }
+    for (id, piece) in vocab.pieces.iter().enumerate() {
+        let bytes = piece.text.len();
+        if bytes > MAX_PIECE_BYTES {
+            let expected = format!("at most {MAX_PIECE_BYTES} bytes");
+            let found = format!("{bytes} bytes");
+            return Err(wrong(source, format!("piece {id}"), expected, found));
+        }
+        if piece.score.is_nan() {
+            let what = format!("the score of piece {id}");
+            return Err(wrong(source, what, "a number", "NaN"));
+        }
+    }
+    Ok(())
+}
+
+fn wrong(source: &Path, what: impl Display, expected: impl Display, found: impl Display) -> Error {
+    Error::invalid(source, format!("the vocabulary: {what}"), expected, found)
+}
+
 impl Tokenizer {
     /// A tokenizer from a vocabulary; `source` names the file in errors.
     ///
@@ -83,87 +118,38 @@ impl Tokenizer {
     /// piece that is not `<0xNN>`, a special id outside the vocabulary, or a vocabulary that has neither
     /// an unknown piece nor all 256 bytes (so that some text could not be encoded).
     pub fn new(mut vocab: Vocab, source: &Path) -> Result<Tokenizer> {
-        let invalid = |what: &str, expected: String, found: String| {
-            Error::invalid(source, format!("the vocabulary: {what}"), expected, found)
-        };
-        let n = vocab.pieces.len();
-        if n == 0 || n > MAX_PIECES {
-            return Err(invalid(
-                "its size",
-                format!("1 to {MAX_PIECES} pieces"),
-                n.to_string(),
-            ));
-        }
-        let specials = [("bos", vocab.bos), ("eos", vocab.eos), ("unk", vocab.unk)];
-        let stops = vocab.stop.iter().map(|&id| ("stop", Some(id)));
-        for (name, id) in specials.into_iter().chain(stops) {
-            if let Some(id) = id.filter(|&id| id as usize >= n) {
-                return Err(invalid(
-                    &format!("the {name} id"),
-                    format!("less than {n}"),
-                    id.to_string(),
-                ));
-            }
-        }
-        let mut ids = BpeVocab::with_capacity(n);
+        check(&vocab, source)?;
+        let mut ids = BpeVocab::with_capacity(vocab.pieces.len());
         let mut bytes = HashMap::new();
-        for (id, piece) in vocab.pieces.iter().enumerate() {
-            if piece.text.len() > MAX_PIECE_BYTES {
-                return Err(invalid(
-                    &format!("piece {id}"),
-                    format!("at most {MAX_PIECE_BYTES} bytes"),
-                    format!("{} bytes", piece.text.len()),
-                ));
-            }
-            if piece.score.is_nan() {
-                return Err(invalid(
-                    &format!("the score of piece {id}"),
-                    "a number".into(),
-                    "NaN".into(),
-                ));
-            }
+        for (id, piece) in (0u32..).zip(&vocab.pieces) {
             if piece.kind == PieceKind::Byte {
                 let byte = vocab::parse_byte(&piece.text).ok_or_else(|| {
-                    invalid(
-                        &format!("byte piece {id}"),
-                        "<0xNN>".into(),
-                        format!("{:?}", piece.text),
-                    )
+                    let found = format!("{:?}", piece.text);
+                    wrong(source, format!("byte piece {id}"), "<0xNN>", found)
                 })?;
-                bytes.insert(id as u32, byte);
+                bytes.insert(id, byte);
             }
             if !piece.text.is_empty() {
-                ids.entry(piece.text.clone()).or_insert(id as u32);
+                ids.entry(piece.text.clone()).or_insert(id);
             }
         }
-        let unknown = vocab
-            .pieces
-            .iter()
-            .position(|p| p.kind == PieceKind::Unknown);
+        let mut kinds = vocab.pieces.iter().map(|p| p.kind);
+        let unknown = kinds.position(|kind| kind == PieceKind::Unknown);
         vocab.unk = vocab.unk.or(unknown.map(|id| id as u32));
         let all_bytes = bytes.values().collect::<HashSet<_>>().len() == 256;
         if vocab.unk.is_none() && !all_bytes {
-            return Err(invalid(
-                "its coverage",
-                "an unknown piece or all 256 bytes".into(),
-                "neither".into(),
-            ));
+            let expected = "an unknown piece or all 256 bytes";
+            return Err(wrong(source, "its coverage", expected, "neither"));
         }
-        let user = Matcher::new(&vocab.pieces);
-        let bpe = merges::build_bpe(&vocab, all_bytes).map_err(|e| {
-            invalid(
-                "its merges",
-                "pieces that the BPE model takes".into(),
-                e.to_string(),
-            )
-        })?;
+        let bpe = merges::build_bpe(&vocab, all_bytes)
+            .map_err(|e| wrong(source, "its merges", "pieces that the BPE model takes", e))?;
         Ok(Tokenizer {
+            user: Matcher::new(&vocab.pieces),
             vocab,
             source: source.to_path_buf(),
             bpe,
             ids,
             bytes,
-            user,
         })
     }
 
@@ -182,11 +168,6 @@ impl Tokenizer {
     pub fn raw_prompt(&self, text: &str) -> Vec<u32> {
         let bos = self.bos().filter(|_| self.add_bos());
         bos.into_iter().chain(self.encode(text)).collect()
-    }
-
-    /// The ids of `text` as the continuation of other text: no dummy prefix.
-    pub fn encode_continuing(&self, text: &str) -> Vec<u32> {
-        self.encode_with(text, false, true)
     }
 
     /// Encoding with each choice spelled out: `space_prefix` puts the dummy space in front (of text that is
