@@ -444,18 +444,7 @@ impl Talk<'_> {
         if !is_call {
             self.screen.end(&rest)?;
         }
-        match finish {
-            Finish::Stop | Finish::Length => {}
-            Finish::ContextFull => note(format!(
-                "octet: this turn alone fills the context of {} tokens; /undo takes it back, /clear starts anew",
-                self.repl.session.limit()
-            )),
-            Finish::Interrupted => note("[stopped]"),
-        }
-        let cut = matches!(finish, Finish::Length | Finish::ContextFull);
-        if cut && self.sampler.constraint().is_some_and(|c| !c.is_complete()) {
-            note(format!("octet: {INCOMPLETE}"));
-        }
+        self.tell_end(finish);
         if said.is_empty() {
             return Ok(false);
         }
@@ -477,6 +466,22 @@ impl Talk<'_> {
             self.screen.end(&said)?;
         }
         Ok(true)
+    }
+
+    /// Says why an answer ended, where the model did not end it as it should.
+    fn tell_end(&mut self, finish: Finish) {
+        match finish {
+            Finish::Stop | Finish::Length => {}
+            Finish::ContextFull => note(format!(
+                "octet: this turn alone fills the context of {} tokens; /undo takes it back, /clear starts anew",
+                self.repl.session.limit()
+            )),
+            Finish::Interrupted => note("[stopped]"),
+        }
+        let cut = matches!(finish, Finish::Length | Finish::ContextFull);
+        if cut && self.sampler.constraint().is_some_and(|c| !c.is_complete()) {
+            note(format!("octet: {INCOMPLETE}"));
+        }
     }
 
     /// Shows calls and gets their results, if they may `run`; `false`: none was run, so that the model has nothing to go on

@@ -6,7 +6,7 @@ use super::load::{Loaded, load};
 use super::options::{AnswerOptions, DraftOptions, PromptOptions};
 use super::progress::Progress;
 use super::report::{closing_line, draft_line, note};
-use crate::chat::constraint::INCOMPLETE;
+use crate::chat::constraint::{Constraint, INCOMPLETE};
 use crate::chat::message::{Message, Role};
 use crate::chat::repl::show;
 use crate::chat::sampler::Sampler;
@@ -67,6 +67,18 @@ fn prompt_text(args: &Args) -> Result<String> {
     Ok(texts.concat())
 }
 
+/// The tokens of a text: as it is, or as a user's message after the system text.
+fn prompt(args: &Args, loaded: &Loaded, text: &str) -> Result<Vec<u32>> {
+    let tokenizer = &loaded.tokenizer;
+    if args.request.raw {
+        return Ok(tokenizer.raw_prompt(text));
+    }
+    let system = args.answer.system.iter();
+    let system = system.map(|s| Message::new(Role::System, s));
+    let messages: Vec<_> = system.chain([Message::new(Role::User, text)]).collect();
+    loaded.template.encode(tokenizer, &messages, None)
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -75,15 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
     let text = prompt_text(args)?;
     let loaded = load(&args.answer.model, &args.answer.machine)?;
     let tokenizer = &loaded.tokenizer;
-    let prompt = match args.request.raw {
-        true => tokenizer.raw_prompt(&text),
-        false => {
-            let system = args.answer.system.iter();
-            let system = system.map(|s| Message::new(Role::System, s));
-            let messages: Vec<_> = system.chain([Message::new(Role::User, &text)]).collect();
-            loaded.template.encode(tokenizer, &messages, None)?
-        }
-    };
+    let prompt = prompt(args, &loaded, &text)?;
     if args.show_prompt {
         return show_prompt(args, &loaded, &prompt);
     }
@@ -157,14 +161,25 @@ pub fn run(args: &Args) -> Result<()> {
         // As texts end, in a file and before what stderr says now.
         show("\n")?;
     }
+    tell(args, &loaded, &answer, sampler.constraint());
+    if answer.finish == Finish::Interrupted {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
+    }
+}
+
+/// What is worth knowing of an answer, and the closing line.
+fn tell(args: &Args, loaded: &Loaded, answer: &Answer, constraint: Option<&mut Constraint>) {
     if answer.finish == Finish::ContextFull {
         note(format!(
             "the context of {} tokens is full; a larger --ctx helps where the model allows it",
-            session.limit()
+            loaded.ctx
         ));
     }
-    if let Some(constraint) = sampler.constraint() {
-        if args.answer.machine.verbose {
+    let verbose = args.answer.machine.verbose;
+    if let Some(constraint) = constraint {
+        if verbose {
             let tokens = answer.tokens.len().max(1) as f64;
             let each = constraint.spent().as_secs_f64() * 1e6 / tokens;
             note(format!("the form of the answer took {each:.0} µs a token"));
@@ -173,15 +188,10 @@ pub fn run(args: &Args) -> Result<()> {
             note(INCOMPLETE);
         }
     }
-    if args.answer.machine.verbose {
+    if verbose {
         draft_line(&answer.stats);
     }
     closing_line(&answer.stats, loaded.model.machine());
-    if answer.finish == Finish::Interrupted {
-        Err(Error::Interrupted)
-    } else {
-        Ok(())
-    }
 }
 
 /// A line for each token of a prompt: its id and its piece.
