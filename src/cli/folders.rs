@@ -8,7 +8,7 @@ pub(super) fn cache_folder() -> Option<PathBuf> {
 }
 
 /// `$XDG_STATE_HOME/octet` or `~/.local/state/octet`, where the history of the chat lies.
-pub fn state_folder() -> Option<PathBuf> {
+pub(super) fn state_folder() -> Option<PathBuf> {
     user_folder("XDG_STATE_HOME", ".local/state")
 }
 

@@ -22,7 +22,7 @@ const RESERVE: u64 = 512 << 20;
 ///
 /// # Errors
 /// [`Error::Usage`] if a GPU is asked for that this program was not built for.
-pub fn offload(
+pub(super) fn offload(
     model: &mut Model,
     options: &GpuOptions,
     shares: Option<Vec<f32>>,
@@ -88,7 +88,7 @@ fn built_without() -> Error {
 ///
 /// # Errors
 /// [`Error::Usage`] if a GPU is asked for that this program was not built for.
-pub fn memory_to_plan(options: &GpuOptions) -> Result<Option<u64>> {
+pub(super) fn memory_to_plan(options: &GpuOptions) -> Result<Option<u64>> {
     match options.gpu_mem {
         Some(GpuMemory::Bytes(0)) => Ok(None),
         _ if cfg!(feature = "cuda") => Ok(match options.gpu_mem {

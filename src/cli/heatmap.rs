@@ -12,7 +12,7 @@ use std::io::IsTerminal;
 
 /// What a terminal can show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Colours {
+pub(super) enum Colours {
     /// None, or nobody wants them: characters.
     None,
     /// 256 of them, numbered.
@@ -23,7 +23,7 @@ pub enum Colours {
 
 impl Colours {
     /// What standard output shows.
-    pub fn of_stdout() -> Colours {
+    pub(super) fn of_stdout() -> Colours {
         let says = |name: &str, words: &[&str]| {
             let value = std::env::var(name).unwrap_or_default();
             words.iter().any(|word| value.contains(word))
@@ -98,7 +98,7 @@ fn ink(heat: f64) -> RGBColor {
 }
 
 /// Columns of the terminal; 80 where there is none.
-pub fn width() -> usize {
+pub(super) fn width() -> usize {
     let out = std::io::stdout();
     let size = terminal_size::terminal_size_of(&out).filter(|_| out.is_terminal());
     size.map_or(80, |(width, _)| usize::from(width.0))
@@ -111,7 +111,7 @@ const SHADES: [char; 10] = [' ', '.', ':', '-', '=', '+', '*', '#', '%', '@'];
 const NUMBER: usize = 5;
 
 /// The picture for a terminal of `width` columns: with numbers in the cells if they fit.
-pub fn terminal(profile: &Profile, width: usize, colours: Colours) -> String {
+pub(super) fn terminal(profile: &Profile, width: usize, colours: Colours) -> String {
     let cells = 5 + (1 + NUMBER) * profile.n_expert;
     let bar = width.saturating_sub(cells + 2 * (3 + NUMBER)) / 2;
     let mut picture = match bar {
@@ -249,7 +249,7 @@ const TEXT: i32 = 14;
 const PIXELS: (i32, i32, i32) = (44, 120, 18);
 
 /// The picture as SVG, with all numbers in it.
-pub fn svg(profile: &Profile) -> String {
+pub(super) fn svg(profile: &Profile) -> String {
     let (cell, bar, line) = PIXELS;
     let (n, layers) = (profile.n_expert as i32, profile.n_layer as i32);
     let (left, top) = (56, 4 * line);

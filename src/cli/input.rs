@@ -12,7 +12,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// If it cannot be read or is not UTF-8.
-pub fn read_text(file: Option<&Path>) -> Result<String> {
+pub(super) fn read_text(file: Option<&Path>) -> Result<String> {
     let (name, bytes) = match file {
         Some(path) if path != Path::new("-") => (path, read_file(path)?),
         _ => {
@@ -58,7 +58,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// Each line, if it cannot be read or is not UTF-8.
-pub fn lines() -> impl Iterator<Item = Result<String>> {
+pub(super) fn lines() -> impl Iterator<Item = Result<String>> {
     let name = Path::new("<stdin>");
     std::io::stdin().lock().split(b'\n').map(move |line| {
         let mut line = line.map_err(Error::io(name, "read"))?;

@@ -14,7 +14,7 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 ///
 /// # Errors
 /// If the system refuses to install the handler.
-pub fn hear_interrupts(said: Option<&'static str>) -> Result<&'static AtomicBool> {
+pub(super) fn hear_interrupts(said: Option<&'static str>) -> Result<&'static AtomicBool> {
     let handler = move || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
             end_silence();

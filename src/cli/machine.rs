@@ -7,13 +7,13 @@ use crate::pool::Pool;
 /// Bytes per second that the pool's threads read from memory: measured once per machine and thread
 /// count (about 0.2 s), then remembered in the user's cache folder. `seen`: what was just reached; more
 /// than is remembered means that the machine was busy when it was measured, so it is measured again.
-pub fn bandwidth(pool: &Pool, seen: f64) -> f64 {
+pub(super) fn bandwidth(pool: &Pool, seen: f64) -> f64 {
     let name = format!("bandwidth-{}", pool.threads());
     remembered(&name, seen, || crate::pool::read_bandwidth(pool))
 }
 
 /// Products of int8 per second ([`Machine::int8_peak`]), remembered like [`bandwidth`].
-pub fn int8_peak(machine: &Machine, seen: f64) -> f64 {
+pub(super) fn int8_peak(machine: &Machine, seen: f64) -> f64 {
     let (tier, threads) = (machine.kernels.tier().name(), machine.pool.batch_threads());
     let name = format!("int8-{tier}-{threads}");
     remembered(&name, seen, || machine.int8_peak())

@@ -383,7 +383,7 @@ pub fn parse_ram(text: &str) -> std::result::Result<RamLimit, String> {
 ///
 /// # Errors
 /// If the text is no size.
-pub fn parse_gpu_mem(text: &str) -> std::result::Result<GpuMemory, String> {
+fn parse_gpu_mem(text: &str) -> std::result::Result<GpuMemory, String> {
     match text {
         "auto" => Ok(GpuMemory::Auto),
         "0" => Ok(GpuMemory::Bytes(0)),
@@ -418,7 +418,7 @@ pub fn tier_values() -> impl TypedValueParser<Value = Tier> {
 ///
 /// # Errors
 /// If no type has this name.
-pub fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
+fn parse_kv(text: &str) -> std::result::Result<KvType, String> {
     let mut named = KvType::ALL.into_iter().filter(|kv| kv.name() == text);
     named.next().ok_or_else(|| {
         let names = KvType::ALL.map(KvType::name).join(", ");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// A progress bar for work that may take longer than a second; shown after the first second, on a
 /// terminal, on stderr.
-pub struct Progress {
+pub(super) struct Progress {
     /// When the work began that is told of, and what was done then; none before that, and after its end.
     started: Option<(Instant, usize)>,
     what: &'static str,
@@ -19,13 +19,13 @@ pub struct Progress {
 
 impl Progress {
     /// A bar for `what`, such as "reading the prompt", that counts tokens.
-    pub fn new(what: &'static str) -> Progress {
+    pub(super) fn new(what: &'static str) -> Progress {
         Progress::of(what, "tokens")
     }
 
     /// A bar that counts something else; its speed is what [`Progress::tell`] says. `what` may be empty, where the line is
     /// long.
-    pub fn of(what: &'static str, unit: &'static str) -> Progress {
+    pub(super) fn of(what: &'static str, unit: &'static str) -> Progress {
         Progress {
             started: None,
             what,
@@ -36,7 +36,7 @@ impl Progress {
     }
 
     /// `done` of `total` are done; nobody knows how many there are of `usize::MAX`.
-    pub fn set(&mut self, done: usize, total: usize) {
+    pub(super) fn set(&mut self, done: usize, total: usize) {
         if done >= total {
             return self.clear();
         }
@@ -62,14 +62,14 @@ impl Progress {
     }
 
     /// Says how fast it goes, from the next [`Progress::set`] on.
-    pub fn tell(&mut self, speed: impl FnOnce() -> String) {
+    pub(super) fn tell(&mut self, speed: impl FnOnce() -> String) {
         if self.bar.is_some() {
             self.speed = Some(speed());
         }
     }
 
     /// Takes the bar away.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.started = None;
         self.speed = None;
         if let Some(bar) = self.bar.take() {

@@ -17,11 +17,11 @@ const CHUNK: usize = 512;
 pub(super) const STOPPING: &str = "stopping after these tokens; Ctrl-C once more ends at once";
 
 /// A text's tokens in chunks of one length; the rest of the text is left out.
-pub struct Chunks {
+pub(super) struct Chunks {
     /// BOS first, where the model wants it.
     tokens: Vec<u32>,
     /// Tokens of a chunk.
-    pub size: usize,
+    pub(super) size: usize,
     bos: Option<u32>,
 }
 
@@ -30,7 +30,7 @@ impl Chunks {
     ///
     /// # Errors
     /// If the text cannot be read or is shorter than one chunk; [`Error::Usage`] if chunks are too short.
-    pub fn read(file: &Path, loaded: &Loaded, options: &ModelOptions) -> Result<Chunks> {
+    pub(super) fn read(file: &Path, loaded: &Loaded, options: &ModelOptions) -> Result<Chunks> {
         let text = read_text(Some(file))?;
         let tokenizer = &loaded.tokenizer;
         let size = options.ctx.map_or(CHUNK.min(loaded.ctx), |n| n as usize);
@@ -49,18 +49,18 @@ impl Chunks {
     }
 
     /// How many there are.
-    pub fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.tokens.len() / self.size
     }
 
     /// Keeps the first `n`.
-    pub fn truncate(&mut self, n: usize) {
+    pub(super) fn truncate(&mut self, n: usize) {
         self.tokens.truncate(n.saturating_mul(self.size));
     }
 }
 
 /// Reads chunks, one after the other, each by itself.
-pub struct Scorer<'a> {
+pub(super) struct Scorer<'a> {
     model: &'a Model,
     chunks: &'a Chunks,
     ubatch: usize,
@@ -78,7 +78,7 @@ pub struct Scorer<'a> {
 
 impl<'a> Scorer<'a> {
     /// A scorer that has read nothing; `doing` names the work on the progress bar.
-    pub fn new(
+    pub(super) fn new(
         model: &'a Model,
         chunks: &'a Chunks,
         options: &ModelOptions,
@@ -105,7 +105,7 @@ impl<'a> Scorer<'a> {
     ///
     /// # Errors
     /// [`Error::Interrupted`] if `stop` says so between two batches.
-    pub fn next(
+    pub(super) fn next(
         &mut self,
         head: bool,
         observer: &mut dyn Observer,
@@ -163,12 +163,12 @@ impl<'a> Scorer<'a> {
     }
 
     /// The mean of `-ln p` of the scored tokens.
-    pub fn nll(&self) -> f64 {
+    pub(super) fn nll(&self) -> f64 {
         self.sum / self.count as f64
     }
 
     /// What the machine did.
-    pub fn stats(&self) -> Stats {
+    pub(super) fn stats(&self) -> Stats {
         Stats {
             prompt_tokens: self.done * self.chunks.size,
             prompt_time: self.time,
