@@ -235,6 +235,11 @@ fn short(part: impl fmt::Display) -> String {
     format!("{}…{}", &line[..head], &line[tail..])
 }
 
+/// What was expected and what is there.
+fn instead(expected: &str, found: &str) -> String {
+    format!("(expected {}, found {})", short(expected), short(found))
+}
+
 /// One line that fits on a screen, whatever a file's own strings contain.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -268,11 +273,7 @@ impl fmt::Display for Error {
                 found,
             } => {
                 let (file, what) = (short(file.display()), short(what));
-                let (expected, found) = (short(expected), short(found));
-                write!(
-                    f,
-                    "{file}: {what} is wrong (expected {expected}, found {found})"
-                )
+                write!(f, "{file}: {what} is wrong {}", instead(expected, found))
             }
             Error::Missing { file, what, hint } => {
                 let (file, what, hint) = (short(file.display()), short(what), short(hint));
@@ -288,31 +289,29 @@ impl fmt::Display for Error {
                 found,
             } => {
                 let (file, what) = (short(file.display()), short(what));
-                let (expected, found) = (short(expected), short(found));
-                write!(
-                    f,
-                    "{file}: {what} is not supported (expected {expected}, found {found})"
-                )
+                let instead = instead(expected, found);
+                write!(f, "{file}: {what} is not supported {instead}")
             }
             Error::Prompt {
                 what,
                 expected,
                 found,
-            } => {
-                let (what, expected, found) = (short(what), short(expected), short(found));
-                write!(f, "the prompt: {what} (expected {expected}, found {found})")
-            }
+            } => write!(
+                f,
+                "the prompt: {} {}",
+                short(what),
+                instead(expected, found)
+            ),
             Error::Request {
                 what,
                 expected,
                 found,
-            } => {
-                let (what, expected, found) = (short(what), short(expected), short(found));
-                write!(
-                    f,
-                    "the request: {what} (expected {expected}, found {found})"
-                )
-            }
+            } => write!(
+                f,
+                "the request: {} {}",
+                short(what),
+                instead(expected, found)
+            ),
             Error::Lines {
                 file,
                 failed,

@@ -6,7 +6,7 @@
 //! (llama.cpp, `block_iq4_xs`).
 
 use super::bits::nearest;
-use super::search::{self, Search, WIDE};
+use super::search::{self, Search};
 use super::{Encode, IntBlock, iq4_nl};
 use half::f16;
 
@@ -68,7 +68,7 @@ impl Encode for Iq4Xs {
     }
 }
 
-/// Encodes blocks of [`WIDE`] sub-blocks in all, or less.
+/// Encodes blocks of [`WIDE`](search::WIDE) sub-blocks in all, or less.
 fn encode<S: Search>(x: &[f32], importance: Option<&[f32]>, out: &mut [Iq4Xs]) {
     let scales = iq4_nl::scales::<S>(x, importance, 256);
     for (b, (x, out)) in x.chunks_exact(256).zip(out).enumerate() {

@@ -31,12 +31,12 @@ pub(super) struct LineEnd {
 
 impl LineEnd {
     /// Bytes of a line's end that are told however long it is.
-    pub const TAIL: usize = 16;
+    pub(super) const TAIL: usize = 16;
 }
 
 impl<R: BufRead> BoundedLines<R> {
     /// Lines of `reader`, of each of them `most` bytes.
-    pub fn new(reader: R, most: usize) -> BoundedLines<R> {
+    pub(super) fn new(reader: R, most: usize) -> BoundedLines<R> {
         BoundedLines { reader, most }
     }
 
@@ -44,7 +44,7 @@ impl<R: BufRead> BoundedLines<R> {
     ///
     /// # Errors
     /// If the reader fails.
-    pub fn next(&mut self, head: &mut Vec<u8>) -> std::io::Result<Option<LineEnd>> {
+    pub(super) fn next(&mut self, head: &mut Vec<u8>) -> std::io::Result<Option<LineEnd>> {
         head.clear();
         let mut end = LineEnd::default();
         let mut any = false;
