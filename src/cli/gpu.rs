@@ -110,7 +110,7 @@ pub(super) fn memory_to_plan(options: &GpuOptions) -> Result<Option<u64>> {
 
 /// What of a file a GPU could have, each with a name: whether there is one or not. Nothing for other files than those of a mixture
 /// of experts, and in a program that was not built for a GPU.
-pub fn inspected(file: &Gguf) -> Vec<(&'static str, String)> {
+pub(super) fn inspected(file: &Gguf) -> Vec<(&'static str, String)> {
     #[cfg(feature = "cuda")]
     {
         use crate::moe::offload::forecast::needs;

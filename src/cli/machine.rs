@@ -2,14 +2,13 @@
 
 use super::folders::cache_folder;
 use crate::moe::Machine;
-use crate::pool::Pool;
 
-/// Bytes per second that the pool's threads read from memory: measured once per machine and thread
+/// Bytes per second that the machine's threads read from memory: measured once per machine and thread
 /// count (about 0.2 s), then remembered in the user's cache folder. `seen`: what was just reached; more
 /// than is remembered means that the machine was busy when it was measured, so it is measured again.
-pub(super) fn bandwidth(pool: &Pool, seen: f64) -> f64 {
-    let name = format!("bandwidth-{}", pool.threads());
-    remembered(&name, seen, || crate::pool::read_bandwidth(pool))
+pub(super) fn bandwidth(machine: &Machine, seen: f64) -> f64 {
+    let name = format!("bandwidth-{}", machine.pool.threads());
+    remembered(&name, seen, || machine.read_bandwidth())
 }
 
 /// Products of int8 per second ([`Machine::int8_peak`]), remembered like [`bandwidth`].

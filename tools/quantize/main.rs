@@ -20,7 +20,6 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use octet::cli::inspect::{bytes as size, one_line};
 use octet::cli::load::tier_cap;
 use octet::cli::options::{parse_size, tier_values};
 use octet::cli::{completions, man};
