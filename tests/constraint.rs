@@ -226,7 +226,7 @@ fn an_answer_that_is_cut_is_said_to_be() {
     assert!(out.code == Some(0) && out.stderr.contains(cut), "{out:?}");
     let args = ["run", "-p", "x", "--regex", "(yes|no)"];
     let out = home.octet(&args);
-    assert!(["yes", "no"].contains(&out.text()) && !out.stderr.contains(cut));
+    assert!(["yes\n", "no\n"].contains(&out.text()) && !out.stderr.contains(cut));
     let chat = ["chat", "-n", "3", "--regex", "[a-z]{60}"];
     let out = home.octet_with(&chat, "One?\n");
     assert!(out.code == Some(0) && out.stderr.contains(cut), "{out:?}");

@@ -87,7 +87,7 @@ fn a_stop_text_ends_an_answer_and_is_not_shown() {
             (&json!(want), &json!("stop"))
         );
         let out = home.octet(&[&["run", "--raw"], &args[..]].concat());
-        assert_eq!(out.text(), want);
+        assert_eq!(out.text(), format!("{want}\n"));
     }
     let doc = run(&home, &[&common[..], &["--stop", "never said"]].concat());
     assert_eq!(
