@@ -9,8 +9,8 @@ use crate::moe::Model;
 use crate::moe::offload::{Device, Plan};
 #[cfg(feature = "cuda")]
 use {
-    super::inspect::bytes, crate::moe::Config, crate::moe::offload::forecast::Needs,
-    crate::moe::weights::Weights,
+    crate::moe::Config, crate::moe::offload::forecast::Needs, crate::moe::weights::Weights,
+    crate::readable::bytes,
 };
 
 /// What is left to others of a GPU's memory when nobody says how much to take.

@@ -870,11 +870,8 @@ impl Shared {
         let is_new = slot.is_none();
         let slot = slot.map_or_else(|| new_slot(self.slot), Ok);
         let read = slot.and_then(|slot| reads::expert(&self.experts[key], slot, stand_back));
-        // So that it is never swapped out, where users may do that. Not before it is full: locking makes all of its pages, one
-        // after the other, while the disk waits.
-        #[cfg(unix)]
         if let (true, Ok(read)) = (is_new, &read) {
-            let _ = read.slot.lock();
+            reads::keep(&read.slot);
         }
         let state = &mut *self.lock();
         if pressing.load(Ordering::Relaxed) {
@@ -909,11 +906,7 @@ fn new_slot(bytes: usize) -> Result<MmapMut> {
             "--ram: the system gives no memory for an expert: {e}"
         ))
     };
-    let slot = MmapMut::map_anon(bytes).map_err(what)?;
-    // Fewer, larger pages: less to do for a read past the page cache, which has to hold on to each.
-    #[cfg(target_os = "linux")]
-    let _ = slot.advise(memmap2::Advice::HugePage);
-    Ok(slot)
+    reads::memory(bytes).map_err(what)
 }
 
 /// The budget will not do.

@@ -7,6 +7,7 @@ use crate::moe::linear::Weight;
 use crate::moe::weights::{Expert, Weights};
 use crate::pool::try_each;
 use memmap2::MmapMut;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -92,6 +93,24 @@ impl Piece<'_, '_> {
     }
 }
 
+/// Memory to read into.
+pub(super) fn memory(bytes: usize) -> io::Result<MmapMut> {
+    let memory = MmapMut::map_anon(bytes)?;
+    // Fewer, larger pages: less to look up, and less for a read past the page cache to hold on to.
+    #[cfg(target_os = "linux")]
+    let _ = memory.advise(memmap2::Advice::HugePage);
+    Ok(memory)
+}
+
+/// Sees to it that full memory is never swapped out, where users may do that. (Locking makes all pages of empty memory, one after
+/// the other, while the disk waits.)
+pub(super) fn keep(memory: &MmapMut) {
+    #[cfg(unix)]
+    let _ = memory.lock();
+    #[cfg(not(unix))]
+    let _ = memory;
+}
+
 /// Reads several weights into one piece of memory, one behind the other, on the threads that this is called on.
 /// Returns them as they are there. `pause` is called before each read.
 fn read<const N: usize>(
@@ -175,8 +194,9 @@ pub(super) fn make_resident(weights: &mut Weights) -> Result<()> {
     for weight in dense {
         let window = Window::of(weight);
         let kept = Error::io(window.source.path(), "keep in memory a part of");
-        let mut memory = MmapMut::map_anon(window.len()).map_err(kept)?;
+        let mut memory = memory(window.len()).map_err(kept)?;
         let [range] = read([&*weight], &mut memory, || {})?;
+        keep(&memory);
         weight.bytes = Bytes::in_memory(&Arc::new(memory), range);
     }
     if tied {

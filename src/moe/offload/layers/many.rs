@@ -90,7 +90,7 @@ impl<'a> Deal<'a> {
         }
         let share = |e: &usize, slot| Share {
             slot,
-            expert: &*experts[*e],
+            expert: &experts[*e],
             pick: &picks[*e],
         };
         let ring = pass.ring.iter().cycle();
