@@ -43,7 +43,7 @@ impl Lanes for Quads {
     #[inline(always)]
     fn load_f16(x: &[f16; 16]) -> Self {
         // SAFETY: see above; f16 is a transparent u16.
-        Quads::make(|i| unsafe { widen(vld1_u16(x.as_ptr().cast::<u16>().add(4 * i))) })
+        Quads::make(|i| unsafe { widen_4(vld1_u16(x.as_ptr().cast::<u16>().add(4 * i))) })
     }
     #[inline(always)]
     fn load_bf16(x: &[bf16; 16]) -> Self {
@@ -77,7 +77,7 @@ impl Lanes for Quads {
 
 /// Four f16, exactly. (The intrinsic, `vcvt_f32_f16`, wants a type that is not stable.)
 #[inline(always)]
-unsafe fn widen(h: uint16x4_t) -> float32x4_t {
+unsafe fn widen_4(h: uint16x4_t) -> float32x4_t {
     let x: float32x4_t;
     asm!(
         "fcvtl {x:v}.4s, {h:v}.4h",
@@ -193,7 +193,7 @@ impl<D: Dot<int32x4_t>> Tile for Quad<D> {
     }
     #[inline(always)]
     unsafe fn halves(x: int32x4_t) -> float32x4_t {
-        widen(vmovn_u32(vreinterpretq_u32_s32(x)))
+        widen_4(vmovn_u32(vreinterpretq_u32_s32(x)))
     }
     #[inline(always)]
     unsafe fn load_floats(x: *const f32) -> float32x4_t {
