@@ -12,8 +12,8 @@ import sys
 
 # Mixtral 8x7B's matrices, in weights: attention of a layer, one expert, the head. The file has 4 layers of 8 experts.
 ATTENTION, EXPERT, HEAD, LAYERS, EXPERTS = 2 * 4096 * (4096 + 1024), 3 * 4096 * 14336, 4096 * 32000, 4, 8
-BITS = {"Q4_0": 4.5, "Q4_K": 4.5, "Q6_K": 6.5625, "Q8_0": 8.5}
-COLORS = {"Q4_0": "#d9480f", "Q4_K": "#1c7ed6", "Q6_K": "#2f9e44", "Q8_0": "#9c36b5"}
+BITS = {"Q4_0": 4.5, "Q4_K": 4.5, "Q4_K_M": 4.85, "Q6_K": 6.5625, "Q8_0": 8.5}
+COLORS = {"Q4_0": "#d9480f", "Q4_K": "#1c7ed6", "Q4_K_M": "#f08c00", "Q6_K": "#2f9e44", "Q8_0": "#9c36b5"}
 
 WIDTH, HEIGHT, LEFT, TOP, PLOT_W, PLOT_H = 720, 410, 62, 34, 560, 310
 X, Y = (0.5, 400), (10, 1000)
