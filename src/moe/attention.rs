@@ -114,7 +114,9 @@ fn through_blocks(
         index: kv_head,
         of: kv.heads(),
     };
-    let blocks = kv.blocks(layer);
+    // A cache may have more: of the prompt's later tokens, or of some that were taken back.
+    let last = places.last().map_or(0, |place| place.pos);
+    let blocks = &kv.blocks(layer)[..=last / KV_BLOCK];
     let mut wide = Wide::default();
     for (b, block) in blocks.iter().enumerate() {
         // Tokens are in order of position: those that see any of this block are the last ones.
@@ -133,18 +135,10 @@ fn through_blocks(
         let (k, v) = &**block;
         match (k, v) {
             (Plane::F16(k), Plane::F16(v)) if queries.len() <= FEW => {
-                let pane = Pane {
-                    k: its.part(k),
-                    v: its.part(v),
-                };
-                kernels.attend_f16(queries, pane, ahead);
+                kernels.attend_f16(queries, its.pane(k, v), ahead);
             }
             (Plane::F32(k), Plane::F32(v)) => {
-                let pane = Pane {
-                    k: its.part(k),
-                    v: its.part(v),
-                };
-                kernels.attend_f32(queries, pane, ahead);
+                kernels.attend_f32(queries, its.pane(k, v), ahead);
             }
             _ => kernels.attend_f32(queries, wide.pane(kernels, its, k, v), ahead),
         }
@@ -166,6 +160,14 @@ impl Head {
     fn part<E>(self, all: &[E]) -> &[E] {
         let len = all.len() / self.of;
         &all[self.index * len..][..len]
+    }
+
+    /// Its part of a block's elements.
+    fn pane<'a, E>(self, k: &'a [E], v: &'a [E]) -> Pane<'a, E> {
+        Pane {
+            k: self.part(k),
+            v: self.part(v),
+        }
     }
 
     /// The bytes of its elements.

@@ -321,28 +321,8 @@ impl Store {
         let store = Store::mapped(sources, weights);
         let even = config.n_used as f32 / config.n_expert as f32;
         let shares = shares.unwrap_or_else(|| vec![even; store.experts.len()]);
-        let place = || Place {
-            at: At::Disk,
-            claim: Claim::None,
-            guessed: false,
-        };
-        let state = State {
-            places: store.experts.iter().map(|_| place()).collect(),
-            slots: 0,
-            made: 0,
-            limit: 0,
-            spare: Vec::new(),
-            popularity: Popularity::new(config.n_expert, shares),
-            n_expert: config.n_expert,
-            layer: 0,
-            wide: false,
-            queues: Default::default(),
-            closing: false,
-            loading: 0,
-            busy_since: Instant::now(),
-            looked: None,
-            reads: Reads::default(),
-        };
+        let popularity = Popularity::new(config.n_expert, shares);
+        let state = State::new(store.experts.len(), config.n_expert, popularity);
         let shared = Arc::new(Shared {
             slot: budget.slot as usize,
             experts: store.experts.clone(),
@@ -716,6 +696,32 @@ fn slots_beside_others(available: u64, slots: usize, slot: u64) -> usize {
 }
 
 impl State {
+    /// `n` experts, `n_expert` in a layer, none of them in memory.
+    fn new(n: usize, n_expert: usize, popularity: Popularity) -> State {
+        let place = |_| Place {
+            at: At::Disk,
+            claim: Claim::None,
+            guessed: false,
+        };
+        State {
+            places: (0..n).map(place).collect(),
+            slots: 0,
+            made: 0,
+            limit: 0,
+            spare: Vec::new(),
+            popularity,
+            n_expert,
+            layer: 0,
+            wide: false,
+            queues: Default::default(),
+            closing: false,
+            loading: 0,
+            busy_since: Instant::now(),
+            looked: None,
+            reads: Reads::default(),
+        }
+    }
+
     /// A pass ends with an error: nothing is claimed any more.
     fn give_up(&mut self) {
         for place in &mut self.places {
@@ -733,28 +739,33 @@ impl State {
 
     /// Gives up filling a slot that is still to be made with an expert that nobody asked for.
     fn cancel(&mut self) -> Option<()> {
-        let ahead = &mut self.queues[Line::Foreseen as usize];
+        let ahead = &self.queues[Line::Foreseen as usize];
         let unasked = |job: &Job| job.warming && self.places[job.key].claim == Claim::None;
         let at = ahead.iter().rposition(unasked)?;
-        let job = ahead.remove(at)?;
-        self.places[job.key].at = At::Disk;
-        self.done();
+        self.withdraw(at);
         Some(())
     }
 
     /// A guess was wrong: what was to be read for it is not, unless that has begun.
     fn forget(&mut self, key: usize) {
-        let ahead = &mut self.queues[Line::Foreseen as usize];
+        let ahead = &self.queues[Line::Foreseen as usize];
         let its = |job: &Job| job.key == key && !job.warming;
-        let Some(job) = ahead.iter().position(its).and_then(|at| ahead.remove(at)) else {
+        let Some(at) = ahead.iter().position(its) else {
             return;
         };
-        self.places[key].at = At::Disk;
-        self.done();
-        match job.slot {
+        match self.withdraw(at) {
             Some(slot) => self.spare.push(slot),
             None => self.slots -= 1,
         }
+    }
+
+    /// Takes back what stands at `at` of the queue of what is foreseen. Returns its slot, if that is made.
+    fn withdraw(&mut self, at: usize) -> Option<MmapMut> {
+        let ahead = &mut self.queues[Line::Foreseen as usize];
+        let job = ahead.remove(at).expect("it was just found there");
+        self.places[job.key].at = At::Disk;
+        self.done();
+        job.slot
     }
 
     /// One load less is on its way.
@@ -930,28 +941,8 @@ mod tests {
 
     /// Two layers of four experts, and one slot, into which expert 5 is to be read ahead.
     fn waiting() -> State {
-        let place = |_| Place {
-            at: At::Disk,
-            claim: Claim::None,
-            guessed: false,
-        };
-        let mut state = State {
-            places: (0..8).map(place).collect(),
-            slots: 1,
-            made: 1,
-            limit: 1,
-            spare: Vec::new(),
-            popularity: Popularity::new(4, vec![0.5; 8]),
-            n_expert: 4,
-            layer: 0,
-            wide: false,
-            queues: Default::default(),
-            closing: false,
-            loading: 1,
-            busy_since: Instant::now(),
-            looked: None,
-            reads: Reads::default(),
-        };
+        let mut state = State::new(8, 4, Popularity::new(4, vec![0.5; 8]));
+        (state.slots, state.made, state.limit, state.loading) = (1, 1, 1, 1);
         let pressing = Arc::new(AtomicBool::new(false));
         state.places[5].at = At::Loading {
             pressing: Arc::clone(&pressing),

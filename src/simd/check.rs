@@ -246,8 +246,8 @@ fn quantization_rounds_half_to_even() {
     assert_eq!((got.d[0], got.sums[0]), (1.0, 129));
 }
 
-/// Attention in f16, or `wide`ned to f32 before, of `q (rows, dim)` over two blocks of `k (2, dim, KV_BLOCK)` and `v (2, KV_BLOCK, dim)`; row `r` sees
-/// all of the first and `n[r]` of the second.
+/// Attention in f16, or `wide`ned to f32 before, of `q (rows, dim)` over two blocks of `k (2, dim, KV_BLOCK)` and
+/// `v (2, KV_BLOCK, dim)`; row `r` sees all of the first and `n[r]` of the second.
 fn attention(
     kernels: &Kernels,
     q: &[f32],
@@ -289,14 +289,14 @@ fn attention(
             kernels.widen(x, &mut out);
             out
         };
-        let (k_wide, v_wide) = (&widened(k)[..], &widened(v)[..]);
+        let (k_wide, v_wide) = (widened(k), widened(v));
         let ahead = Pane {
             k: bytemuck::cast_slice(k),
             v: bytemuck::cast_slice(v),
         };
         let pane = Pane {
-            k: k_wide,
-            v: v_wide,
+            k: &k_wide,
+            v: &v_wide,
         };
         kernels.attend_f32(&mut queries, pane, ahead);
     }
