@@ -25,6 +25,7 @@ use crate::quant::act::{Acts, CHUNK, Chunk, HALF, SUM};
 use crate::quant::{Block, IntBlock};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// The few instructions that a tier brings. Lanes are rows.
 ///
@@ -173,8 +174,12 @@ impl Panel {
     };
 }
 
-/// One token's results so far, for the rows of the panels that lie side by side.
-type Accs = [[f32; MAX_ROWS]; MAX_PANELS];
+/// Rows that go through a chunk of activations together.
+const TOGETHER: usize = MAX_PANELS * MAX_ROWS;
+/// With fewer tokens all their activations stay in the nearest cache, and panels are best read one after the other.
+const TAKE_TURNS: usize = 64;
+/// One token's results so far, for the rows that go together.
+type Accs = [f32; TOGETHER];
 
 /// A block of a panel, to be filled.
 struct Slot<'a> {
@@ -230,56 +235,76 @@ pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &
     super::matmul_rest(w, panels * T::ROWS, x, y);
 }
 
-/// [`matmul`] of whole panels with many tokens.
+/// [`matmul`] of whole panels with many tokens. With very many, some panels take turns with each chunk, so that its
+/// activations come from the nearest cache for all but the first of them.
 #[inline(always)]
 unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let mut panels = [Panel::EMPTY; MAX_PANELS];
-    let mut sums = [Sums::EMPTY; 8];
+    let mut room = Room {
+        panels: [Panel::EMPTY; MAX_PANELS],
+        sums: [Sums::EMPTY; 8],
+    };
     let mut acc = [const { MaybeUninit::<Accs>::uninit() }; BATCH];
+    let turn = match x.len() {
+        ..TAKE_TURNS => w.k,
+        _ => CHUNK,
+    };
+    let rows = w.len() / T::ROWS * T::ROWS;
     for (batch, pick) in x.pick.chunks(BATCH).enumerate() {
         let x = Tokens { pick, ..x };
-        let acc = &mut acc[..pick.len()];
-        let n = w.len() / T::ROWS;
-        for p in (0..n).step_by(T::PANELS) {
-            // SAFETY: the caller's.
-            unsafe {
-                match T::PANELS.min(n - p) {
-                    2 => side_by_side::<T, B, 2>(w, p, x, &mut panels, acc, &mut sums),
-                    _ => side_by_side::<T, B, 1>(w, p, x, &mut panels, acc, &mut sums),
+        for first in (0..rows).step_by(TOGETHER) {
+            let end = rows.min(first + TOGETHER);
+            let acc = zeros(&mut acc[..pick.len()]);
+            for k in (0..w.k).step_by(turn) {
+                let ks = k..w.k.min(k + turn);
+                for row in (first..end).step_by(T::PANELS * T::ROWS) {
+                    let (ks, at) = (ks.clone(), row - first);
+                    // SAFETY: the caller's.
+                    unsafe {
+                        match T::PANELS.min((end - row) / T::ROWS) {
+                            2 => side_by_side::<T, B, 2>(w, row, ks, x, &mut room, acc, at),
+                            _ => side_by_side::<T, B, 1>(w, row, ks, x, &mut room, acc, at),
+                        }
+                    }
                 }
             }
             for (t, acc) in acc.iter().enumerate() {
-                // SAFETY: all of them have just been written.
-                let acc = unsafe { acc.assume_init_ref() };
-                let out = y.row(batch * BATCH + t)[p * T::ROWS..].chunks_exact_mut(T::ROWS);
-                for (out, acc) in out.zip(&acc[..T::PANELS]) {
-                    out.copy_from_slice(&acc[..T::ROWS]);
-                }
+                y.row(batch * BATCH + t)[first..end].copy_from_slice(&acc[..end - first]);
             }
         }
     }
 }
 
-/// R panels from panel `p` on × all picked tokens: `acc[t][r] = Σ_k w[r][k] · x[t][k]`.
+/// What a tile is made from.
+struct Room {
+    panels: [Panel; MAX_PANELS],
+    sums: [Sums; 8],
+}
+
+/// Results of as many tokens, all zero.
+fn zeros(acc: &mut [MaybeUninit<Accs>]) -> &mut [Accs] {
+    for acc in acc.iter_mut() {
+        acc.write([0.0; TOGETHER]);
+    }
+    // SAFETY: all of them have just been written.
+    unsafe { std::slice::from_raw_parts_mut(acc.as_mut_ptr().cast(), acc.len()) }
+}
+
+/// R panels from row `row` on × all picked tokens, their weights `ks`: `acc[t][at + r] += Σ_k w[row + r][k] · x[t][k]`.
 #[inline(always)]
 unsafe fn side_by_side<T: Tile, B: Unpack, const R: usize>(
     w: Rows<'_>,
-    p: usize,
+    row: usize,
+    ks: Range<usize>,
     x: Tokens<'_>,
-    panels: &mut [Panel; MAX_PANELS],
-    acc: &mut [MaybeUninit<Accs>],
-    sums: &mut [Sums; 8],
+    Room { panels, sums }: &mut Room,
+    acc: &mut [Accs],
+    at: usize,
 ) {
     let stride = w.row_bytes();
-    for acc in acc.iter_mut() {
-        acc.write([[0.0; MAX_ROWS]; MAX_PANELS]);
-    }
-    // SAFETY: all of them have just been written.
-    let acc = unsafe { std::slice::from_raw_parts_mut(acc.as_mut_ptr().cast(), acc.len()) };
-    for k in (0..w.k).step_by(CHUNK) {
-        let width = CHUNK.min(w.k - k);
+    for k in ks.clone().step_by(CHUNK) {
+        let width = CHUNK.min(ks.end - k);
         for (r, panel) in panels[..R].iter_mut().enumerate() {
-            let rows = w.bytes[(p + r) * T::ROWS * stride..].as_ptr();
+            let rows = w.bytes[(row + r * T::ROWS) * stride..].as_ptr();
             for b in 0..width / B::WEIGHTS {
                 let panel = &mut *panel;
                 // SAFETY: this block of `ROWS` rows is inside `w.bytes`; the features are enabled by the caller.
@@ -294,11 +319,11 @@ unsafe fn side_by_side<T: Tile, B: Unpack, const R: usize>(
             // SAFETY: the features are enabled by the caller.
             t += unsafe {
                 match pick.len().min(T::TOKENS) {
-                    8.. => tile::<T, B, 8, R>(panels, chunks, pick, acc, sums, width),
-                    6.. => tile::<T, B, 6, R>(panels, chunks, pick, acc, sums, width),
-                    4.. => tile::<T, B, 4, R>(panels, chunks, pick, acc, sums, width),
-                    2.. => tile::<T, B, 2, R>(panels, chunks, pick, acc, sums, width),
-                    _ => tile::<T, B, 1, R>(panels, chunks, pick, acc, sums, width),
+                    8.. => tile::<T, B, 8, R>(panels, chunks, pick, acc, at, sums, width),
+                    6.. => tile::<T, B, 6, R>(panels, chunks, pick, acc, at, sums, width),
+                    4.. => tile::<T, B, 4, R>(panels, chunks, pick, acc, at, sums, width),
+                    2.. => tile::<T, B, 2, R>(panels, chunks, pick, acc, at, sums, width),
+                    _ => tile::<T, B, 1, R>(panels, chunks, pick, acc, at, sums, width),
                 }
             };
         }
@@ -340,18 +365,21 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
     chunks: &[Chunk],
     pick: &[u32],
     acc: &mut [Accs],
+    at: usize,
     sums: &mut [Sums; 8],
     width: usize,
 ) -> usize {
     let x: [&Chunk; N] = std::array::from_fn(|t| &chunks[pick[t] as usize]);
-    let acc: &mut [Accs; N] = (&mut acc[..N]).try_into().expect("N tokens");
+    assert!(acc.len() >= N && at + R * T::ROWS <= TOGETHER);
+    let acc = acc.as_mut_ptr().cast::<f32>();
     // SAFETY: the features are enabled by the caller; the panels' arrays and the chunks are as long as
-    // their documentation says.
+    // their documentation says; there are as many results.
     unsafe {
-        let mut y = [[T::load_floats(acc[0][0].as_ptr()); N]; R];
+        let acc = acc.add(at);
+        let mut y = [[T::load_floats(acc); N]; R];
         for r in 0..R {
             for t in 0..N {
-                y[r][t] = T::load_floats(acc[t][r].as_ptr());
+                y[r][t] = T::load_floats(acc.add(t * TOGETHER + r * T::ROWS));
             }
         }
         let sums: &mut [Sums; N] = (&mut sums[..N]).try_into().expect("N tokens");
@@ -368,7 +396,7 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
         }
         for r in 0..R {
             for t in 0..N {
-                T::store_floats(acc[t][r].as_mut_ptr(), y[r][t]);
+                T::store_floats(acc.add(t * TOGETHER + r * T::ROWS), y[r][t]);
             }
         }
     }
