@@ -5,7 +5,7 @@ use crate::gguf::Bytes;
 use crate::pool::Part;
 use crate::quant::Format;
 use crate::quant::act::{ActKind, Acts, CHUNK, Chunk, Slots};
-use crate::simd::{Rows, Tokens};
+use crate::simd::{Rows, Tokens, rows_together};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -140,8 +140,6 @@ pub struct Job<'a> {
 
 /// Bytes of weights that one task reads: large enough to be worth a task, small enough to balance.
 const TASK_BYTES: usize = 128 << 10;
-/// Rows per task are a multiple of this, the most rows that any tier takes side by side.
-const ROW_GROUP: usize = 32;
 
 /// Computes all jobs.
 pub fn matmul(machine: &Machine, jobs: &mut [Job<'_>]) {
@@ -149,10 +147,11 @@ pub fn matmul(machine: &Machine, jobs: &mut [Job<'_>]) {
         .iter_mut()
         .map(|job| {
             let rows = TASK_BYTES / job.w.format.row_bytes(job.w.n_in);
+            let group = rows_together(job.pick.len());
             let part = Part {
                 out: &mut *job.y,
                 width: job.w.n_out,
-                grain: rows.next_multiple_of(ROW_GROUP).max(ROW_GROUP),
+                grain: rows.next_multiple_of(group).max(group),
             };
             (
                 part,

@@ -214,6 +214,10 @@ impl<D: Dot<__m256i>> Tile for Ymm<D> {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
+    unsafe fn prefetch_near(at: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(at.cast())
+    }
+    #[inline(always)]
     unsafe fn dot<
         const N: usize,
         const R: usize,

@@ -187,6 +187,10 @@ impl<D: Dot<__m512i>> Tile for Zmm<D> {
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
     #[inline(always)]
+    unsafe fn prefetch_near(at: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(at.cast())
+    }
+    #[inline(always)]
     unsafe fn dot<
         const N: usize,
         const R: usize,

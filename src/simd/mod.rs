@@ -34,6 +34,7 @@ use crate::quant::act::{Act, ActKind, Acts, Chunk};
 use float::{Pane, Query};
 use half::f16;
 use std::sync::OnceLock;
+pub use tile::rows_together;
 
 /// A set of CPU instructions, slower ones first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

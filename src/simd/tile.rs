@@ -12,10 +12,12 @@
 //! accumulator: the canonical arithmetic of `quant`. Unpacking (`unpack.rs`) is a transposition and a few
 //! shifts of whole registers and is paid once for all tokens; these go through a panel a few at a time, so
 //! that accumulators stay in registers. A tier with many registers takes two panels side by side: an activation is
-//! fetched once for both. For a single token nothing is stored: what is unpacked is multiplied at once.
+//! fetched once for both. With many tokens several panels are unpacked before these go through them, so that activations
+//! come from the nearest cache for all but the first. For a single token nothing is stored: what is unpacked is
+//! multiplied at once.
 //!
 //! ```text
-//! for panels in rows / ROWS / PANELS:  for chunk in k / 256:  unpack;  for tokens / TOKENS:  tile
+//! for rows / (64 or ROWS · PANELS):  for chunk in k / 256:  unpack;  for tokens / TOKENS:  for PANELS:  tile
 //! ```
 
 use super::unpack::{Sink, Source, Unpack};
@@ -23,6 +25,7 @@ use super::{Rows, Tokens};
 use crate::pool::Stripe;
 use crate::quant::act::{Acts, CHUNK, Chunk, HALF, SUM};
 use crate::quant::{Block, IntBlock};
+use std::hint::black_box;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -81,6 +84,8 @@ pub(super) trait Tile: Copy {
     unsafe fn columns(at: *const u8, stride: usize) -> [Self::I; 4];
     /// Brings memory nearer that will be wanted soon. May do nothing; any address will do.
     unsafe fn prefetch(_at: *const u8) {}
+    /// The same, into the nearest cache.
+    unsafe fn prefetch_near(_at: *const u8) {}
 
     /// `sums[r][t] += Σ w[r] · x[t]`. `w[r]`: `4 C` weights of each row of panel `r`, of at most `BITS` bits; `x[t]`: `4 C`
     /// activations; C: 2 or 4. `WHOLE`: sums are of 32 bits; else in halves, where [`Tile::HALVES`] says so.
@@ -150,6 +155,7 @@ const MAX_PANELS: usize = 2;
 const BATCH: usize = 512;
 
 /// Some rows × 256 weights, interleaved. Of each array the first [`Tile::ROWS`] columns are in use.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Panel {
     /// `(CHUNK / 4, ROWS, 4)`, packed to the tier's number of rows.
@@ -174,10 +180,19 @@ impl Panel {
     };
 }
 
-/// Rows that go through a chunk of activations together.
-const TOGETHER: usize = MAX_PANELS * MAX_ROWS;
-/// With fewer tokens all their activations stay in the nearest cache, and panels are best read one after the other.
-const TAKE_TURNS: usize = 64;
+/// Most rows that go through a chunk of activations together.
+const TOGETHER: usize = 2 * MAX_PANELS * MAX_ROWS;
+/// With fewer tokens all their activations stay in the near caches, and rows are best read one panel after the other.
+const MANY: usize = 32;
+
+/// What rows of a task are best a multiple of, in any tier: those that share what is done for a chunk of activations.
+pub fn rows_together(n_tok: usize) -> usize {
+    match n_tok {
+        ..MANY => MAX_PANELS * MAX_ROWS,
+        _ => TOGETHER,
+    }
+}
+
 /// One token's results so far, for the rows that go together.
 type Accs = [f32; TOGETHER];
 
@@ -235,95 +250,78 @@ pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &
     super::matmul_rest(w, panels * T::ROWS, x, y);
 }
 
-/// [`matmul`] of whole panels with many tokens. With very many, some panels take turns with each chunk, so that its
-/// activations come from the nearest cache for all but the first of them.
+/// [`matmul`] of whole panels with many tokens.
 #[inline(always)]
 unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    let mut room = Room {
-        panels: [Panel::EMPTY; MAX_PANELS],
-        sums: [Sums::EMPTY; 8],
-    };
+    let mut sums = [Sums::EMPTY; 8];
+    let mut panels = [const { MaybeUninit::<Panel>::uninit() }; TOGETHER / 4];
     let mut acc = [const { MaybeUninit::<Accs>::uninit() }; BATCH];
-    let turn = match x.len() {
-        ..TAKE_TURNS => w.k,
-        _ => CHUNK,
+    let step = match rows_together(x.len()) {
+        TOGETHER => TOGETHER,
+        _ => T::PANELS * T::ROWS,
     };
     let rows = w.len() / T::ROWS * T::ROWS;
+    let panels = filled(&mut panels[..step.min(rows) / T::ROWS], Panel::EMPTY);
     for (batch, pick) in x.pick.chunks(BATCH).enumerate() {
         let x = Tokens { pick, ..x };
-        for first in (0..rows).step_by(TOGETHER) {
-            let end = rows.min(first + TOGETHER);
-            let acc = zeros(&mut acc[..pick.len()]);
-            for k in (0..w.k).step_by(turn) {
-                let ks = k..w.k.min(k + turn);
-                for row in (first..end).step_by(T::PANELS * T::ROWS) {
-                    let (ks, at) = (ks.clone(), row - first);
-                    // SAFETY: the caller's.
-                    unsafe {
-                        match T::PANELS.min((end - row) / T::ROWS) {
-                            2 => side_by_side::<T, B, 2>(w, row, ks, x, &mut room, acc, at),
-                            _ => side_by_side::<T, B, 1>(w, row, ks, x, &mut room, acc, at),
-                        }
-                    }
-                }
-            }
+        for first in (0..rows).step_by(step) {
+            let rows = first..rows.min(first + step);
+            let acc = filled(&mut acc[..pick.len()], [0.0; TOGETHER]);
+            // SAFETY: the caller's; rows of whole panels.
+            unsafe { together::<T, B>(w, rows.clone(), x, panels, &mut sums, acc) };
             for (t, acc) in acc.iter().enumerate() {
-                y.row(batch * BATCH + t)[first..end].copy_from_slice(&acc[..end - first]);
+                let out = y.row(batch * BATCH + t)[rows.clone()].chunks_exact_mut(T::ROWS);
+                for (out, acc) in out.zip(acc.chunks_exact(T::ROWS)) {
+                    out.copy_from_slice(acc);
+                }
             }
         }
     }
 }
 
-/// What a tile is made from.
-struct Room {
-    panels: [Panel; MAX_PANELS],
-    sums: [Sums; 8],
-}
-
-/// Results of as many tokens, all zero.
-fn zeros(acc: &mut [MaybeUninit<Accs>]) -> &mut [Accs] {
-    for acc in acc.iter_mut() {
-        acc.write([0.0; TOGETHER]);
+/// As many copies: what is not used is not touched.
+fn filled<X: Copy>(room: &mut [MaybeUninit<X>], x: X) -> &mut [X] {
+    for one in room.iter_mut() {
+        one.write(x);
     }
     // SAFETY: all of them have just been written.
-    unsafe { std::slice::from_raw_parts_mut(acc.as_mut_ptr().cast(), acc.len()) }
+    unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast(), room.len()) }
 }
 
-/// R panels from row `row` on × all picked tokens, their weights `ks`: `acc[t][at + r] += Σ_k w[row + r][k] · x[t][k]`.
+/// Some rows × all picked tokens: `acc[t][r] = Σ_k w[row + r][k] · x[t][k]`.
 #[inline(always)]
-unsafe fn side_by_side<T: Tile, B: Unpack, const R: usize>(
+unsafe fn together<T: Tile, B: Unpack>(
     w: Rows<'_>,
-    row: usize,
-    ks: Range<usize>,
+    rows: Range<usize>,
     x: Tokens<'_>,
-    Room { panels, sums }: &mut Room,
+    panels: &mut [Panel],
+    sums: &mut [Sums; 8],
     acc: &mut [Accs],
-    at: usize,
 ) {
     let stride = w.row_bytes();
-    for k in ks.clone().step_by(CHUNK) {
-        let width = CHUNK.min(ks.end - k);
-        for (r, panel) in panels[..R].iter_mut().enumerate() {
-            let rows = w.bytes[(row + r * T::ROWS) * stride..].as_ptr();
+    let panels = &mut panels[..rows.len() / T::ROWS];
+    for k in (0..w.k).step_by(CHUNK) {
+        let width = CHUNK.min(w.k - k);
+        for (row, panel) in rows.clone().step_by(T::ROWS).zip(panels.iter_mut()) {
+            let row = w.bytes[row * stride..].as_ptr();
             for b in 0..width / B::WEIGHTS {
                 let panel = &mut *panel;
                 // SAFETY: this block of `ROWS` rows is inside `w.bytes`; the features are enabled by the caller.
-                unsafe { unpack::<T, B>(rows, stride, k / B::WEIGHTS + b, &mut Slot { panel, b }) };
+                unsafe { unpack::<T, B>(row, stride, k / B::WEIGHTS + b, &mut Slot { panel, b }) };
             }
         }
         let chunks = x.acts.chunks(k / CHUNK);
-        let panels = std::array::from_fn(|r| &panels[r]);
         let mut t = 0;
         while t < x.len() {
             let (pick, acc) = (&x.pick[t..], &mut acc[t..]);
             // SAFETY: the features are enabled by the caller.
             t += unsafe {
                 match pick.len().min(T::TOKENS) {
-                    8.. => tile::<T, B, 8, R>(panels, chunks, pick, acc, at, sums, width),
-                    6.. => tile::<T, B, 6, R>(panels, chunks, pick, acc, at, sums, width),
-                    4.. => tile::<T, B, 4, R>(panels, chunks, pick, acc, at, sums, width),
-                    2.. => tile::<T, B, 2, R>(panels, chunks, pick, acc, at, sums, width),
-                    _ => tile::<T, B, 1, R>(panels, chunks, pick, acc, at, sums, width),
+                    8.. => tiles::<T, B, 8>(panels, chunks, pick, acc, sums, width),
+                    6.. => tiles::<T, B, 6>(panels, chunks, pick, acc, sums, width),
+                    4.. => tiles::<T, B, 4>(panels, chunks, pick, acc, sums, width),
+                    2.. => tiles::<T, B, 2>(panels, chunks, pick, acc, sums, width),
+                    _ => tiles::<T, B, 1>(panels, chunks, pick, acc, sums, width),
                 }
             };
         }
@@ -358,22 +356,59 @@ unsafe fn unpack<T: Tile, B: Unpack>(
 /// Bytes of a page of memory.
 const PAGE: usize = 4096;
 
-/// R panels × the first N picked tokens: `acc[t][r] += Σ_k w[r][k] · x[t][k]` over the panels' chunk.
+/// Panels × the first N picked tokens: `acc[t][r] += Σ_k w[r][k] · x[t][k]` over the panels' chunk. Where there
+/// are several, the next tokens are fetched meanwhile.
 #[inline(always)]
-unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
-    panels: [&Panel; R],
+unsafe fn tiles<T: Tile, B: IntBlock, const N: usize>(
+    panels: &[Panel],
     chunks: &[Chunk],
     pick: &[u32],
     acc: &mut [Accs],
-    at: usize,
     sums: &mut [Sums; 8],
     width: usize,
 ) -> usize {
     let x: [&Chunk; N] = std::array::from_fn(|t| &chunks[pick[t] as usize]);
-    assert!(acc.len() >= N && at + R * T::ROWS <= TOGETHER);
+    let acc: &mut [Accs; N] = (&mut acc[..N]).try_into().expect("N tokens");
+    let sums: &mut [Sums; N] = (&mut sums[..N]).try_into().expect("N tokens");
+    for t in 0..N {
+        sums[t].take::<T, B>(x[t], group::<T, B>());
+    }
+    if panels.len() > T::PANELS {
+        for next in pick[N..].iter().take(N) {
+            let next = std::ptr::from_ref(&chunks[*next as usize]).cast::<u8>();
+            for line in (0..size_of::<Chunk>()).step_by(64) {
+                // SAFETY: the caller's.
+                unsafe { T::prefetch_near(next.add(line)) };
+            }
+        }
+    }
+    for i in (0..panels.len()).step_by(T::PANELS) {
+        let at = i * T::ROWS;
+        // SAFETY: the caller's.
+        unsafe {
+            match T::PANELS.min(panels.len() - i) {
+                2 => tile::<T, B, N, 2>([&panels[i], &panels[i + 1]], x, acc, at, sums, width),
+                _ => tile::<T, B, N, 1>([&panels[i]], x, acc, at, sums, width),
+            }
+        }
+    }
+    N
+}
+
+/// R panels × N tokens, their rows' results from `at` on.
+#[inline(always)]
+unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
+    panels: [&Panel; R],
+    x: [&Chunk; N],
+    acc: &mut [Accs; N],
+    at: usize,
+    sums: &[Sums; N],
+    width: usize,
+) {
+    assert!(at + R * T::ROWS <= TOGETHER);
     let acc = acc.as_mut_ptr().cast::<f32>();
     // SAFETY: the features are enabled by the caller; the panels' arrays and the chunks are as long as
-    // their documentation says; there are as many results.
+    // their documentation says; these rows are among the results.
     unsafe {
         let acc = acc.add(at);
         let mut y = [[T::load_floats(acc); N]; R];
@@ -382,14 +417,11 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
                 y[r][t] = T::load_floats(acc.add(t * TOGETHER + r * T::ROWS));
             }
         }
-        let sums: &mut [Sums; N] = (&mut sums[..N]).try_into().expect("N tokens");
-        for t in 0..N {
-            sums[t].take::<T, B>(x[t], group::<T, B>());
-        }
         match B::WEIGHTS {
             CHUNK => tile_of_256::<T, B, N, R>(panels, x, sums, &mut y),
             _ => {
-                for b in 0..width / 32 {
+                // Compilers that know of 8 at most unroll them all: more than the cache of instructions holds.
+                for b in 0..black_box(width / 32) {
                     tile_of_32::<T, B, N, R>(panels, b, x, sums, &mut y);
                 }
             }
@@ -400,7 +432,6 @@ unsafe fn tile<T: Tile, B: IntBlock, const N: usize, const R: usize>(
             }
         }
     }
-    N
 }
 
 // ---- How the parts of a block are summed up ----
