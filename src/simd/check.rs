@@ -88,31 +88,54 @@ fn product(
 #[test]
 fn matmul_is_the_same_in_every_tier() {
     let mut random = Random(1);
-    let scalar = Kernels::of(Tier::Scalar);
     for &format in Format::ALL {
         let block = format.block_weights();
         for k in [block, 2 * block, 3 * block, 5 * block, 1024] {
             for n in [1, 3, 4, 7, 8, 15, 16, 17, 33] {
                 for n_tok in [1, 2, 5, 13, 21] {
-                    let bytes = blocks(&mut random, format, n * format.row_bytes(k));
-                    let bytes = aligned(&bytes);
-                    let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
-                    let acts = prepare(scalar, format, &floats(&mut random, n_tok * k), k);
-                    let pick: Vec<u32> = (0..n_tok as u32).rev().collect();
-                    let want = product(scalar, format, bytes, n, k, &acts, &pick);
-                    assert!(want.iter().all(|y| y.is_finite()), "{format:?} {k} {n}");
-                    for tier in others() {
-                        let got = product(tier, format, bytes, n, k, &acts, &pick);
-                        assert_eq!(
-                            bits(&got),
-                            bits(&want),
-                            "{format:?} {:?} k {k} n {n}",
-                            tier.tier()
-                        );
-                    }
+                    same_product(&mut random, format, [n, k], n_tok);
                 }
             }
         }
+    }
+}
+
+/// With many tokens, many rows go together: whole groups of them, parts of one, and more tokens than share a pass.
+#[test]
+fn matmul_of_many_tokens_is_the_same_in_every_tier() {
+    let mut random = Random(2);
+    for &format in Format::ALL {
+        for n in [64, 97, 135] {
+            for (n_tok, blocks) in [(31, 2), (32, 3), (45, 2), (515, 1)] {
+                same_product(
+                    &mut random,
+                    format,
+                    [n, blocks * format.block_weights()],
+                    n_tok,
+                );
+            }
+        }
+    }
+}
+
+/// Every tier's product of random weights `(n, k)` with random tokens has the bits of scalar's.
+fn same_product(random: &mut Random, format: Format, [n, k]: [usize; 2], n_tok: usize) {
+    let scalar = Kernels::of(Tier::Scalar);
+    let bytes = blocks(random, format, n * format.row_bytes(k));
+    let bytes = aligned(&bytes);
+    let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
+    let acts = prepare(scalar, format, &floats(random, n_tok * k), k);
+    let pick: Vec<u32> = (0..n_tok as u32).rev().collect();
+    let want = product(scalar, format, bytes, n, k, &acts, &pick);
+    assert!(want.iter().all(|y| y.is_finite()), "{format:?} {k} {n}");
+    for tier in others() {
+        let got = product(tier, format, bytes, n, k, &acts, &pick);
+        let tier = tier.tier();
+        assert_eq!(
+            bits(&got),
+            bits(&want),
+            "{format:?} {tier:?} k {k} n {n} tokens {n_tok}"
+        );
     }
 }
 
