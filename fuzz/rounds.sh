@@ -7,6 +7,7 @@
 # An execution that finds something ends the round of its target; LOGS/found says which. Needs what fuzz/run.sh needs.
 set -euo pipefail
 cd "$(dirname "$0")"
+. ./steps.sh
 logs=$(mkdir -p "$1" && cd "$1" && pwd) seconds=${2:-120}
 shift $(($# > 2 ? 2 : $#))
 readers="gguf safetensors safetensors_index tokenizer_model tokenizer_json imatrix session"
@@ -34,9 +35,7 @@ while [ "$left" = 1 ]; do
     most=$((${long:-0} > 1024 ? long + 512 : 1536))
     log="$logs/$target.last" begun=$SECONDS total=0 status=0
     while [ "$status" = 0 ] && [ $((had + total)) -lt "$want" ] && [ $((SECONDS - begun)) -lt "$seconds" ]; do
-      runs=$((want - had - total))
-      # A hostile template may keep a thread and its memory for ever, after which no more are run: begin anew now and then.
-      [ "$target" = chat_template ] && [ "$runs" -gt 20000 ] && runs=20000
+      runs=$(step "$target" $((want - had - total)))
       "$folder/$target" "corpus/$target" -runs="$runs" -max_total_time=$((seconds - SECONDS + begun)) -timeout=120 \
         -report_slow_units=120 -rss_limit_mb=4096 -max_len="$most" -print_final_stats=1 \
         -artifact_prefix="artifacts/$target/" >"$log" 2>&1 || status=$?
@@ -46,5 +45,7 @@ while [ "$left" = 1 ]; do
     done
     echo "$(date '+%F %T') $target $total executions, $(done_of "$target") of $want, exit $status" >>"$logs/log"
     [ "$status" = 0 ] || { echo "$target $(date '+%F %T') exit $status" >>"$logs/found"; cp "$log" "$logs/$target.failed-$(date +%s)"; }
+    # It would go on failing at once.
+    [ "$status" = 0 ] || [ "$total" -gt 0 ] || { echo "$target does not run: $log"; exit 1; }
   done
 done

@@ -188,24 +188,27 @@ impl Pool {
         for part in parts.iter() {
             assert!(part.width > 0 && part.grain > 0 && part.out.len().is_multiple_of(part.width));
         }
-        let shares = |p: &Part<'_>| p.width.div_ceil(p.grain);
-        let total = parts.iter().map(&shares).sum();
+        let shares = |width: usize, grain: usize| width.div_ceil(grain);
+        let total = parts.iter().map(|p| shares(p.width, p.grain)).sum();
         let base = Shared(parts.as_mut_ptr());
         let n_parts = parts.len();
         self.tasks(total, |mut i| {
             for p in 0..n_parts {
-                // SAFETY: the parts outlive this call and nobody changes them meanwhile; only the
-                // plain fields and the data pointer of `out` are read.
-                let part = unsafe { &*base.get().add(p) };
-                let n = shares(part);
+                // SAFETY: the parts outlive this call and nobody changes them meanwhile. `out` is looked through without making a
+                // reference: through a shared one nothing may be written, and an exclusive one would be for one task alone.
+                let (out, width, grain) = unsafe {
+                    let part = base.get().add(p);
+                    (&raw mut *(*part).out, (*part).width, (*part).grain)
+                };
+                let n = shares(width, grain);
                 if i < n {
-                    let columns = i * part.grain..part.width.min((i + 1) * part.grain);
+                    let columns = i * grain..width.min((i + 1) * grain);
                     let stripe = Stripe {
                         // SAFETY: `columns.start < width`, inside the matrix.
-                        base: unsafe { part.out.as_ptr().cast_mut().add(columns.start) },
+                        base: unsafe { out.cast::<f32>().add(columns.start) },
                         width: columns.len(),
-                        stride: part.width,
-                        rows: part.out.len() / part.width,
+                        stride: width,
+                        rows: out.len() / width,
                         matrix: PhantomData,
                     };
                     return f(p, columns, stripe);

@@ -1,7 +1,7 @@
 //! Answers that must have a form, from the demo model at a high temperature.
 
 use crate::program::{DEMO, Home};
-use octet::chat::constraint::{Compiler, Form};
+use octet::chat::constraint::{Compiler, Constraint, Form};
 use octet::chat::sampler::{Sampler, SamplerOptions};
 use octet::chat::session::{Finish, Limits, Session};
 use octet::chat::tokenizer::Tokenizer;
@@ -152,6 +152,47 @@ fn grammars_and_expressions_hold_for_the_whole_answer() {
         assert_eq!(complete, finish == Finish::Stop);
     }
     assert!(!depths.is_empty());
+}
+
+/// Which an independent way to the same grammar says: the one in Lark that has nothing but the expression.
+#[test]
+fn an_expression_allows_what_its_grammar_allows() {
+    let demo = Demo::new();
+    let n = demo.tokenizer.len() as u32;
+    let mut steps = 0;
+    for regex in [
+        "(yes|no)( [a-z]{1,5})?",
+        r"\d{4}-[01]\d-\d\d(T\d\d:\d\d)?",
+        r"(?i:[^\W_]+)(\s+\S+){0,3}\.?",
+        "[^a]*ä?|b{2,}",
+        "(the |a )*",
+        "a\nb?\t*",
+    ] {
+        let compile = |form, text: &str| demo.compiler.compile(form, "test", text, true).unwrap();
+        let mut direct = compile(Form::Regex, regex);
+        let mut lark = compile(
+            Form::Grammar,
+            &format!("start: /{}/", regex.replace('\n', "\\n")),
+        );
+        for step in 0..12 {
+            let allowed = |constraint: &mut Constraint| {
+                let mask = constraint.mask().unwrap();
+                (0..n).filter(|&id| mask.is_allowed(id)).collect::<Vec<_>>()
+            };
+            let ids = allowed(&mut direct);
+            assert_eq!(ids, allowed(&mut lark), "{regex} after {step} tokens");
+            assert_eq!(direct.is_complete(), lark.is_complete(), "{regex}");
+            assert_eq!(direct.forced(), lark.forced(), "{regex}");
+            let id = ids[step * 977 % ids.len()];
+            direct.accept(id).unwrap();
+            lark.accept(id).unwrap();
+            steps += 1;
+            if demo.tokenizer.stop_ids().contains(&id) {
+                break;
+            }
+        }
+    }
+    assert!(steps >= 30, "{steps}");
 }
 
 impl Demo {

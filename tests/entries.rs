@@ -448,8 +448,8 @@ static FILE: LazyLock<Gguf> = LazyLock::new(|| {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folders = [here, here.parent().unwrap_or(here)];
     let models = folders.map(|folder| folder.join("models/demo-Q4_K_M.gguf"));
-    let path = models.iter().find(|path| path.is_file()).unwrap();
-    Gguf::open(path).unwrap()
+    let path = models.iter().find(|path| path.is_file());
+    Gguf::open(path.unwrap_or_else(|| panic!("the demo model is not in {models:?}"))).unwrap()
 });
 
 static IDENTITY: LazyLock<[u8; 32]> = LazyLock::new(|| FILE.identity());

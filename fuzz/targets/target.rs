@@ -7,7 +7,8 @@ mod alloc;
 #[path = "../../tests/entries.rs"]
 pub(crate) mod entries;
 
-use std::path::Path;
+use std::env;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A target: its name, what takes the bytes, and its small valid inputs. Only what these need is linked, because libFuzzer looks at
@@ -22,9 +23,10 @@ macro_rules! target {
 }
 pub(crate) use target;
 
-/// Before the corpus is read: writes the small valid inputs there.
+/// Before the corpus, the first folder on the command line, is read: writes the small valid inputs there.
 pub(crate) fn begin(name: &str, run: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+    let given = env::args().skip(1).find(|word| !word.starts_with('-'));
+    let folder = given.map_or(PathBuf::from("corpus").join(name), PathBuf::from);
     std::fs::create_dir_all(&folder).unwrap();
     for (i, seed) in seeds().iter().enumerate() {
         std::fs::write(folder.join(format!("seed{i}")), seed).unwrap();

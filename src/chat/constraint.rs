@@ -8,11 +8,15 @@ use super::tokenizer::{PieceKind, SPACE, Tokenizer};
 use super::{gbnf, schema};
 use crate::bounded;
 use crate::error::{Error, Result};
-use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::api::{GrammarInit, ParserLimits, TopLevelGrammar};
+use llguidance::derivre::RegexAst;
+use llguidance::earley::lexerspec::LexerSpec;
+use llguidance::earley::{Grammar, SymbolProps};
 use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
-use llguidance::{Matcher, ParserFactory};
+use llguidance::{Matcher, ParserFactory, panic_utils};
 use serde_json::{Map, Value, json};
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -143,28 +147,29 @@ impl Compiler {
             let expected = format!("at most {MAX_SOURCE} bytes");
             return Err(wrong(&expected, format!("{} bytes", text.len())));
         }
+        let followed = |e: String| wrong("one that can be followed", one_line(form, &e));
+        let lark = |text| GrammarInit::Serialized(TopLevelGrammar::from_lark(text));
         let grammar = match form {
-            Form::Regex => TopLevelGrammar::from_regex(text),
+            Form::Regex => expression(text, self.factory.limits()).map_err(followed)?,
             Form::Grammar if gbnf::is_gbnf(text) => {
-                let lark = gbnf::to_lark(text).map_err(|e| wrong("GBNF", e))?;
-                TopLevelGrammar::from_lark(lark)
+                lark(gbnf::to_lark(text).map_err(|e| wrong("GBNF", e))?)
             }
-            Form::Grammar => TopLevelGrammar::from_lark(text.to_string()),
+            Form::Grammar => lark(text.to_string()),
             Form::JsonSchema => {
                 let schema =
                     bounded::json(text.as_bytes()).map_err(|e| wrong("JSON", e.to_string()))?;
                 schema::check(&schema, "schema").map_err(|(place, expected, found)| {
                     wrong(&format!("{expected} at {place}"), found)
                 })?;
-                TopLevelGrammar::from_json_schema(with_short_gaps(schema))
+                let schema = TopLevelGrammar::from_json_schema(with_short_gaps(schema));
+                GrammarInit::Serialized(schema)
             }
         };
-        let parser = self.factory.create_parser(grammar);
-        let parser = parser
-            .map_err(|e| wrong("one that can be followed", one_line(form, &e.to_string())))?;
+        let parser = self.factory.create_parser_from_init_default(grammar);
+        let parser = parser.map_err(|e| followed(e.to_string()))?;
         let fresh = Matcher::new(Ok(parser));
         if let Some(e) = fresh.get_error() {
-            return Err(wrong("one that can be followed", one_line(form, &e)));
+            return Err(followed(e));
         }
         let mut constraint = Constraint {
             now: fresh.deep_clone(),
@@ -195,6 +200,37 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
             bytes if bytes.first() == Some(&mark) => Vec::new(),
             bytes => bytes,
         },
+    }
+}
+
+/// The grammar of one expression. The parser would make a grammar in Lark of it and read that with a lexer that it builds anew each
+/// time, which is most of the work.
+fn expression(text: &str, limits: &ParserLimits) -> std::result::Result<GrammarInit, String> {
+    // As the parser does with whatever it compiles.
+    let made = panic_utils::catch_unwind(AssertUnwindSafe(|| {
+        let mut lexer = LexerSpec::new()?;
+        // Nothing is skipped before and behind the answer.
+        let class = lexer.setup_lexeme_class(RegexAst::NoMatch)?;
+        let regex = RegexAst::Regex(text.to_string());
+        let lexeme = lexer.add_greedy_lexeme("regex".into(), regex, false, None, usize::MAX)?;
+        let mut grammar = Grammar::new(None);
+        let mut symbol = |name, is_start| {
+            let props = SymbolProps {
+                grammar_id: class,
+                is_start,
+                ..SymbolProps::default()
+            };
+            grammar.fresh_symbol_ext(name, props)
+        };
+        let (start, whole) = (symbol("start", true), symbol("regex", false));
+        grammar.make_terminal(whole, lexeme, &lexer)?;
+        grammar.add_rule(start, vec![whole])?;
+        Ok((grammar, lexer))
+    }));
+    let (grammar, lexer) = made.map_err(|e| e.to_string())?;
+    match lexer.cost() <= limits.initial_lexer_fuel {
+        true => Ok(GrammarInit::Internal(grammar, lexer)),
+        false => Err("an expression that is too large".to_string()),
     }
 }
 

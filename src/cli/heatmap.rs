@@ -1,14 +1,15 @@
 //! Pictures of a routing profile: a row for each layer, a column for each expert, reuse and recall beside them.
 
+mod svg;
+
 use crate::chat::repl::styled;
 use crate::moe::Profile;
 use crate::readable::for_terminal;
-use plotters::element::{DashedPathElement, Rectangle, Text};
-use plotters::prelude::{IntoDrawingArea, SVGBackend};
 use plotters::style::colors::colormaps::ViridisRGB;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{BLACK, Color, IntoFont, RGBColor, TextStyle, WHITE};
+use plotters::style::{BLACK, RGBColor, WHITE};
 use std::io::IsTerminal;
+
+pub(super) use svg::svg;
 
 /// What a terminal can show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -240,111 +241,6 @@ fn wrapped(text: &str, width: usize) -> String {
         column += n;
     }
     out + "\n"
-}
-
-/// Sizes of letters; plotters makes them a fifth smaller.
-const TITLE: i32 = 18;
-const TEXT: i32 = 14;
-/// Pixels of a cell, of a bar at 100%, of a line of text.
-const PIXELS: (i32, i32, i32) = (44, 120, 18);
-
-/// The picture as SVG, with all numbers in it.
-pub(super) fn svg(profile: &Profile) -> String {
-    let (cell, bar, line) = PIXELS;
-    let (n, layers) = (profile.n_expert as i32, profile.n_layer as i32);
-    let (left, top) = (56, 4 * line);
-    let bars = [left + n * cell + 24, left + n * cell + 24 + bar + 56];
-    let size = (bars[1] + bar + 56, top + layers * line + 3 * line);
-    let mut out = String::new();
-    let area =
-        SVGBackend::with_string(&mut out, (size.0 as u32, size.1 as u32)).into_drawing_area();
-    let drawn = "a picture in memory can always be drawn";
-    area.fill(&WHITE).expect(drawn);
-    let text = |text: String, at: (i32, i32), h: HPos, size: i32, colour: RGBColor| {
-        let style = TextStyle::from(("sans-serif", size).into_font());
-        let style = style.color(&colour).pos(Pos::new(h, VPos::Center));
-        area.draw(&Text::new(text, at, style)).expect(drawn);
-    };
-    let block = |from: (i32, i32), to: (i32, i32), colour: RGBColor| {
-        let block = Rectangle::new([from, to], colour.filled());
-        area.draw(&block).expect(drawn);
-    };
-
-    let title = format!(
-        "{}: share of {} tokens that take each expert, in percent",
-        for_terminal(&profile.name),
-        profile.tokens
-    );
-    text(title, (left, line), HPos::Left, TITLE, BLACK);
-    text(
-        "layer".into(),
-        (left - 8, top - line / 2),
-        HPos::Right,
-        TEXT,
-        BLACK,
-    );
-    for e in 0..n {
-        let at = (left + e * cell + cell / 2, top - line / 2);
-        text(e.to_string(), at, HPos::Center, TEXT, BLACK);
-    }
-    for (at, name) in bars.iter().zip(["reuse", "recall one layer ahead"]) {
-        text(name.into(), (*at, top - line / 2), HPos::Left, TEXT, BLACK);
-    }
-    for layer in 0..layers {
-        let (y, l) = (top + layer * line, layer as usize);
-        let middle = y + line / 2;
-        text(
-            layer.to_string(),
-            (left - 8, middle),
-            HPos::Right,
-            TEXT,
-            BLACK,
-        );
-        for e in 0..n {
-            let (x, share) = (left + e * cell, f64::from(profile.share(l, e as usize)));
-            let heat = heat(profile, share);
-            block((x, y), (x + cell - 1, y + line - 1), colour(heat));
-            let number = format!("{:.1}", 100.0 * share);
-            text(
-                number,
-                (x + cell / 2, middle),
-                HPos::Center,
-                TEXT,
-                ink(heat),
-            );
-        }
-        let shares = [Some(profile.reuse[l]), profile.recall[l]];
-        for (x, share) in bars.into_iter().zip(shares) {
-            let Some(share) = share else { continue };
-            let end = x + (share * f64::from(bar)).round() as i32;
-            block((x, y + 3), (end, y + line - 4), colour(0.3));
-            text(percent(share), (end + 4, middle), HPos::Left, TEXT, BLACK);
-        }
-    }
-    let (y, chance) = (top + layers * line, even(profile));
-    let at = bars[0] + (chance * f64::from(bar)).round() as i32;
-    let dashes = DashedPathElement::new([(at, top), (at, y)], 3, 3, BLACK);
-    area.draw(&dashes).expect(drawn);
-    text(
-        format!("{} if all are alike", percent(chance)),
-        (at, y + line / 2),
-        HPos::Center,
-        TEXT,
-        BLACK,
-    );
-    // The colours' meaning.
-    let steps = n * cell / 4;
-    for i in 0..steps {
-        let x = left + 2 * i;
-        let heat = f64::from(i) / f64::from(steps - 1);
-        block((x, y + line), (x + 2, y + 2 * line - 6), colour(heat));
-    }
-    let more = format!("0 to {} or more", percent(hottest(profile)));
-    let at = (left + 2 * steps + 8, y + line + line / 2 - 3);
-    text(more, at, HPos::Left, TEXT, BLACK);
-    area.present().expect(drawn);
-    drop(area);
-    out
 }
 
 #[cfg(test)]
