@@ -315,7 +315,12 @@ fn a_form_that_cannot_be_used_is_one_line_that_names_the_place() {
         (
             "--regex",
             "((a{1000}){1000}){1000}".to_string(),
-            "too many expressions",
+            "found 1000000000 bytes of letters, once repetitions are written out",
+        ),
+        (
+            "--regex",
+            "4d{927222}".to_string(),
+            "found 927223 bytes of letters",
         ),
         (
             "--regex",

@@ -14,6 +14,7 @@ use llguidance::earley::lexerspec::LexerSpec;
 use llguidance::earley::{Grammar, SymbolProps};
 use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 use llguidance::{Matcher, ParserFactory, panic_utils};
+use regex_syntax::hir::{Hir, HirKind};
 use serde_json::{Map, Value, json};
 use std::fmt;
 use std::panic::AssertUnwindSafe;
@@ -45,6 +46,8 @@ impl Form {
 
 /// Longer sources are refused: a schema of this size is already larger than any published one.
 const MAX_SOURCE: usize = 8 << 20;
+/// Most letters of an expression that are only there by repetition: each takes the parser half a kilobyte.
+const MAX_SPELLED: u64 = 50_000;
 
 /// Bounds for grammars of any origin. A mask stays below about 20 ms and the states below about 100 MB.
 fn limits() -> ParserLimits {
@@ -206,6 +209,13 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
 /// The grammar of one expression. The parser would make a grammar in Lark of it and read that with a lexer that it builds anew each
 /// time, which is most of the work.
 fn expression(text: &str, limits: &ParserLimits) -> std::result::Result<GrammarInit, String> {
+    // What is no expression is the parser's to say.
+    let spelled = regex_syntax::parse(text).map_or(0, |hir| spelled(&hir).1);
+    if spelled > text.len() as u64 + MAX_SPELLED {
+        return Err(format!(
+            "{spelled} bytes of letters, once repetitions are written out (at most {MAX_SPELLED} more than the text)"
+        ));
+    }
     // As the parser does with whatever it compiles.
     let made = panic_utils::catch_unwind(AssertUnwindSafe(|| {
         let mut lexer = LexerSpec::new()?;
@@ -232,6 +242,29 @@ fn expression(text: &str, limits: &ParserLimits) -> std::result::Result<GrammarI
         true => Ok(GrammarInit::Internal(grammar, lexer)),
         false => Err("an expression that is too large".to_string()),
     }
+}
+
+/// Whether an expression is for one text alone, and how many bytes its letters take when repetitions of such are written out, as
+/// the parser does.
+fn spelled(hir: &Hir) -> (bool, u64) {
+    match hir.kind() {
+        HirKind::Literal(letters) => (true, letters.0.len() as u64),
+        HirKind::Capture(group) => spelled(&group.sub),
+        HirKind::Repetition(times) => match spelled(&times.sub) {
+            (true, n) => {
+                let all = n.saturating_mul(times.min.max(1).into());
+                (times.max == Some(times.min), all)
+            }
+            open => open,
+        },
+        HirKind::Concat(parts) => parts.iter().map(spelled).fold((true, 0), both),
+        HirKind::Alternation(parts) => (false, parts.iter().map(spelled).fold((true, 0), both).1),
+        _ => (false, 0),
+    }
+}
+
+fn both(a: (bool, u64), b: (bool, u64)) -> (bool, u64) {
+    (a.0 && b.0, a.1.saturating_add(b.1))
 }
 
 /// The schema, with a bound for the white space between the parts of a value: one space, or a line break and an
