@@ -1,7 +1,7 @@
 //! A driver without a device: `offload.cu`, compiled for the CPU by a C++ compiler (`offload/emulated.h`).
 
 use super::Fault;
-use super::driver::{Arg, Driver, MARKS, THREADS};
+use super::driver::{Arg, CHOSEN, Driver, MARKS, THREADS};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ops::Range;
@@ -45,7 +45,12 @@ pub(super) struct Emulated {
     pub(super) replays: AtomicUsize,
     /// Copies that came beside the kernels.
     pub(super) staged: AtomicUsize,
+    /// Copies back that waited for everything, and those that waited for a mark.
+    pub(super) reads: AtomicUsize,
+    pub(super) fetched: AtomicUsize,
     order: Mutex<Order>,
+    /// The memory as it was at the mark `CHOSEN`.
+    chosen: Mutex<HashMap<u64, Vec<Line>>>,
 }
 
 /// Who uses which memory, as far as a device would know: kernels here end at once, on a device they do not.
@@ -118,7 +123,10 @@ impl Emulated {
             graphs: Mutex::default(),
             replays: AtomicUsize::new(0),
             staged: AtomicUsize::new(0),
+            reads: AtomicUsize::new(0),
+            fetched: AtomicUsize::new(0),
             order: Mutex::default(),
+            chosen: Mutex::default(),
         })
     }
 
@@ -156,6 +164,7 @@ impl Driver for Emulated {
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Fault> {
+        assert!(bytes > 0, "a device has no memory of no bytes");
         let taken = self
             .room
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |room| {
@@ -188,6 +197,12 @@ impl Driver for Emulated {
 
     unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault> {
         self.call()?;
+        let [x, y] = grid;
+        // A device refuses others.
+        assert!(
+            (1..1 << 31).contains(&x) && (1..1 << 16).contains(&y),
+            "{kernel}: {grid:?}"
+        );
         if let Some(graph) = &mut *self.recording.lock().unwrap() {
             graph.push((kernel.to_string(), grid, args.to_vec()));
             return Ok(());
@@ -206,7 +221,6 @@ impl Driver for Emulated {
         let mut args = Arg::pointers(args);
         let reverse = c_int::from(self.reverse.load(Ordering::Relaxed));
         let launch = self.launch.lock().unwrap();
-        let [x, y] = grid;
         // SAFETY: the caller's promise about the arguments, which the callee only reads.
         let found = unsafe { launch(name.as_ptr(), x, y, 1, THREADS, args.as_mut_ptr(), reverse) };
         assert_eq!(found, 1, "no kernel {kernel}");
@@ -249,6 +263,30 @@ impl Driver for Emulated {
         self.call()?;
         let order = &mut *self.order.lock().unwrap();
         order.marked[i] = std::mem::take(&mut order.unmarked);
+        if i == CHOSEN {
+            *self.chosen.lock().unwrap() = self.memory.lock().unwrap().clone();
+        }
+        Ok(())
+    }
+
+    fn fetch(&self, i: usize, at: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.call()?;
+        assert!(i == CHOSEN && self.recording.lock().unwrap().is_none());
+        self.fetched.fetch_add(1, Ordering::Relaxed);
+        let chosen = self.chosen.lock().unwrap();
+        let its = chosen.iter().find(|(start, lines)| {
+            **start <= at && at + out.len() as u64 <= **start + 64 * lines.len() as u64
+        });
+        let (start, lines) = its.expect("memory that there was at the mark");
+        let lines = lines.as_ptr().cast::<u8>();
+        // SAFETY: `inside` looked at what is there now; what was there then has as many bytes.
+        let (then, now) = unsafe {
+            let now = std::slice::from_raw_parts(self.inside(at, out.len()), out.len());
+            let then = lines.add((at - start) as usize);
+            (std::slice::from_raw_parts(then, out.len()), now)
+        };
+        assert!(then == now, "what is behind the mark has written here");
+        out.copy_from_slice(then);
         Ok(())
     }
 
@@ -260,6 +298,7 @@ impl Driver for Emulated {
 
     fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault> {
         self.call()?;
+        self.reads.fetch_add(1, Ordering::Relaxed);
         // Everything before has ended.
         let mut order = self.order.lock().unwrap();
         order.unmarked.clear();

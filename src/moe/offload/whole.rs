@@ -6,7 +6,8 @@
 //! not, goes up before the next pass. So a device that is lost takes nothing with it, and a pass that it does not finish
 //! is done again by the CPU.
 //!
-//! An eighth of the memory is for keys and values, or whatever all weights leave. For a sequence that finds no block left, the
+//! An eighth of the memory is for keys and values, or what a context of known length takes, or whatever all weights leave; weights that
+//! every token reads come before, experts after them. For a sequence that finds no block left, the
 //! others that were used least recently give theirs back; if there is nobody else, its attention is the CPU's.
 
 use super::{Back, Device, Fault, Host, MOST_OUT, Offload, Pass, Seat, Slots, State, small_at};
@@ -20,7 +21,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The part of the memory that is for keys and values at least.
+/// The part of the memory that is for keys and values, where nobody says how long contexts become.
 const KV_PART: u64 = 8;
 /// Slots that experts pass through, if not all are there: one is filled while the one before it is computed with, and one more, as
 /// they do not take equally long.
@@ -31,6 +32,8 @@ const LINK: u64 = 12_000_000_000;
 const THREAD: u64 = 150_000_000_000;
 /// Tokens that a tile of the device's product is worth for.
 const LEAST_STREAM: u64 = 8;
+/// Most tokens of a pass: blocks in the second dimension of a grid.
+const MOST_TOKENS: usize = 65535;
 /// Most experts of a layer that a device's router chooses from.
 const MOST_EXPERTS: usize = 64;
 
@@ -98,13 +101,15 @@ fn plane_bytes(c: &Config) -> u64 {
 
 impl Whole {
     /// Divides `room` bytes of a device among keys and values and weights; nothing if it cannot do whole passes of this model.
-    /// `scratch`: bytes that it computes with, if it takes such passes; `bytes`: of a matrix there; `experts`: of each.
+    /// `scratch`: bytes that it computes with, if it takes such passes; `bytes`: of a matrix there; `experts`: of each; `context`: as in
+    /// [`super::Plan`].
     pub(super) fn plan(
         scratch: Option<u64>,
         bytes: impl Fn(&[&Weight]) -> Option<u64>,
         c: &Config,
         weights: &Weights,
         experts: &[Option<u64>],
+        context: Option<usize>,
         room: u64,
     ) -> Option<Whole> {
         let floats = |l: &Layer| {
@@ -123,7 +128,12 @@ impl Whole {
         let small_bytes = 4 * (small_at(c, c.n_layer)[0] + c.d_model) as u64;
         let room = room.checked_sub(scratch + small_bytes)?;
         let block = 2 * c.n_layer as u64 * plane_bytes(c);
-        let kv = (room / KV_PART).max(room.saturating_sub(dense + all));
+        let wanted = match context {
+            Some(tokens) => block.saturating_mul(tokens.div_ceil(KV_BLOCK) as u64),
+            None => room / KV_PART,
+        };
+        let most = room.saturating_sub(dense);
+        let kv = wanted.min(most).max(most.saturating_sub(all));
         let weights_fit = room - kv >= dense + all;
         let largest = experts.iter().flatten().max().copied().unwrap_or(0);
         let ring = if weights_fit { 0 } else { largest };
@@ -170,6 +180,13 @@ impl Whole {
     #[cfg(any(all(test, unix), feature = "cuda"))]
     pub(super) fn small(&self) -> u64 {
         self.small_bytes
+    }
+
+    /// Gives everything back but what lies among weights.
+    pub(super) fn end(self, device: &mut dyn Device) {
+        let blocks = self.copies.into_values().flat_map(|copy| copy.blocks);
+        let slots = blocks.chain(self.small).chain(self.ring);
+        slots.for_each(|slot| device.unmake(slot));
     }
 
     /// Whether experts of long prompts pass through.
@@ -383,7 +400,7 @@ impl Offload {
         let n_tok = ask.x.len() / c.d_model;
         let fits = ask.wanted.len() * c.n_vocab <= MOST_OUT;
         let of_f16 = runs.iter().all(|run| run.kv.kind() == KvType::F16);
-        if n_tok == 0 || !fits || !of_f16 {
+        if !(1..=MOST_TOKENS).contains(&n_tok) || !fits || !of_f16 {
             return None;
         }
         let _turn = self.turn()?;

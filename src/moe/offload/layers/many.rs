@@ -3,7 +3,7 @@
 
 use super::{Layout, pattern};
 use crate::gguf::Bytes;
-use crate::moe::offload::driver::{Driver, Launch, MARKS};
+use crate::moe::offload::driver::{CHOSEN, Driver, Launch, TURNS};
 use crate::moe::offload::gpu::{Gpu, parts};
 use crate::moe::offload::{Absent, Fault, Host, Pass, Share};
 use crate::moe::router::Choice;
@@ -137,6 +137,9 @@ impl<D: Driver> Gpu<D> {
             let picks = homes.iter().map(|its| its.iter().map(token).collect());
             let picks: Vec<Vec<u32>> = picks.collect();
             let deal = Deal::new(pass, layer, &homes, &picks);
+            if !deal.absent.is_empty() {
+                self.driver.mark(CHOSEN)?;
+            }
             let home = self.begin_experts(pass, lay, &deal)?;
             if !self.end_experts(pass, lay, layer, &deal, host)? {
                 return Ok(false);
@@ -191,7 +194,7 @@ impl<D: Driver> Gpu<D> {
         share: &Share<'_>,
         launches: Vec<Launch>,
     ) -> Result<(), Fault> {
-        assert!(turn < MARKS);
+        assert!(turn < TURNS);
         let weights = share.expert.weights();
         let (starts, _) = parts(&weights);
         let at = self.at(share.slot);
