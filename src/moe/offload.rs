@@ -46,7 +46,9 @@ use super::store::Chosen;
 use super::weights::{Expert, Weights};
 use super::{Config, Machine};
 use device::MOST_OUT;
-pub use device::{Absent, Back, Device, Fault, Host, Pass, Product, Seat, Share, Slots, small_at};
+pub use device::{
+    Absent, Back, Device, Fault, Host, Pace, Pass, Product, Seat, Share, Slots, small_at,
+};
 use placement::{Placement, Step, Where};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
