@@ -1,7 +1,6 @@
 //! The kernels through NVRTC, without a GPU: they compile for every instruction set that octet supports, and, where ptxas is to be
 //! had, find room in a GPU's registers.
 
-use super::driver::THREADS;
 use super::kernels::{OPTIONS, SOURCE, kernels};
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::io::Write;
@@ -138,8 +137,8 @@ fn every_kernel_compiles_for_every_architecture() {
     }
 }
 
-/// Has ptxas assemble the kernels: none needs more registers than there are, or so many that no two blocks find room, or more shared
-/// memory than there is without asking. Says what each takes.
+/// Has ptxas assemble the kernels: none has to put registers into memory, or needs more shared memory than there is without asking
+/// for it. Says what each takes.
 fn takes_what_there_is(ptxas: &OsStr, arch: &str, ptx: &str) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("offload.ptx");
@@ -169,10 +168,6 @@ fn takes_what_there_is(ptxas: &OsStr, arch: &str, ptx: &str) {
         let shared = count("bytes smem").unwrap_or(0);
         println!("sm_{arch} {kernel:16} {registers:3} registers, {shared:5} bytes shared");
         assert_eq!((stack, stores, loads), (0, 0, 0), "{kernel} for {arch}");
-        assert!(
-            registers * THREADS as usize * 2 <= 65536,
-            "{kernel} for {arch}"
-        );
         assert!(shared <= 48 << 10, "{kernel} for {arch}");
         seen += 1;
     }
