@@ -49,8 +49,8 @@ pub(super) struct Emulated {
     pub(super) reads: AtomicUsize,
     pub(super) fetched: AtomicUsize,
     order: Mutex<Order>,
-    /// The memory as it was at the mark `CHOSEN`.
-    chosen: Mutex<HashMap<u64, Vec<Line>>>,
+    /// Whatever has been fetched before, by place and length, as it was at the mark `CHOSEN`.
+    chosen: Mutex<HashMap<(u64, usize), Vec<u8>>>,
 }
 
 /// Who uses which memory, as far as a device would know: kernels here end at once, on a device they do not.
@@ -145,12 +145,16 @@ impl Emulated {
 
     /// The memory behind an address: what it belongs to must have `len` bytes from there on.
     fn inside(&self, at: u64, len: usize) -> *mut u8 {
-        let memory = self.memory.lock().unwrap();
-        let inside = memory.iter().any(|(start, lines)| {
-            *start <= at && at + len as u64 <= start + 64 * lines.len() as u64
-        });
-        assert!(inside, "{len} bytes at {at:x} are outside");
+        assert!(self.has(at, len), "{len} bytes at {at:x} are outside");
         at as *mut u8
+    }
+
+    /// Whether these bytes are within some memory.
+    fn has(&self, at: u64, len: usize) -> bool {
+        let memory = self.memory.lock().unwrap();
+        memory.iter().any(|(start, lines)| {
+            *start <= at && at + len as u64 <= start + 64 * lines.len() as u64
+        })
     }
 }
 
@@ -264,7 +268,13 @@ impl Driver for Emulated {
         let order = &mut *self.order.lock().unwrap();
         order.marked[i] = std::mem::take(&mut order.unmarked);
         if i == CHOSEN {
-            *self.chosen.lock().unwrap() = self.memory.lock().unwrap().clone();
+            let chosen = &mut *self.chosen.lock().unwrap();
+            chosen.retain(|(at, len), _| self.has(*at, *len));
+            for ((at, len), then) in chosen {
+                // SAFETY: the memory has it, and kernels have ended.
+                let now = unsafe { std::slice::from_raw_parts(*at as *const u8, *len) };
+                then.copy_from_slice(now);
+            }
         }
         Ok(())
     }
@@ -273,18 +283,10 @@ impl Driver for Emulated {
         self.call()?;
         assert!(i == CHOSEN && self.recording.lock().unwrap().is_none());
         self.fetched.fetch_add(1, Ordering::Relaxed);
-        let chosen = self.chosen.lock().unwrap();
-        let its = chosen.iter().find(|(start, lines)| {
-            **start <= at && at + out.len() as u64 <= **start + 64 * lines.len() as u64
-        });
-        let (start, lines) = its.expect("memory that there was at the mark");
-        let lines = lines.as_ptr().cast::<u8>();
-        // SAFETY: `inside` looked at what is there now; what was there then has as many bytes.
-        let (then, now) = unsafe {
-            let now = std::slice::from_raw_parts(self.inside(at, out.len()), out.len());
-            let then = lines.add((at - start) as usize);
-            (std::slice::from_raw_parts(then, out.len()), now)
-        };
+        // SAFETY: `inside` looked at it.
+        let now = unsafe { std::slice::from_raw_parts(self.inside(at, out.len()), out.len()) };
+        let mut chosen = self.chosen.lock().unwrap();
+        let then = chosen.entry((at, out.len())).or_insert(now.to_vec());
         assert!(then == now, "what is behind the mark has written here");
         out.copy_from_slice(then);
         Ok(())

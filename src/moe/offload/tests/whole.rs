@@ -412,7 +412,7 @@ fn keys_and_values_have_the_room_of_a_context() {
     let block = 4 * c.n_layer * c.n_kv * c.d_head * KV_BLOCK;
     let on = |context: Option<usize>| {
         let mut model = demo(2, Ram::Mapped);
-        let memory = memory_for(&model, 40);
+        let memory = memory_for(&model, 70);
         let (device, script) = scripted(whole(memory));
         let (plan, heard) = plan(device, memory);
         model.offload_to(Plan { context, ..plan });
@@ -422,7 +422,10 @@ fn keys_and_values_have_the_room_of_a_context() {
     };
     let (_, _, _, by_default) = on(None);
     let (mut pair, script, heard, experts) = on(Some(KV_BLOCK + 1));
-    assert!(experts > by_default, "two blocks are less than an eighth");
+    assert!(
+        experts > by_default,
+        "{experts} {by_default}: two blocks ({block} bytes each) are less than an eighth"
+    );
     let a = pair.begin(KvType::F16);
     pair.step(&[(a, 2 * KV_BLOCK - 2, Want::Last)]);
     pair.step(&[(a, 2, Want::Last)]);
