@@ -4,7 +4,7 @@ pub mod journal;
 mod lines;
 
 use super::interrupt::hear_interrupts;
-use super::load::{Loaded, load};
+use super::load::{Loaded, load_for};
 use super::options::{AnswerOptions, PromptOptions, parse_size};
 use super::progress::Progress;
 use super::report::{batch_closing_line, note};
@@ -73,7 +73,11 @@ const KV_RAM: std::ops::RangeInclusive<u64> = 512 << 20..=64 << 30;
 /// result, [`Error::Interrupted`] after Ctrl-C.
 pub fn run(args: &Args) -> Result<()> {
     let lines = Lines::check(args)?;
-    let loaded = load(&args.answer.model, &args.answer.machine)?;
+    let loaded = load_for(
+        usize::from(args.parallel),
+        &args.answer.model,
+        &args.answer.machine,
+    )?;
     let options = args.answer.sampling.sampler(loaded.model.config.n_vocab)?;
     let mut defaults = Defaults {
         system: args.answer.system.clone(),

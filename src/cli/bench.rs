@@ -327,7 +327,7 @@ pub fn run(args: &Args) -> Result<()> {
         let file = &files[cases[0].model];
         let ram = ram(file, args.ram, None, cases[0].kv, None)?;
         let mut model = Model::open_in(file, machine, ram)?;
-        gpu::offload(&mut model, &args.gpu, None, false)?;
+        gpu::offload(&mut model, &args.gpu, None, None, false)?;
         model.settle();
         for case in cases {
             model.config.check_kv(case.kv)?;

@@ -17,8 +17,7 @@ use {
 const RESERVE: u64 = 512 << 20;
 
 /// Has a GPU compute with the experts of `model` that it has memory for, as the options say. Where there is none and one was
-/// asked for, a line says why, and the CPU does everything. `shares (n_layer, n_expert)`: how often a token takes each expert, if
-/// that is known.
+/// asked for, a line says why, and the CPU does everything. `shares`, `context`: as in [`Plan`].
 ///
 /// # Errors
 /// [`Error::Usage`] if a GPU is asked for that this program was not built for.
@@ -26,6 +25,7 @@ pub(super) fn offload(
     model: &mut Model,
     options: &GpuOptions,
     shares: Option<Vec<f32>>,
+    context: Option<usize>,
     verbose: bool,
 ) -> Result<()> {
     let asked = options.gpu_mem.is_some() || options.gpu.is_some();
@@ -69,6 +69,7 @@ pub(super) fn offload(
         device,
         memory: bytes,
         shares,
+        context,
         tell: Box::new(note),
     });
     Ok(())

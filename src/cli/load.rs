@@ -85,6 +85,14 @@ fn demo_model() -> Result<PathBuf> {
 /// See [`Gguf::open`], [`Model::open`], [`Tokenizer::from_gguf`], [`Template::choose`]; [`Error::Usage`] if the
 /// context that is asked for is larger than the model's.
 pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
+    load_for(1, model, machine)
+}
+
+/// The same, for so many conversations at a time.
+///
+/// # Errors
+/// See [`load`].
+pub fn load_for(n: usize, model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
     let started = Instant::now();
     let (path, demo) = model_path(model)?;
     let file = Gguf::open(&path)?;
@@ -98,7 +106,10 @@ pub fn load(model: &ModelOptions, machine: &MachineOptions) -> Result<Loaded> {
         fetch(&file)?;
     }
     let (mut model_opened, tokenizer) = open_parts(&file, machine, ram)?;
-    gpu::offload(&mut model_opened, &machine.gpu, shares, machine.verbose)?;
+    // Several conversations have no one length: few of many become as long as they may.
+    let context = model.ctx.map(|tokens| tokens as usize).filter(|_| n == 1);
+    let verbose = machine.verbose;
+    gpu::offload(&mut model_opened, &machine.gpu, shares, context, verbose)?;
     let template = Template::choose(&tokenizer, tokenizer.chat_template())?;
     for warning in model_opened.config.warnings() {
         note(format!("{}: warning: {warning}", path.display()));

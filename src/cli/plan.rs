@@ -151,7 +151,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
 
     let gpu = gpu_memory.filter(|_| config.routed);
-    let gpu = gpu.map(|memory| on_gpu(&model, memory, profile.as_ref()));
+    let gpu = gpu.map(|memory| on_gpu(&model, memory, profile.as_ref(), args.ctx));
     let limits = limits(model.machine());
     let at_work = (
         model.machine().kernels.tier().name(),
@@ -380,10 +380,11 @@ struct OnGpu {
 }
 
 #[cfg(feature = "cuda")]
-fn on_gpu(model: &Model, memory: u64, profile: Option<&Profile>) -> OnGpu {
+fn on_gpu(model: &Model, memory: u64, profile: Option<&Profile>, ctx: Option<u32>) -> OnGpu {
     use crate::moe::offload::forecast::forecast;
     let shares = profile.map(Profile::shares);
-    let told = forecast(&model.config, &model.weights, memory, shares);
+    let context = ctx.map(|tokens| tokens as usize);
+    let told = forecast(&model.config, &model.weights, memory, shares, context);
     let size = |n: u64| format!("{:>10}", bytes(n));
     let mut lines = vec![
         ("to compute with".to_string(), size(told.scratch)),
@@ -414,7 +415,7 @@ fn on_gpu(model: &Model, memory: u64, profile: Option<&Profile>) -> OnGpu {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_gpu(_: &Model, _: u64, _: Option<&Profile>) -> OnGpu {
+fn on_gpu(_: &Model, _: u64, _: Option<&Profile>, _: Option<u32>) -> OnGpu {
     unreachable!("without the feature no memory of a GPU is planned with")
 }
 

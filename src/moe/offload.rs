@@ -46,7 +46,9 @@ use super::store::Chosen;
 use super::weights::{Expert, Weights};
 use super::{Config, Machine};
 use device::MOST_OUT;
-pub use device::{Absent, Back, Device, Fault, Host, Pass, Product, Seat, Share, Slots, small_at};
+pub use device::{
+    Absent, Back, Device, Fault, Host, Pace, Pass, Product, Seat, Share, Slots, small_at,
+};
 use placement::{Placement, Step, Where};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
@@ -64,6 +66,9 @@ pub struct Plan {
     pub memory: u64,
     /// How often a token takes each expert, `(n_layer, n_expert)`, if that is known.
     pub shares: Option<Vec<f32>>,
+    /// Tokens whose keys and values there is to be room for, before experts; nothing: for as many as an eighth of the memory
+    /// holds.
+    pub context: Option<usize>,
     /// Who hears of it.
     pub tell: Tell,
 }
@@ -168,14 +173,15 @@ fn leave_out_others(bytes: &mut [Option<u64>], experts: &[Arc<Expert>]) {
     }
 }
 
-/// Divides `room` bytes of a device: what whole passes take, if it can do those, and the places of weights. `shares`: as in
-/// [`Plan`]; `whole`, `bytes`: what [`Device::whole`] and [`Device::bytes`] say.
+/// Divides `room` bytes of a device: what whole passes take, if it can do those, and the places of weights. `shares`, `context`: as
+/// in [`Plan`]; `whole`, `bytes`: what [`Device::whole`] and [`Device::bytes`] say.
 fn divide(
     room: u64,
     config: &Config,
     weights: &Weights,
     experts: &[Arc<Expert>],
     shares: Option<Vec<f32>>,
+    context: Option<usize>,
     whole: Option<u64>,
     bytes: impl Fn(&[&Weight]) -> Option<u64>,
 ) -> (Placement, Option<Whole>) {
@@ -187,7 +193,7 @@ fn divide(
     }
     let even = config.n_used as f32 / n_expert as f32;
     let shares = shares.unwrap_or_else(|| vec![even; experts.len()]);
-    let whole = Whole::plan(whole, bytes, config, weights, &of_experts, room);
+    let whole = Whole::plan(whole, bytes, config, weights, &of_experts, context, room);
     let room = room - whole.as_ref().map_or(0, Whole::set_aside);
     (Placement::new(n_expert, of_experts, shares, room), whole)
 }
@@ -204,6 +210,7 @@ impl Offload {
             mut device,
             memory,
             shares,
+            context,
             tell,
         } = plan;
         let free = device.free();
@@ -215,6 +222,7 @@ impl Offload {
             weights,
             &experts,
             shares,
+            context,
             device.whole(config),
             |weights| device.bytes(weights),
         );
@@ -456,11 +464,20 @@ impl Offload {
         }
     }
 
-    /// What a device computes with matters more than one expert more: the least popular one goes.
+    /// What a device computes with matters more than one expert more: the least popular one goes. Where there is none, whole passes
+    /// end, and what only they need.
     fn shrink(&self, state: &mut State) {
-        if let (Some(slot), Some(device)) = (state.placement.shrink(), &mut state.device) {
+        let Some(device) = &mut state.device else {
+            return;
+        };
+        if let Some(slot) = state.placement.shrink() {
             device.unmake(slot);
             self.fault(state, Fault::Full);
+        } else if let Some(whole) = state.whole.take() {
+            whole.end(&mut **device);
+            let line =
+                "the GPU has no memory for what passes need there: it multiplies matrices only";
+            (self.tell)(line.to_string());
         }
     }
 

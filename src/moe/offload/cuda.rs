@@ -6,6 +6,7 @@ use super::gpu::Gpu;
 use super::kernels::{OPTIONS, SOURCE, kernels};
 use super::{Device, Fault};
 use crate::disk::{self, WholeFile};
+use crate::error::Error;
 use crate::gguf::hex;
 use cudarc::driver::result::{self, DriverError, event, launch_kernel, module, stream};
 use cudarc::driver::{CudaContext, sys};
@@ -58,6 +59,8 @@ struct Cuda {
     graphs: Mutex<Vec<Option<Graph>>>,
     /// Behind kernels of `compute`.
     marks: [sys::CUevent; MARKS],
+    /// What is fetched while those run.
+    beside: sys::CUstream,
 }
 
 /// A record, and what it became to be run.
@@ -111,7 +114,7 @@ impl Cuda {
                 "{name} is too old (expected compute capability 7.0 or later, found {major}.{minor})"
             ));
         }
-        let ptx = ptx(10 * major + minor, cache)?;
+        let ptx = ptx(10 * major + minor, cache, compiler())?;
         let image = CString::new(ptx).map_err(|_| "the kernels hold a 0 byte".to_string())?;
         // SAFETY: the context is current since it was made; the image is a text that ends with 0; each handle is used as
         // what it was returned as, and freed once, in `drop`.
@@ -143,7 +146,7 @@ impl Cuda {
             };
             let event = || event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
             let event = || event().map_err(failed("making an event"));
-            let marks = [event()?, event()?, event()?];
+            let marks = [event()?, event()?, event()?, event()?];
             Ok(Cuda {
                 name,
                 module,
@@ -153,6 +156,7 @@ impl Cuda {
                 staging: Mutex::new(staging),
                 graphs: Mutex::default(),
                 marks,
+                beside: stream().map_err(failed("making a stream"))?,
                 context,
             })
         }
@@ -165,42 +169,85 @@ impl Cuda {
     }
 }
 
-/// The kernels for a device of compute capability `arch`, from the cache or compiled.
-fn ptx(arch: i32, cache: Option<&Path>) -> Result<String, String> {
+/// The version of NVRTC; nothing, where it is not to be had.
+fn compiler() -> Option<(i32, i32)> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: looks for a library and loads it; cudarc panics where it is missing, so that this is asked first. The function
+    // writes two numbers.
+    let done = unsafe {
+        nvrtc::sys::is_culib_present()
+            && nvrtc::sys::nvrtcVersion(&mut major, &mut minor)
+                .result()
+                .is_ok()
+    };
+    done.then_some((major, minor))
+}
+
+/// What the names of kept kernels for a device of compute capability `arch` begin with.
+fn kept_as(arch: i32) -> String {
     let mut hash = Sha256::new();
     hash.update(SOURCE);
     hash.update(OPTIONS.concat());
     hash.update(arch.to_string());
-    let file =
-        cache.map(|folder| folder.join(format!("kernels-{}.ptx", &hex(&hash.finalize())[..16])));
-    let known = file.as_deref().and_then(|file| {
-        let bytes = disk::read(file, MOST_PTX).ok()?;
-        let text = String::from_utf8(bytes).ok()?;
-        let (sum, ptx) = text.strip_prefix("// ")?.split_once('\n')?;
-        (sum == hex(&Sha256::digest(ptx))).then(|| ptx.to_string())
-    });
+    format!("kernels-{}-", &hex(&hash.finalize())[..16])
+}
+
+/// Kept kernels, if nothing happened to them.
+fn kept(file: &Path) -> Option<String> {
+    let text = String::from_utf8(disk::read(file, MOST_PTX).ok()?).ok()?;
+    let (sum, ptx) = text.strip_prefix("// ")?.split_once('\n')?;
+    (sum == hex(&Sha256::digest(ptx))).then(|| ptx.to_string())
+}
+
+/// Keeps kernels for their owner, who runs them: nobody else may write there.
+fn keep(file: &Path, ptx: &str) -> Result<(), Error> {
+    disk::private_folder(disk::folder_of(file))?;
+    let mut out = WholeFile::create_private(file)?;
+    let text = format!("// {}\n{ptx}", hex(&Sha256::digest(ptx)));
+    out.write_all(text.as_bytes())
+        .map_err(Error::io(file, "write"))?;
+    out.finish()
+}
+
+/// The kernels for a device of compute capability `arch`, from the cache or compiled. What another version of NVRTC made is used
+/// only where there is none: a driver that is older than its NVRTC refuses what that makes, and another one helps.
+fn ptx(arch: i32, cache: Option<&Path>, compiler: Option<(i32, i32)>) -> Result<String, String> {
+    let name = kept_as(arch);
+    let file = match (cache, compiler) {
+        (Some(folder), Some((major, minor))) => {
+            Some(folder.join(format!("{name}{major}.{minor}.ptx")))
+        }
+        _ => None,
+    };
+    let known = match (cache, &file) {
+        (_, Some(file)) => kept(file),
+        (Some(folder), None) => {
+            let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+            let its = entries.filter(|entry| {
+                let file = entry.file_name();
+                let file = file.to_string_lossy();
+                file.starts_with(&name) && file.ends_with(".ptx")
+            });
+            let mut files: Vec<_> = its.map(|entry| entry.path()).collect();
+            files.sort();
+            files.iter().rev().find_map(|file| kept(file))
+        }
+        (None, None) => None,
+    };
     if let Some(ptx) = known {
         return Ok(ptx);
     }
     let ptx = compile(arch)?;
     if let Some(file) = file {
         // Without a cache they are compiled again next time; no reason to trouble the user.
-        let _ = file.parent().map(std::fs::create_dir_all);
-        let written = WholeFile::create(&file).and_then(|mut out| {
-            let text = format!("// {}\n{ptx}", hex(&Sha256::digest(&ptx)));
-            out.write_all(text.as_bytes())
-                .map_err(crate::error::Error::io(&file, "write"))?;
-            out.finish()
-        });
-        drop(written);
+        let _ = keep(&file, &ptx);
     }
     Ok(ptx)
 }
 
 /// Compiles the kernels for `arch`, or for the newest older one that the compiler knows.
 fn compile(arch: i32) -> Result<String, String> {
-    // SAFETY: looks for a library and loads it.
-    if !unsafe { nvrtc::sys::is_culib_present() } {
+    if compiler().is_none() {
         return Err(
             "NVRTC, CUDA's compiler at run time, was not found (libnvrtc); it comes with the CUDA toolkit, or as the Python \
              package nvidia-cuda-nvrtc-cu12, whose folder lib then belongs into LD_LIBRARY_PATH"
@@ -347,6 +394,20 @@ impl Driver for Cuda {
         set.map_err(lost("marking kernels"))
     }
 
+    fn fetch(&self, i: usize, at: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.here()?;
+        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event live as long as this, and the memory is this driver's; `out` is not touched until the stream has
+        // come to its end.
+        unsafe {
+            let waits = stream::wait_event(self.beside, self.marks[i], wait);
+            waits.map_err(lost("waiting for kernels"))?;
+            let copied = result::memcpy_dtoh_async(out, at, self.beside);
+            copied.map_err(lost("reading from the GPU"))?;
+            stream::synchronize(self.beside).map_err(lost("waiting for the GPU"))
+        }
+    }
+
     fn reached(&self, i: usize) -> Result<(), Fault> {
         self.here()?;
         // SAFETY: the event lives as long as this; one that was never recorded has happened.
@@ -411,6 +472,7 @@ impl Drop for Cuda {
         // device that is lost says to this is of no use to anybody.
         unsafe {
             let _ = stream::synchronize(self.compute);
+            let _ = stream::synchronize(self.beside);
             let _ = stream::synchronize(staging.stream);
             for at in memory.drain() {
                 let _ = result::free_sync(at);
@@ -423,6 +485,7 @@ impl Drop for Cuda {
                 let _ = event::destroy(mark);
             }
             let _ = stream::destroy(self.compute);
+            let _ = stream::destroy(self.beside);
             let _ = stream::destroy(staging.stream);
             let _ = module::unload(self.module);
         }
@@ -443,6 +506,43 @@ mod tests {
         assert!(open(4096, None).is_err());
     }
 
+    /// Without a compiler, which nothing here needs.
+    #[test]
+    fn kept_kernels_are_those_of_their_compiler_device_and_source() {
+        let above = tempfile::tempdir().unwrap();
+        let folder = above.path().join("cache");
+        let file = |arch, version: &str| folder.join(format!("{}{version}.ptx", kept_as(arch)));
+        for (arch, version, body) in [
+            (80, "12.4", "older"),
+            (80, "12.9", "newer"),
+            (90, "12.9", "other"),
+        ] {
+            keep(&file(arch, version), body).unwrap();
+        }
+        let ptx = |arch, version| ptx(arch, Some(&folder), version).unwrap();
+        assert_eq!(ptx(80, Some((12, 4))), "older");
+        assert_eq!(ptx(80, Some((12, 9))), "newer");
+        assert_eq!(ptx(90, Some((12, 9))), "other");
+        assert_eq!(ptx(80, None), "newer");
+        // Damaged in every way: as if it were not there.
+        for damaged in ["", "// ", "//", "newer", "// 00\nnewer"] {
+            std::fs::write(file(80, "12.9"), damaged).unwrap();
+            assert_eq!(kept(&file(80, "12.9")), None, "{damaged:?}");
+            assert_eq!(ptx(80, None), "older");
+        }
+        std::fs::write(file(80, "12.9"), [0xff; 100]).unwrap();
+        assert_eq!(ptx(80, None), "older");
+        // Written for the owner alone.
+        #[cfg(unix)]
+        for (path, mode) in [(&folder, 0o700), (&file(80, "12.4"), 0o600)] {
+            use std::os::unix::fs::PermissionsExt;
+            let found = std::fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(found & 0o777, mode, "{}", path.display());
+        }
+        // Whole, or not there.
+        assert!(!disk::part(&file(80, "12.4")).exists());
+    }
+
     /// NVRTC through cudarc, where it is to be had.
     #[test]
     fn compiled_kernels_are_kept() {
@@ -450,27 +550,24 @@ mod tests {
         // some time: it is loaded here first, so that what is found does not depend on when.
         #[cfg(unix)]
         crate::moe::offload::nvrtc::library();
-        // SAFETY: looks for a library and loads it.
-        if !unsafe { nvrtc::sys::is_culib_present() } {
+        let Some(version) = compiler() else {
             let word = "SKIPPED: compiling the kernels through cudarc: it finds no NVRTC (LD_LIBRARY_PATH)\n";
             std::io::stderr().write_all(word.as_bytes()).unwrap();
             assert!(compile(80).unwrap_err().contains("libnvrtc"));
             return;
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let first = ptx(80, Some(folder.path())).unwrap();
-        let entry = std::fs::read_dir(folder.path())
-            .unwrap()
-            .next()
-            .unwrap()
-            .unwrap();
+        };
+        let above = tempfile::tempdir().unwrap();
+        let folder = above.path().join("cache");
+        let ptx = |arch, version| ptx(arch, Some(&folder), version).unwrap();
+        let first = ptx(80, Some(version));
+        let entry = std::fs::read_dir(&folder).unwrap().next().unwrap().unwrap();
         // What is in the file is used, unless it is damaged.
         let mark = |body: &str| format!("// {}\n{body}", hex(&Sha256::digest(body)));
         std::fs::write(entry.path(), mark("kept")).unwrap();
-        assert_eq!(ptx(80, Some(folder.path())).unwrap(), "kept");
+        assert_eq!(ptx(80, Some(version)), "kept");
         std::fs::write(entry.path(), mark("kept").replace("kept", "cut")).unwrap();
-        assert_eq!(ptx(80, Some(folder.path())).unwrap(), first);
-        assert_ne!(ptx(90, Some(folder.path())).unwrap(), first);
+        assert_eq!(ptx(80, Some(version)), first);
+        assert_ne!(ptx(90, Some(version)), first);
         // A device of the future gets what the compiler knows.
         assert!(compile(999).is_ok());
     }

@@ -37,6 +37,29 @@ pub struct Product<'a> {
     pub pick: &'a [u32],
 }
 
+/// How fast something goes, by what was done of late.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Pace {
+    done: f64,
+    seconds: f64,
+}
+
+impl Pace {
+    /// So much was done in so long. What is older counts less once there is `much`.
+    pub fn add(&mut self, done: f64, seconds: f64, much: f64) {
+        self.done += done;
+        self.seconds += seconds;
+        if self.done > much {
+            (self.done, self.seconds) = (self.done / 2.0, self.seconds / 2.0);
+        }
+    }
+
+    /// What is done in a second, if at least `enough` was.
+    pub fn rate(&self, enough: f64) -> Option<f64> {
+        (self.done >= enough && self.seconds > 0.0).then(|| self.done / self.seconds)
+    }
+}
+
 /// Something that has memory for weights and computes beside the CPU.
 ///
 /// Slots are numbers that it gives out. All calls come from one thread at a time.
@@ -52,6 +75,9 @@ pub trait Device: Send {
 
     /// Bytes that it takes beside the slots, for passes of usual length of a model with such experts.
     fn scratch(&self, d_model: usize, d_ff: usize) -> u64;
+
+    /// How fast bytes of weights have come.
+    fn link(&self) -> Pace;
 
     /// Bytes of a slot for an expert (gate, up, down) or another matrix; nothing if it has no kernels for it.
     fn bytes(&self, weights: &[&Weight]) -> Option<u64>;

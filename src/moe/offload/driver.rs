@@ -6,8 +6,12 @@ use std::ffi::c_void;
 
 /// Threads of a block, in every kernel.
 pub(super) const THREADS: u32 = 128;
-/// Marks of a driver: experts on their way through the device at a time.
-pub(super) const MARKS: usize = 3;
+/// Experts on their way through the device at a time; each has a mark, by its turn.
+pub(super) const TURNS: usize = 3;
+/// The mark between a router and the experts that it chose: what is before it can be fetched while they run.
+pub(super) const CHOSEN: usize = TURNS;
+/// Marks of a driver.
+pub(super) const MARKS: usize = TURNS + 1;
 
 /// The calls that a device takes. Those that return at once happen in the order in which they were made.
 pub(super) trait Driver: Send + Sync + 'static {
@@ -49,6 +53,10 @@ pub(super) trait Driver: Send + Sync + 'static {
 
     /// Sets mark `i`, one of [`MARKS`], behind everything that was begun.
     fn mark(&self, i: usize) -> Result<(), Fault>;
+
+    /// Copies from the device as soon as everything before mark `i` has ended, while what is behind it goes on. Nothing behind it
+    /// writes there.
+    fn fetch(&self, i: usize, at: u64, out: &mut [u8]) -> Result<(), Fault>;
 
     /// Waits until everything before mark `i` has ended; not at all, if it was never set.
     fn reached(&self, i: usize) -> Result<(), Fault>;

@@ -1,7 +1,7 @@
 //! A driver without a device: `offload.cu`, compiled for the CPU by a C++ compiler (`offload/emulated.h`).
 
 use super::Fault;
-use super::driver::{Arg, Driver, MARKS, THREADS};
+use super::driver::{Arg, CHOSEN, Driver, MARKS, THREADS};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ops::Range;
@@ -45,7 +45,12 @@ pub(super) struct Emulated {
     pub(super) replays: AtomicUsize,
     /// Copies that came beside the kernels.
     pub(super) staged: AtomicUsize,
+    /// Copies back that waited for everything, and those that waited for a mark.
+    pub(super) reads: AtomicUsize,
+    pub(super) fetched: AtomicUsize,
     order: Mutex<Order>,
+    /// Whatever has been fetched before, by place and length, as it was at the mark `CHOSEN`.
+    chosen: Mutex<HashMap<(u64, usize), Vec<u8>>>,
 }
 
 /// Who uses which memory, as far as a device would know: kernels here end at once, on a device they do not.
@@ -118,7 +123,10 @@ impl Emulated {
             graphs: Mutex::default(),
             replays: AtomicUsize::new(0),
             staged: AtomicUsize::new(0),
+            reads: AtomicUsize::new(0),
+            fetched: AtomicUsize::new(0),
             order: Mutex::default(),
+            chosen: Mutex::default(),
         })
     }
 
@@ -137,12 +145,16 @@ impl Emulated {
 
     /// The memory behind an address: what it belongs to must have `len` bytes from there on.
     fn inside(&self, at: u64, len: usize) -> *mut u8 {
-        let memory = self.memory.lock().unwrap();
-        let inside = memory.iter().any(|(start, lines)| {
-            *start <= at && at + len as u64 <= start + 64 * lines.len() as u64
-        });
-        assert!(inside, "{len} bytes at {at:x} are outside");
+        assert!(self.has(at, len), "{len} bytes at {at:x} are outside");
         at as *mut u8
+    }
+
+    /// Whether these bytes are within some memory.
+    fn has(&self, at: u64, len: usize) -> bool {
+        let memory = self.memory.lock().unwrap();
+        memory.iter().any(|(start, lines)| {
+            *start <= at && at + len as u64 <= start + 64 * lines.len() as u64
+        })
     }
 }
 
@@ -156,6 +168,7 @@ impl Driver for Emulated {
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Fault> {
+        assert!(bytes > 0, "a device has no memory of no bytes");
         let taken = self
             .room
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |room| {
@@ -188,6 +201,12 @@ impl Driver for Emulated {
 
     unsafe fn launch(&self, kernel: &str, grid: [u32; 2], args: &[Arg]) -> Result<(), Fault> {
         self.call()?;
+        let [x, y] = grid;
+        // A device refuses others.
+        assert!(
+            (1..1 << 31).contains(&x) && (1..1 << 16).contains(&y),
+            "{kernel}: {grid:?}"
+        );
         if let Some(graph) = &mut *self.recording.lock().unwrap() {
             graph.push((kernel.to_string(), grid, args.to_vec()));
             return Ok(());
@@ -206,7 +225,6 @@ impl Driver for Emulated {
         let mut args = Arg::pointers(args);
         let reverse = c_int::from(self.reverse.load(Ordering::Relaxed));
         let launch = self.launch.lock().unwrap();
-        let [x, y] = grid;
         // SAFETY: the caller's promise about the arguments, which the callee only reads.
         let found = unsafe { launch(name.as_ptr(), x, y, 1, THREADS, args.as_mut_ptr(), reverse) };
         assert_eq!(found, 1, "no kernel {kernel}");
@@ -249,6 +267,28 @@ impl Driver for Emulated {
         self.call()?;
         let order = &mut *self.order.lock().unwrap();
         order.marked[i] = std::mem::take(&mut order.unmarked);
+        if i == CHOSEN {
+            let chosen = &mut *self.chosen.lock().unwrap();
+            chosen.retain(|(at, len), _| self.has(*at, *len));
+            for ((at, len), then) in chosen {
+                // SAFETY: the memory has it, and kernels have ended.
+                let now = unsafe { std::slice::from_raw_parts(*at as *const u8, *len) };
+                then.copy_from_slice(now);
+            }
+        }
+        Ok(())
+    }
+
+    fn fetch(&self, i: usize, at: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.call()?;
+        assert!(i == CHOSEN && self.recording.lock().unwrap().is_none());
+        self.fetched.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: `inside` looked at it.
+        let now = unsafe { std::slice::from_raw_parts(self.inside(at, out.len()), out.len()) };
+        let mut chosen = self.chosen.lock().unwrap();
+        let then = chosen.entry((at, out.len())).or_insert(now.to_vec());
+        assert!(then == now, "what is behind the mark has written here");
+        out.copy_from_slice(then);
         Ok(())
     }
 
@@ -260,6 +300,7 @@ impl Driver for Emulated {
 
     fn read(&self, at: u64, out: &mut [u8]) -> Result<(), Fault> {
         self.call()?;
+        self.reads.fetch_add(1, Ordering::Relaxed);
         // Everything before has ended.
         let mut order = self.order.lock().unwrap();
         order.unmarked.clear();

@@ -35,14 +35,21 @@ pub struct Forecast {
     pub left: f64,
 }
 
-/// What would lie on a GPU of which octet may use `memory` bytes. `shares (n_layer, n_expert)`: how often a token takes each
-/// expert, if that is known.
-pub fn forecast(c: &Config, weights: &Weights, memory: u64, shares: Option<Vec<f32>>) -> Forecast {
+/// What would lie on a GPU of which octet may use `memory` bytes. `shares`, `context`: as in [`super::Plan`].
+pub fn forecast(
+    c: &Config,
+    weights: &Weights,
+    memory: u64,
+    shares: Option<Vec<f32>>,
+    context: Option<usize>,
+) -> Forecast {
     let layers = weights.layers.iter();
     let experts: Vec<Arc<Expert>> = layers.flat_map(|l| l.experts.iter().cloned()).collect();
     let room = memory.saturating_sub(scratch(c.d_model, c.d_ff));
     let extra = Some(whole_scratch(c));
-    let (mut placement, whole) = divide(room, c, weights, &experts, shares, extra, slot_bytes);
+    let (mut placement, whole) = divide(
+        room, c, weights, &experts, shares, context, extra, slot_bytes,
+    );
     let aside = whole.as_ref().map_or(0, Whole::set_aside);
     let mut seen = Vec::new();
     let (mut dense, mut in_file) = (0, 0);
@@ -113,7 +120,7 @@ pub fn needs(c: &Config, weights: &Weights) -> Needs {
     let experts: Vec<Arc<Expert>> = layers.flat_map(|l| l.experts.iter().cloned()).collect();
     let extra = Some(whole_scratch(c));
     // As much memory as nobody has, so that all of it finds room.
-    let (placement, whole) = divide(1 << 60, c, weights, &experts, None, extra, slot_bytes);
+    let (placement, whole) = divide(1 << 60, c, weights, &experts, None, None, extra, slot_bytes);
     let places = (0..experts.len()).filter_map(|key| placement.bytes(key));
     let places: Vec<u64> = places.collect();
     let layers = weights.layers.iter();

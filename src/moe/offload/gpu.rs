@@ -6,7 +6,7 @@ use super::kernels::{
     Activations, FEW, FORMATS, Rows, Stop, Tokens, expert_up, gemm, gemv, quantize, silu_mul,
 };
 use super::layers::Lasting;
-use super::{Back, Device, Fault, Host, MOST_OUT, Pass, Product, Share};
+use super::{Back, Device, Fault, Host, MOST_OUT, Pace, Pass, Product, Share};
 use crate::gguf::Bytes;
 use crate::moe::Config;
 use crate::moe::linear::{Input, Weight};
@@ -16,9 +16,10 @@ use crate::quant::act::{Acts, CHUNK, Chunk};
 use bytemuck::{Pod, Zeroable};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 /// Rows that go through the device's buffers together.
 pub(super) const WAVE: usize = 1024;
@@ -54,6 +55,33 @@ pub(super) struct Gpu<D: Driver> {
     copying: usize,
     /// Nobody wants what is on its way any more.
     closing: Arc<AtomicBool>,
+    pub(super) link: Arc<Link>,
+}
+
+/// How fast weights come to the device.
+#[derive(Default)]
+pub(super) struct Link(Mutex<Pace>);
+
+/// Bytes of weights behind which what is older counts half: what comes from the disk at first is in memory later.
+const MUCH: f64 = (4u64 << 30) as f64;
+
+impl Link {
+    /// Copies an expert or a matrix into its slot, by its parts.
+    pub(super) fn copy(
+        &self,
+        driver: &impl Driver,
+        mut parts: impl Iterator<Item = (u64, Bytes)>,
+    ) -> Result<(), Fault> {
+        let begun = Instant::now();
+        let mut n = 0;
+        parts.try_for_each(|(at, bytes)| {
+            n += bytes.len();
+            driver.stage(at, &bytes)
+        })?;
+        let mut pace = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.add(n as f64, begun.elapsed().as_secs_f64(), MUCH);
+        Ok(())
+    }
 }
 
 /// Memory for an expert.
@@ -228,6 +256,8 @@ impl<D: Driver> Gpu<D> {
         let (done, copied) = channel();
         let closing = Arc::new(AtomicBool::new(false));
         let (its_driver, its_closing) = (Arc::clone(&driver), Arc::clone(&closing));
+        let link = Arc::<Link>::default();
+        let its_link = Arc::clone(&link);
         // One after the other: what is most wanted comes first, and the CPU has other things to do.
         let copy = move || {
             for job in jobs {
@@ -235,8 +265,7 @@ impl<D: Driver> Gpu<D> {
                     return;
                 }
                 let Filling { slot, parts } = job;
-                let mut parts = parts.into_iter();
-                let copied = parts.try_for_each(|(at, bytes)| its_driver.stage(at, &bytes));
+                let copied = its_link.copy(&*its_driver, parts.into_iter());
                 if done.send((slot, copied)).is_err() {
                     return;
                 }
@@ -255,6 +284,7 @@ impl<D: Driver> Gpu<D> {
             copied,
             copying: 0,
             closing,
+            link,
         })
     }
 
@@ -465,6 +495,10 @@ impl<D: Driver> Device for Gpu<D> {
 
     fn scratch(&self, d_model: usize, d_ff: usize) -> u64 {
         scratch(d_model, d_ff)
+    }
+
+    fn link(&self) -> Pace {
+        *self.link.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn bytes(&self, weights: &[&Weight]) -> Option<u64> {

@@ -12,7 +12,7 @@ mod few;
 mod many;
 
 use super::driver::Arg::Long;
-use super::driver::{Driver, Launch, THREADS, float, int};
+use super::driver::{CHOSEN, Driver, Launch, THREADS, float, int};
 use super::gpu::{ALIGN, For, Gpu, Row, parts, slot_bytes};
 use super::kernels::{Activations, FEW, Stop, Tokens, dense, gemm, quantize};
 use super::{Back, Fault, Host, Pass, Seat, small_at};
@@ -398,7 +398,7 @@ impl<D: Driver> Gpu<D> {
         self.dense(lay, pass.head, w, n, lay.logits, stop)
     }
 
-    /// What the router chose in a layer.
+    /// What the router chose in a layer, after everything that was begun.
     fn choices(&self, pass: &Pass<'_>, lay: &Layout, layer: usize) -> Result<Vec<Choice>, Fault> {
         let n = lay.n_tok * pass.config.n_used;
         let mut choices = vec![Choice::default(); n];
@@ -408,11 +408,11 @@ impl<D: Driver> Gpu<D> {
         Ok(choices)
     }
 
-    /// The normalised rows that the experts get.
+    /// The normalised rows that the experts get, as they were at the mark [`CHOSEN`]: the device's experts run meanwhile.
     fn normed(&self, lay: &Layout, d: usize) -> Result<Vec<f32>, Fault> {
         let mut h = vec![0.0; lay.n_tok * d];
-        self.driver
-            .read(lay.normed, bytemuck::cast_slice_mut(&mut h))?;
+        let out = bytemuck::cast_slice_mut(&mut h);
+        self.driver.fetch(CHOSEN, lay.normed, out)?;
         Ok(h)
     }
 }

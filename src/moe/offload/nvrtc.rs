@@ -1,8 +1,10 @@
-//! The kernels through NVRTC, without a GPU: they compile for every instruction set that octet supports.
+//! The kernels through NVRTC, without a GPU: they compile for every instruction set that octet supports, and, where ptxas is to be
+//! had, find room in a GPU's registers.
 
 use super::kernels::{OPTIONS, SOURCE, kernels};
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::io::Write;
+use std::process::Command;
 
 /// Where NVRTC is looked for: what `OCTET_NVRTC` names, then as any library.
 pub(super) fn library() -> Option<*mut c_void> {
@@ -125,5 +127,49 @@ fn every_kernel_compiles_for_every_architecture() {
         );
         // Arrays in registers, not in memory.
         assert!(!ptx.contains(".local"), "{arch}");
+        match std::env::var_os("OCTET_PTXAS") {
+            Some(ptxas) => takes_what_there_is(&ptxas, arch, &ptx),
+            None => {
+                let word = "SKIPPED: registers and shared memory of the kernels: OCTET_PTXAS names no ptxas\n";
+                std::io::stderr().write_all(word.as_bytes()).unwrap();
+            }
+        }
     }
+}
+
+/// Has ptxas assemble the kernels: none has to put registers into memory, or needs more shared memory than there is without asking
+/// for it. Says what each takes.
+fn takes_what_there_is(ptxas: &OsStr, arch: &str, ptx: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("offload.ptx");
+    std::fs::write(&file, ptx).unwrap();
+    let target = format!("-arch=sm_{arch}");
+    let command = Command::new(ptxas)
+        .args(["-v", &target, "-o"])
+        .arg(folder.path().join("offload.cubin"))
+        .arg(&file)
+        .output();
+    let done = command.expect("OCTET_PTXAS names a program");
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    let mut seen = 0;
+    for part in said.split("Compiling entry function '").skip(1) {
+        let kernel = part.split('\'').next().unwrap();
+        // The number in front of a word.
+        let count = |word: &str| {
+            let before = part.split(word).next().unwrap().trim_end();
+            let number = before.rsplit(|c: char| !c.is_ascii_digit()).next().unwrap();
+            part.contains(word)
+                .then(|| number.parse::<usize>().unwrap())
+        };
+        let registers = count("registers").unwrap();
+        let [stack, stores, loads] = ["bytes stack", "bytes spill stores", "bytes spill loads"]
+            .map(|word| count(word).unwrap());
+        let shared = count("bytes smem").unwrap_or(0);
+        println!("sm_{arch} {kernel:16} {registers:3} registers, {shared:5} bytes shared");
+        assert_eq!((stack, stores, loads), (0, 0, 0), "{kernel} for {arch}");
+        assert!(shared <= 48 << 10, "{kernel} for {arch}");
+        seen += 1;
+    }
+    assert_eq!(seen, kernels().len());
 }

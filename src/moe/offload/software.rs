@@ -1,6 +1,6 @@
 //! A device for tests: memory of its own, the CPU's kernels, and faults on demand.
 
-use super::{Absent, Back, Device, Fault, Host, Pass, Product, Seat, Share, small_at};
+use super::{Absent, Back, Device, Fault, Host, Pace, Pass, Product, Seat, Share, small_at};
 use crate::gguf::Bytes;
 use crate::moe::attention::{Place, attend};
 use crate::moe::kv::{KV_BLOCK, Plane};
@@ -30,6 +30,8 @@ pub(super) struct Script {
     pub(super) no_room: usize,
     /// It takes whole passes.
     pub(super) whole: bool,
+    /// How fast weights come to it.
+    pub(super) link: Pace,
     /// What was called: `make`, `unmake`, `fill`, `filled`, `start`, `multiply`, `finish`, `put`, `pass`.
     pub(super) calls: Vec<&'static str>,
     /// Rows that it computed.
@@ -348,6 +350,10 @@ impl Device for Software {
 
     fn scratch(&self, _: usize, _: usize) -> u64 {
         0
+    }
+
+    fn link(&self) -> Pace {
+        self.script.lock().unwrap().link
     }
 
     fn bytes(&self, weights: &[&Weight]) -> Option<u64> {

@@ -78,6 +78,7 @@ fn plan(device: Box<dyn Device>, memory: u64) -> (Plan, Heard) {
         device,
         memory,
         shares: None,
+        context: None,
         tell: Box::new(move |line| said.lock().unwrap().push(line)),
     };
     (plan, heard)
@@ -217,7 +218,7 @@ fn a_device_that_is_lost_at_any_time_changes_no_bit() {
     }
     // What the device had was not in memory: it is read then.
     let within = || Ram::Within {
-        bytes: crate::memory::resident().unwrap() + (64 << 20),
+        bytes: crate::memory::resident().unwrap() + (1 << 30),
         shares: None,
     };
     run(None, within());
@@ -232,7 +233,7 @@ fn a_device_and_a_budget_of_memory() {
     let alone = answer(&demo(2, Ram::Mapped), PROMPT, 4);
     for percent in [30, 100] {
         let ram = Ram::Within {
-            bytes: crate::memory::resident().unwrap() + (64 << 20),
+            bytes: crate::memory::resident().unwrap() + (1 << 30),
             shares: None,
         };
         let mut model = demo(2, ram);

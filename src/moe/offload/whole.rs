@@ -6,10 +6,13 @@
 //! not, goes up before the next pass. So a device that is lost takes nothing with it, and a pass that it does not finish
 //! is done again by the CPU.
 //!
-//! An eighth of the memory is for keys and values, or whatever all weights leave. For a sequence that finds no block left, the
+//! An eighth of the memory is for keys and values, or what a context of known length takes, or whatever all weights leave; weights that
+//! every token reads come before, experts after them. For a sequence that finds no block left, the
 //! others that were used least recently give theirs back; if there is nobody else, its attention is the CPU's.
 
-use super::{Back, Device, Fault, Host, MOST_OUT, Offload, Pass, Seat, Slots, State, small_at};
+use super::{
+    Absent, Back, Device, Fault, Host, MOST_OUT, Offload, Pace, Pass, Seat, Slots, State, small_at,
+};
 use crate::moe::kv::{KV_BLOCK, KvType, Plane};
 use crate::moe::linear::Weight;
 use crate::moe::offload::placement::Where;
@@ -17,20 +20,28 @@ use crate::moe::weights::{Expert, Layer, Weights};
 use crate::moe::{Config, Run};
 use half::f16;
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
-/// The part of the memory that is for keys and values at least.
+/// The part of the memory that is for keys and values, where nobody says how long contexts become.
 const KV_PART: u64 = 8;
 /// Slots that experts pass through, if not all are there: one is filled while the one before it is computed with, and one more, as
 /// they do not take equally long.
 const RING: usize = 3;
-/// Bytes that come to a device a second, and products of int8 that a thread of the CPU does a second: about what PCI Express 4.0
-/// with 16 lanes and one copying thread give, and half of what a core with AVX-512 VNNI does at best.
-const LINK: u64 = 12_000_000_000;
-const THREAD: u64 = 150_000_000_000;
+/// Bytes that come to a device a second, and products of int8 that a thread of the CPU does a second, until that was measured: about
+/// what PCI Express 4.0 with 16 lanes and one copying thread give, and half of what a core with AVX-512 VNNI does at best.
+const LINK: f64 = 12e9;
+const THREAD: f64 = 150e9;
+/// Bytes and products from which on they say how fast both are, and behind which what is older counts half.
+const ENOUGH_BYTES: f64 = 1e9;
+const ENOUGH_PRODUCTS: f64 = 50e9;
+const MUCH_PRODUCTS: f64 = 1e13;
 /// Tokens that a tile of the device's product is worth for.
-const LEAST_STREAM: u64 = 8;
+const LEAST_STREAM: usize = 8;
+/// Most tokens of a pass: blocks in the second dimension of a grid.
+const MOST_TOKENS: usize = 65535;
 /// Most experts of a layer that a device's router chooses from.
 const MOST_EXPERTS: usize = 64;
 
@@ -54,6 +65,8 @@ pub(super) struct Whole {
     clock: u64,
     /// That there is no room was said.
     told: bool,
+    /// How fast the host computes experts that have many tokens, in products.
+    host: Pace,
 }
 
 /// A cache's copy on the device.
@@ -82,13 +95,48 @@ pub(in crate::moe) struct Ask<'a> {
     pub(in crate::moe) threads: usize,
 }
 
+/// Products of a token with an expert.
+fn products(expert: &Expert) -> f64 {
+    let sizes = expert.weights().map(|w| w.n_in as f64 * w.n_out as f64);
+    sizes.iter().sum()
+}
+
 /// Tokens from which on an expert that is not there comes up sooner than the CPU has computed with it: its bytes take `bytes /
-/// LINK`, a token `weights / (THREAD · threads)`.
-fn stream_from(expert: &Expert, threads: usize) -> usize {
-    let weights: usize = expert.weights().iter().map(|w| w.n_in * w.n_out).sum();
-    let ratio = THREAD / 1_000_000 * threads as u64 * expert.bytes();
-    let tokens = ratio / (LINK / 1_000_000 * weights.max(1) as u64);
-    tokens.max(LEAST_STREAM) as usize
+/// link`, a token `products / host`.
+fn stream_from(expert: &Expert, threads: usize, link: Pace, host: Pace) -> usize {
+    let link = link.rate(ENOUGH_BYTES).unwrap_or(LINK);
+    let host = host.rate(ENOUGH_PRODUCTS);
+    let host = host.unwrap_or(THREAD * threads as f64);
+    let tokens = expert.bytes() as f64 / link * host / products(expert).max(1.0);
+    // A float that is too large becomes the largest number.
+    (tokens as usize).max(LEAST_STREAM)
+}
+
+/// A host whose work with many tokens is timed.
+struct Timed<'a> {
+    host: &'a mut dyn Host,
+    /// Products of a token.
+    each: f64,
+    pace: Pace,
+}
+
+impl Host for Timed<'_> {
+    fn experts(&mut self, layer: usize, h: &[f32], absent: &[Absent], out: &mut [f32]) -> bool {
+        let begun = Instant::now();
+        let goes_on = self.host.experts(layer, h, absent, out);
+        let rows: usize = absent.iter().map(|a| a.pick.len()).sum();
+        // Few tokens wait for the memory, which many do not.
+        if rows >= LEAST_STREAM * absent.len() {
+            let done = rows as f64 * self.each;
+            let seconds = begun.elapsed().as_secs_f64();
+            self.pace.add(done, seconds, MUCH_PRODUCTS);
+        }
+        goes_on
+    }
+
+    fn passed(&mut self, layer: usize) -> ControlFlow<()> {
+        self.host.passed(layer)
+    }
 }
 
 /// Bytes of keys, or values, of a block in one layer.
@@ -98,13 +146,15 @@ fn plane_bytes(c: &Config) -> u64 {
 
 impl Whole {
     /// Divides `room` bytes of a device among keys and values and weights; nothing if it cannot do whole passes of this model.
-    /// `scratch`: bytes that it computes with, if it takes such passes; `bytes`: of a matrix there; `experts`: of each.
+    /// `scratch`: bytes that it computes with, if it takes such passes; `bytes`: of a matrix there; `experts`: of each; `context`: as in
+    /// [`super::Plan`].
     pub(super) fn plan(
         scratch: Option<u64>,
         bytes: impl Fn(&[&Weight]) -> Option<u64>,
         c: &Config,
         weights: &Weights,
         experts: &[Option<u64>],
+        context: Option<usize>,
         room: u64,
     ) -> Option<Whole> {
         let floats = |l: &Layer| {
@@ -123,7 +173,12 @@ impl Whole {
         let small_bytes = 4 * (small_at(c, c.n_layer)[0] + c.d_model) as u64;
         let room = room.checked_sub(scratch + small_bytes)?;
         let block = 2 * c.n_layer as u64 * plane_bytes(c);
-        let kv = (room / KV_PART).max(room.saturating_sub(dense + all));
+        let wanted = match context {
+            Some(tokens) => block.saturating_mul(tokens.div_ceil(KV_BLOCK) as u64),
+            None => room / KV_PART,
+        };
+        let most = room.saturating_sub(dense);
+        let kv = wanted.min(most).max(most.saturating_sub(all));
         let weights_fit = room - kv >= dense + all;
         let largest = experts.iter().flatten().max().copied().unwrap_or(0);
         let ring = if weights_fit { 0 } else { largest };
@@ -146,6 +201,7 @@ impl Whole {
             copies: HashMap::new(),
             clock: 0,
             told: false,
+            host: Pace::default(),
         })
     }
 
@@ -170,6 +226,13 @@ impl Whole {
     #[cfg(any(all(test, unix), feature = "cuda"))]
     pub(super) fn small(&self) -> u64 {
         self.small_bytes
+    }
+
+    /// Gives everything back but what lies among weights.
+    pub(super) fn end(self, device: &mut dyn Device) {
+        let blocks = self.copies.into_values().flat_map(|copy| copy.blocks);
+        let slots = blocks.chain(self.small).chain(self.ring);
+        slots.for_each(|slot| device.unmake(slot));
     }
 
     /// Whether experts of long prompts pass through.
@@ -383,7 +446,7 @@ impl Offload {
         let n_tok = ask.x.len() / c.d_model;
         let fits = ask.wanted.len() * c.n_vocab <= MOST_OUT;
         let of_f16 = runs.iter().all(|run| run.kv.kind() == KvType::F16);
-        if n_tok == 0 || !fits || !of_f16 {
+        if !(1..=MOST_TOKENS).contains(&n_tok) || !fits || !of_f16 {
             return None;
         }
         let _turn = self.turn()?;
@@ -411,7 +474,12 @@ impl Offload {
         let ring = whole.ring.clone();
         let stream_from = match ring.is_empty() {
             true => usize::MAX,
-            false => stream_from(&self.experts[0], ask.threads),
+            false => stream_from(&self.experts[0], ask.threads, device.link(), whole.host),
+        };
+        let mut host = Timed {
+            host,
+            each: products(&self.experts[0]),
+            pace: whole.host,
         };
         let mut device = state.device.take()?;
         state.lent = true;
@@ -431,10 +499,13 @@ impl Offload {
             ring: &ring,
             stream_from,
         };
-        let done = device.pass(&pass, host, back);
+        let done = device.pass(&pass, &mut host, back);
         let mut guard = self.lock();
         let state = &mut *guard;
         (state.device, state.lent) = (Some(device), false);
+        if let Some(whole) = &mut state.whole {
+            whole.host = host.pace;
+        }
         match done {
             Ok(true) => {
                 state.learn_all(c, &pass, back);
@@ -471,5 +542,59 @@ pub(in crate::moe) fn take_in(c: &Config, runs: &mut [Run<'_>], back: &Back) {
         }
         run.kv.advance(run.tokens.len());
         run.kv.mirror().store(run.kv.len(), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::Bytes;
+    use crate::quant::Format;
+    use memmap2::MmapMut;
+
+    fn pace(rate: f64, done: f64) -> Pace {
+        let mut pace = Pace::default();
+        pace.add(done, done / rate, f64::MAX);
+        pace
+    }
+
+    #[test]
+    fn experts_come_up_where_that_is_sooner() {
+        let memory = Arc::new(MmapMut::map_anon(1 << 16).unwrap());
+        let weight = || {
+            let (n_in, n_out, format) = (256, 64, Format::Q8_0);
+            let bytes = Bytes::in_memory(&memory, 0..n_out * format.row_bytes(n_in));
+            let name = "w".into();
+            Weight {
+                name,
+                format,
+                n_in,
+                n_out,
+                bytes,
+            }
+        };
+        let (gate, up, down) = (weight(), weight(), weight());
+        let expert = Expert { gate, up, down };
+        // A byte and a sixteenth for each product.
+        let unknown = Pace::default();
+        let by = |link, host| stream_from(&expert, 2, link, host);
+        assert_eq!(
+            by(unknown, unknown),
+            26,
+            "300 G products and 12 GB a second"
+        );
+        assert_eq!(by(pace(1.2e9, 2e9), unknown), 265);
+        assert_eq!(by(pace(12e9, 2e9), pace(600e9, 1e11)), 53);
+        assert_eq!(
+            by(pace(1.2e9, 1e8), pace(600e9, 1e9)),
+            26,
+            "too little was seen"
+        );
+        assert_eq!(by(pace(1e15, 2e9), pace(1e9, 1e11)), LEAST_STREAM);
+        // What is older counts less.
+        let mut host = pace(100e9, 1e13);
+        host.add(1e13, 50.0, 1e13);
+        host.add(1e13, 50.0, 1e13);
+        assert!(host.rate(1.0).unwrap() > 140e9, "{host:?}");
     }
 }

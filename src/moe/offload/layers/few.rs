@@ -1,7 +1,7 @@
 //! Passes of few tokens: recorded once and replayed, some layers ahead of what is known of their experts.
 
 use super::{Layout, pattern};
-use crate::moe::offload::driver::Driver;
+use crate::moe::offload::driver::{CHOSEN, Driver};
 use crate::moe::offload::gpu::{For, Gpu};
 use crate::moe::offload::kernels::{Activations, Rows, Stop, expert_up, gemv, quantize};
 use crate::moe::offload::{Absent, Fault, Host, Pass, Slots};
@@ -35,26 +35,43 @@ struct Record {
     /// Layers, and whether the head follows.
     from: usize,
     to: usize,
-    head: bool,
+    parts: Parts,
+}
+
+/// What of some layers a segment does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Parts {
+    /// Attention and router.
+    Choose,
+    /// The experts that were chosen.
+    Experts,
+    /// All of it.
+    Both,
+    /// The same, and the head.
+    Head,
 }
 
 impl<D: Driver> Gpu<D> {
-    /// A segment: layers of few tokens, and the head, as far as nothing stops them.
+    /// A segment: layers of few tokens, or parts of one, as far as nothing stops them.
     fn segment(
         &self,
         pass: &Pass<'_>,
         lay: &Layout,
         layers: Range<usize>,
-        head: bool,
+        parts: Parts,
     ) -> Result<(), Fault> {
         for layer in layers {
-            self.attention(pass, lay, layer, true)?;
-            self.few_experts(pass, lay, layer)?;
-            self.combine(pass, lay, layer, 0, lay.stop)?;
+            if parts != Parts::Experts {
+                self.attention(pass, lay, layer, true)?;
+            }
+            if parts != Parts::Choose {
+                self.few_experts(pass, lay, layer)?;
+                self.combine(pass, lay, layer, 0, lay.stop)?;
+            }
         }
-        match head {
-            true => self.head(pass, lay, lay.stop),
-            false => Ok(()),
+        match parts {
+            Parts::Head => self.head(pass, lay, lay.stop),
+            _ => Ok(()),
         }
     }
 
@@ -96,7 +113,7 @@ impl<D: Driver> Gpu<D> {
         pass: &Pass<'_>,
         lay: &Layout,
         layers: Range<usize>,
-        head: bool,
+        parts: Parts,
     ) -> Result<(), Fault> {
         let driver = Arc::clone(&self.driver);
         if self.lasting.few.moves != self.buffers.moves {
@@ -114,16 +131,16 @@ impl<D: Driver> Gpu<D> {
             room: lay.room,
             from: layers.start,
             to: layers.end,
-            head,
+            parts,
         };
         if let Some(graph) = self.lasting.few.records.get(&record) {
             return driver.replay(*graph);
         }
         if self.lasting.few.plain || driver.record().is_err() {
             self.lasting.few.plain = true;
-            return self.segment(pass, lay, layers, head);
+            return self.segment(pass, lay, layers, parts);
         }
-        let launched = self.segment(pass, lay, layers.clone(), head);
+        let launched = self.segment(pass, lay, layers.clone(), parts);
         match (launched, driver.recorded()) {
             (Ok(()), Ok(graph)) => {
                 self.lasting.few.records.insert(record, graph);
@@ -132,7 +149,7 @@ impl<D: Driver> Gpu<D> {
             // A driver that does not record does it one by one; one that is lost will say so.
             _ => {
                 self.lasting.few.plain = true;
-                self.segment(pass, lay, layers, head)
+                self.segment(pass, lay, layers, parts)
             }
         }
     }
@@ -148,29 +165,30 @@ impl<D: Driver> Gpu<D> {
         let n = c.n_layer;
         let here = |slots: &Slots| slots.experts.iter().all(Option::is_some);
         if pass.layers.iter().all(here) {
-            self.replayed(pass, lay, 0..n, true)?;
+            self.replayed(pass, lay, 0..n, Parts::Head)?;
         } else {
             let mut layer = 0;
-            loop {
+            while layer < n {
                 // So many layers in a row will have everything, if they are like those of late.
                 let share = self.lasting.few.share;
                 let ahead = (share / (1.0 - share).max(1e-3)) as usize;
                 let end = n.min(layer + ahead.max(1));
-                for layer in layer..end {
-                    self.replayed(pass, lay, layer..layer + 1, false)?;
+                let last = end - 1;
+                for layer in layer..last {
+                    self.replayed(pass, lay, layer..layer + 1, Parts::Both)?;
                 }
-                if end == n {
-                    self.replayed(pass, lay, n..n, true)?;
-                }
+                // The host learns what the last of them chose while the device's experts of it run.
+                self.replayed(pass, lay, last..end, Parts::Choose)?;
+                self.driver.mark(CHOSEN)?;
+                self.replayed(pass, lay, last..end, Parts::Experts)?;
                 let mut stop = [0u32];
-                self.driver
-                    .read(lay.stop, bytemuck::cast_slice_mut(&mut stop))?;
+                let out = bytemuck::cast_slice_mut(&mut stop);
+                self.driver.fetch(CHOSEN, lay.stop, out)?;
                 let stopped = (stop[0] > 0).then(|| stop[0] as usize - 1);
                 for _ in layer..stopped.unwrap_or(end) {
                     self.lasting.few.share += FADE * (1.0 - self.lasting.few.share);
                 }
                 match stopped {
-                    None if end == n => break,
                     None => layer = end,
                     Some(at) => {
                         self.lasting.few.share -= FADE * self.lasting.few.share;
@@ -181,6 +199,7 @@ impl<D: Driver> Gpu<D> {
                     }
                 }
             }
+            self.replayed(pass, lay, n..n, Parts::Head)?;
         }
         Ok((0..n).all(|layer| host.passed(layer) == ControlFlow::Continue(())))
     }
@@ -194,7 +213,10 @@ impl<D: Driver> Gpu<D> {
         host: &mut dyn Host,
     ) -> Result<bool, Fault> {
         let d = pass.config.d_model;
-        let choices = self.choices(pass, lay, layer)?;
+        let mut choices = vec![Choice::default(); lay.n_tok * pass.config.n_used];
+        let at = lay.choices + (size_of::<Choice>() * layer * choices.len()) as u64;
+        let out = bytemuck::cast_slice_mut(&mut choices);
+        self.driver.fetch(CHOSEN, at, out)?;
         let (absent, homes) = lacking(&choices, pass.config.n_used, &pass.layers[layer]);
         let h = self.normed(lay, d)?;
         let mut rows = vec![0.0; homes.len() * d];

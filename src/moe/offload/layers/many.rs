@@ -3,8 +3,8 @@
 
 use super::{Layout, pattern};
 use crate::gguf::Bytes;
-use crate::moe::offload::driver::{Driver, Launch, MARKS};
-use crate::moe::offload::gpu::{Gpu, parts};
+use crate::moe::offload::driver::{CHOSEN, Driver, Launch, TURNS};
+use crate::moe::offload::gpu::{Gpu, Link, parts};
 use crate::moe::offload::{Absent, Fault, Host, Pass, Share};
 use crate::moe::router::Choice;
 use crate::moe::weights::Expert;
@@ -28,7 +28,7 @@ struct Passing {
 }
 
 impl Stream {
-    fn new<D: Driver>(driver: Arc<D>) -> Result<Stream, Fault> {
+    fn new<D: Driver>(driver: Arc<D>, link: Arc<Link>) -> Result<Stream, Fault> {
         let (jobs, passing) = channel::<Passing>();
         let (said, done) = channel();
         let run = move || {
@@ -38,13 +38,12 @@ impl Stream {
                     parts,
                     launches,
                 } = job;
-                let mut parts = parts.into_iter();
                 // SAFETY: `many` made them for this expert in this slot, where it is now; it launches nothing itself until it has
                 // heard of all.
                 let begin = |launch: &Launch| unsafe { launch.begin(&*driver) };
                 let done = driver
                     .reached(turn)
-                    .and_then(|()| parts.try_for_each(|(at, bytes)| driver.stage(at, &bytes)))
+                    .and_then(|()| link.copy(&*driver, parts.into_iter()))
                     .and_then(|()| launches.iter().try_for_each(begin))
                     .and_then(|()| driver.mark(turn));
                 if said.send(done).is_err() {
@@ -137,6 +136,9 @@ impl<D: Driver> Gpu<D> {
             let picks = homes.iter().map(|its| its.iter().map(token).collect());
             let picks: Vec<Vec<u32>> = picks.collect();
             let deal = Deal::new(pass, layer, &homes, &picks);
+            if !deal.absent.is_empty() {
+                self.driver.mark(CHOSEN)?;
+            }
             let home = self.begin_experts(pass, lay, &deal)?;
             if !self.end_experts(pass, lay, layer, &deal, host)? {
                 return Ok(false);
@@ -191,7 +193,7 @@ impl<D: Driver> Gpu<D> {
         share: &Share<'_>,
         launches: Vec<Launch>,
     ) -> Result<(), Fault> {
-        assert!(turn < MARKS);
+        assert!(turn < TURNS);
         let weights = share.expert.weights();
         let (starts, _) = parts(&weights);
         let at = self.at(share.slot);
@@ -203,7 +205,10 @@ impl<D: Driver> Gpu<D> {
             launches,
         };
         if self.lasting.stream.is_none() {
-            self.lasting.stream = Some(Stream::new(Arc::clone(&self.driver))?);
+            self.lasting.stream = Some(Stream::new(
+                Arc::clone(&self.driver),
+                Arc::clone(&self.link),
+            )?);
         }
         let stream = self.lasting.stream.as_ref().expect("it was just made");
         let gone = |_| Fault::Lost("the thread that copies has ended".into());

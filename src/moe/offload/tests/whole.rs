@@ -405,6 +405,111 @@ fn a_whole_pass_without_memory_for_its_rows_costs_an_expert() {
     assert_eq!(heard.lock().unwrap().len(), 2);
 }
 
+/// Whoever says how long contexts become gets room for just that, and experts get the rest; a longer one is the CPU's.
+#[test]
+fn keys_and_values_have_the_room_of_a_context() {
+    let c = demo(1, Ram::Mapped).config;
+    let block = 4 * c.n_layer * c.n_kv * c.d_head * KV_BLOCK;
+    let on = |context: Option<usize>| {
+        let mut model = demo(2, Ram::Mapped);
+        let memory = memory_for(&model, 70);
+        let (device, script) = scripted(whole(memory));
+        let (plan, heard) = plan(device, memory);
+        model.offload_to(Plan { context, ..plan });
+        model.settle();
+        let experts = model.store().reads().gpu.experts;
+        (Pair::new(model), script, heard, experts)
+    };
+    let (_, _, _, by_default) = on(None);
+    let (mut pair, script, heard, experts) = on(Some(KV_BLOCK + 1));
+    assert!(
+        experts > by_default,
+        "{experts} {by_default}: two blocks ({block} bytes each) are less than an eighth"
+    );
+    let a = pair.begin(KvType::F16);
+    pair.step(&[(a, 2 * KV_BLOCK - 2, Want::Last)]);
+    pair.step(&[(a, 2, Want::Last)]);
+    assert_eq!(called(&script, "pass"), 2);
+    // The device has no weights of the CPU's attention to give: it goes on with experts and matrices.
+    pair.step(&[(a, 1, Want::Last)]);
+    pair.step(&[(a, 3, Want::Last)]);
+    assert_eq!(called(&script, "pass"), 2);
+    assert!(called(&script, "start") > 0);
+    assert_eq!(heard.lock().unwrap().len(), 1, "{heard:?}");
+    pair.truncate(a, KV_BLOCK);
+    pair.step(&[(a, 3, Want::Last)]);
+    assert_eq!(called(&script, "pass"), 3);
+
+    // More than there is: what every token reads comes before, experts do without.
+    let (mut pair, script, heard, experts) = on(Some(usize::MAX));
+    assert_eq!(experts, 0);
+    let a = pair.begin(KvType::F16);
+    let room = script.lock().unwrap().memory as usize;
+    let room = room - small_bytes(&pair.model) as usize - dense_bytes(&pair.model) as usize;
+    assert!(room / block > 8);
+    pair.step(&[(a, 9 * KV_BLOCK, Want::Last)]);
+    pair.step(&[(a, 1, Want::Last)]);
+    assert_eq!(called(&script, "pass"), 2);
+    assert!(heard.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_device_without_memory_for_whole_passes_gives_them_up() {
+    let mut model = demo(2, Ram::Mapped);
+    let memory = memory_for(&model, 20);
+    let script = Script {
+        no_room: 1000,
+        ..whole(memory)
+    };
+    let (device, script) = scripted(script);
+    let (plan, heard) = plan(device, memory);
+    model.offload_to(plan);
+    model.settle();
+    let experts = model.store().reads().gpu.experts as usize;
+    assert!(experts > 2);
+    let mut pair = Pair::new(model);
+    let a = pair.begin(KvType::F16);
+    // Each costs an expert at least.
+    for _ in 0..experts + 2 {
+        pair.step(&[(a, 1, Want::Last)]);
+    }
+    let held = pair.model.store().reads().gpu;
+    assert_eq!(held.experts, 0);
+    assert_eq!(held.dense, dense_bytes(&pair.model), "these stay");
+    assert_eq!(heard.lock().unwrap().len(), experts + 1, "{heard:?}");
+    let tried = called(&script, "pass");
+    // Small weights, blocks and slots that experts pass through went, too.
+    assert!(called(&script, "unmake") > experts);
+    pair.step(&[(a, 5, Want::Last)]);
+    assert_eq!(called(&script, "pass"), tried);
+    assert!(called(&script, "multiply") > 0);
+}
+
+/// Where some experts are there and some are not, the host waits for the device once: at the end. What it needs to compute its own
+/// it fetches while the device's experts run.
+#[test]
+fn the_host_computes_while_the_devices_experts_run() {
+    let memory = memory_for(&demo(1, Ram::Mapped), 60);
+    let Some((model, _, handle)) = demo_emulated(false, memory) else {
+        return;
+    };
+    let n_layer = model.config.n_layer;
+    let counts = || [&handle.reads, &handle.fetched].map(|n| n.load(Ordering::Relaxed));
+    let mut pair = Pair::new(model);
+    let a = pair.begin(KvType::F16);
+    pair.step(&[(a, 12, Want::Last)]);
+    let [reads, fetched] = counts();
+    assert_eq!(reads, n_layer + 1, "choices of each layer, and the end");
+    assert!((1..=n_layer).contains(&fetched));
+    for _ in 0..3 {
+        let before = counts();
+        pair.step(&[(a, 1, Want::Last)]);
+        let now = counts();
+        assert_eq!(now[0] - before[0], 1);
+        assert!(now[1] - before[1] > 2);
+    }
+}
+
 /// Ends a pass after some layers.
 struct Impatient(usize);
 
@@ -510,7 +615,7 @@ fn a_forecast_is_what_happens() {
         let gpu = Box::new(Gpu::new(driver).unwrap());
         let (plan, _) = plan_beside(gpu, memory_for(&model, percent), &model);
         let memory = plan.memory;
-        let told = forecast(&c, &model.weights, memory, None);
+        let told = forecast(&c, &model.weights, memory, None, None);
         let more = memory - memory_for(&model, percent);
         model.offload_to(plan);
         model.settle();
@@ -527,7 +632,10 @@ fn a_forecast_is_what_happens() {
     }
     // However much memory there is: what would lie there if it were enough.
     let weights = demo(1, Ram::Mapped).weights;
-    let (all, needs) = (forecast(&c, &weights, 1 << 40, None), needs(&c, &weights));
+    let (all, needs) = (
+        forecast(&c, &weights, 1 << 40, None, None),
+        needs(&c, &weights),
+    );
     assert_eq!(
         (needs.experts, needs.of, needs.bytes),
         (all.experts, all.of, all.bytes)
@@ -540,7 +648,7 @@ fn a_forecast_is_what_happens() {
         Some((4 * c.n_layer * c.n_kv * c.d_head) as u64)
     );
     assert_eq!(needs.without, []);
-    let none = forecast(&c, &weights, 0, None);
+    let none = forecast(&c, &weights, 0, None, None);
     assert_eq!(
         (none.dense, none.experts, none.scratch, none.kv),
         (0, 0, 0, 0)
