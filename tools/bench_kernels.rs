@@ -4,6 +4,7 @@
 //! ```text
 //! cargo bench --bench kernels                                    # everything, one thread
 //! cargo bench --bench kernels -- Q4_K Q6_K --isa avx512 --tokens 1,64 --threads 2
+//! cargo bench --bench kernels -- Q4_K --columns 14336 --tokens 128 --scattered --threads 2    # an expert's `ffn_down` in a prompt
 //! ```
 
 use clap::Parser;
@@ -39,6 +40,9 @@ struct Args {
     /// Length of a row, a multiple of 256
     #[arg(long, default_value_t = 4096)]
     columns: usize,
+    /// Tokens picked at random from four times as many, as an expert's are
+    #[arg(long)]
+    scattered: bool,
     /// MiB of weights: more than the caches hold, so that they come from memory
     #[arg(long, default_value_t = 128)]
     mib: usize,
@@ -59,14 +63,19 @@ fn parse_format(text: &str) -> Result<Format, String> {
     })
 }
 
+/// Numbers from -1 up to 1, always the same.
+fn random() -> impl FnMut() -> f32 {
+    let mut state = 1u64;
+    move || {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
 /// A file of `mib` of weights in rows of `k`, in the mapped file as they are when a model runs.
 fn weights(dir: &Path, format: Format, k: usize, mib: usize) -> Result<Weight> {
     // Some real rows, again and again: speed does not depend on what the weights are.
-    let mut state = 1u64;
-    let mut random = || {
-        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
+    let mut random = random();
     let x: Vec<f32> = (0..ROWS * k).map(|_| random()).collect();
     let mut some = vec![0; ROWS * format.row_bytes(k)];
     format.encode::<Plain>(&x, None, &mut some);
@@ -94,12 +103,28 @@ fn weights(dir: &Path, format: Format, k: usize, mib: usize) -> Result<Weight> {
 /// Rows that are made; a file repeats them.
 const ROWS: usize = 16;
 
+/// `n` tokens of so many, in their order.
+fn picked(n: usize, of: usize) -> Vec<u32> {
+    let mut random = random();
+    let mut left = n;
+    let mut pick = Vec::new();
+    for token in 0..of {
+        // As many of those that follow as are still wanted.
+        if (random() + 1.0) / 2.0 * ((of - token) as f32) < left as f32 {
+            pick.push(token as u32);
+            left -= 1;
+        }
+    }
+    pick
+}
+
 /// Seconds that a row of `w` takes with `n_tok` tokens.
-fn seconds_a_row(machine: &Machine, w: &Weight, n_tok: usize) -> f64 {
-    let x: Vec<f32> = (0..n_tok * w.n_in).map(|i| (i % 17) as f32 - 8.0).collect();
+fn seconds_a_row(machine: &Machine, w: &Weight, n_tok: usize, scattered: bool) -> f64 {
+    let of = if scattered { 4 * n_tok } else { n_tok };
+    let x: Vec<f32> = (0..of * w.n_in).map(|i| (i % 17) as f32 - 8.0).collect();
     let mut input = Input::default();
     input.prepare(machine, &x, w.n_in, [w]);
-    let pick: Vec<u32> = (0..n_tok as u32).collect();
+    let pick = picked(n_tok, of);
     let row_bytes = w.format.row_bytes(w.n_in);
     let (mut y, mut at) = (Vec::new(), 0);
     let mut pass = |rows: usize| {
@@ -189,7 +214,7 @@ fn main() -> Result<()> {
         for (tier, peak) in tiers.iter().zip(&peaks) {
             let machine = machine(*tier)?;
             for &n in &args.tokens {
-                let seconds = seconds_a_row(&machine, &w, n);
+                let seconds = seconds_a_row(&machine, &w, n, args.scattered);
                 let bytes = format.row_bytes(w.n_in) as f64 / seconds;
                 let macs = (n * w.n_in) as f64 / seconds;
                 let figures = vec![
