@@ -26,7 +26,9 @@ pub(crate) use target;
 /// Before the corpus, the first folder on the command line, is read: writes the small valid inputs there.
 pub(crate) fn begin(name: &str, run: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) {
     let given = env::args().skip(1).find(|word| !word.starts_with('-'));
-    let folder = given.map_or(PathBuf::from("corpus").join(name), PathBuf::from);
+    // One file is a try to be done again.
+    let given = given.map(PathBuf::from).filter(|path| !path.is_file());
+    let folder = given.unwrap_or(PathBuf::from("corpus").join(name));
     std::fs::create_dir_all(&folder).unwrap();
     for (i, seed) in seeds().iter().enumerate() {
         std::fs::write(folder.join(format!("seed{i}")), seed).unwrap();
