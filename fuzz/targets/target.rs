@@ -48,7 +48,10 @@ pub(crate) fn run(entry: fn(&[u8]), bytes: &[u8]) {
 /// How long this thread has computed: on a busy machine, and in a process that is stopped for a while, the clock on the wall says
 /// nothing. (What waits for ever is found by libFuzzer's own clock; strangers' templates, on threads of their own, have a deadline.)
 fn computed() -> Duration {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the call fills in what it is given.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut now) };
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
