@@ -34,7 +34,19 @@ use crate::quant::act::{Act, ActKind, Acts, Chunk};
 use float::{Pane, Query};
 use half::f16;
 use std::sync::OnceLock;
-pub use tile::rows_together;
+
+/// Most rows that go through a chunk of activations together, in any tier.
+const TOGETHER: usize = 64;
+/// With fewer tokens all their activations stay in the near caches, and rows are best read a few after the others.
+const MANY: usize = 32;
+
+/// What rows of a task are best a multiple of for so many tokens: those that share what is done for a chunk of activations.
+pub fn rows_together(n_tok: usize) -> usize {
+    match n_tok {
+        ..MANY => TOGETHER / 2,
+        _ => TOGETHER,
+    }
+}
 
 /// A set of CPU instructions, slower ones first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

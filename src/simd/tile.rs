@@ -21,7 +21,7 @@
 //! ```
 
 use super::unpack::{Sink, Source, Unpack};
-use super::{Rows, Tokens};
+use super::{MANY, Rows, TOGETHER, Tokens};
 use crate::pool::Stripe;
 use crate::quant::act::{Acts, CHUNK, Chunk, HALF, SUM};
 use crate::quant::{Block, IntBlock};
@@ -147,7 +147,8 @@ pub(super) trait Dot<I>: Copy {
     unsafe fn pair(acc: I, a: I, b: I) -> I;
 }
 
-/// Most rows of a panel in any tier.
+/// Fewest and most rows of a panel in any tier.
+const MIN_ROWS: usize = 4;
 const MAX_ROWS: usize = 16;
 /// Most panels side by side in any tier.
 const MAX_PANELS: usize = 2;
@@ -178,19 +179,6 @@ impl Panel {
         sub: [[0; MAX_ROWS]; CHUNK / 16],
         min_pairs: [[0; MAX_ROWS]; CHUNK / 32],
     };
-}
-
-/// Most rows that go through a chunk of activations together.
-const TOGETHER: usize = 2 * MAX_PANELS * MAX_ROWS;
-/// With fewer tokens all their activations stay in the near caches, and rows are best read one panel after the other.
-const MANY: usize = 32;
-
-/// What rows of a task are best a multiple of, in any tier: those that share what is done for a chunk of activations.
-pub fn rows_together(n_tok: usize) -> usize {
-    match n_tok {
-        ..MANY => MAX_PANELS * MAX_ROWS,
-        _ => TOGETHER,
-    }
 }
 
 /// One token's results so far, for the rows that go together.
@@ -254,11 +242,11 @@ pub(super) unsafe fn matmul<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &
 #[inline(always)]
 unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
     let mut sums = [Sums::EMPTY; 8];
-    let mut panels = [const { MaybeUninit::<Panel>::uninit() }; TOGETHER / 4];
+    let mut panels = [const { MaybeUninit::<Panel>::uninit() }; TOGETHER / MIN_ROWS];
     let mut acc = [const { MaybeUninit::<Accs>::uninit() }; BATCH];
-    let step = match rows_together(x.len()) {
-        TOGETHER => TOGETHER,
-        _ => T::PANELS * T::ROWS,
+    let step = match x.len() {
+        ..MANY => T::PANELS * T::ROWS,
+        _ => TOGETHER,
     };
     let rows = w.len() / T::ROWS * T::ROWS;
     let panels = filled(&mut panels[..step.min(rows) / T::ROWS], Panel::EMPTY);
@@ -288,7 +276,7 @@ fn filled<X: Copy>(room: &mut [MaybeUninit<X>], x: X) -> &mut [X] {
     unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast(), room.len()) }
 }
 
-/// Some rows × all picked tokens: `acc[t][r] = Σ_k w[row + r][k] · x[t][k]`.
+/// Some rows × all picked tokens: `acc[t][r] += Σ_k w[rows.start + r][k] · x[t][k]`.
 #[inline(always)]
 unsafe fn together<T: Tile, B: Unpack>(
     w: Rows<'_>,
