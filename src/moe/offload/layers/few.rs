@@ -168,7 +168,12 @@ impl<D: Driver> Gpu<D> {
             self.replayed(pass, lay, 0..n, Parts::Head)?;
         } else {
             let mut layer = 0;
-            while layer < n {
+            loop {
+                if layer == n {
+                    // The host has ended the last one.
+                    self.replayed(pass, lay, n..n, Parts::Head)?;
+                    break;
+                }
                 // So many layers in a row will have everything, if they are like those of late.
                 let share = self.lasting.few.share;
                 let ahead = (share / (1.0 - share).max(1e-3)) as usize;
@@ -181,6 +186,9 @@ impl<D: Driver> Gpu<D> {
                 self.replayed(pass, lay, last..end, Parts::Choose)?;
                 self.driver.mark(CHOSEN)?;
                 self.replayed(pass, lay, last..end, Parts::Experts)?;
+                if end == n {
+                    self.replayed(pass, lay, n..n, Parts::Head)?;
+                }
                 let mut stop = [0u32];
                 let out = bytemuck::cast_slice_mut(&mut stop);
                 self.driver.fetch(CHOSEN, lay.stop, out)?;
@@ -189,6 +197,7 @@ impl<D: Driver> Gpu<D> {
                     self.lasting.few.share += FADE * (1.0 - self.lasting.few.share);
                 }
                 match stopped {
+                    None if end == n => break,
                     None => layer = end,
                     Some(at) => {
                         self.lasting.few.share -= FADE * self.lasting.few.share;
@@ -199,7 +208,6 @@ impl<D: Driver> Gpu<D> {
                     }
                 }
             }
-            self.replayed(pass, lay, n..n, Parts::Head)?;
         }
         Ok((0..n).all(|layer| host.passed(layer) == ControlFlow::Continue(())))
     }
