@@ -323,6 +323,21 @@ fn a_form_that_cannot_be_used_is_one_line_that_names_the_place() {
             "found 927223 bytes of letters",
         ),
         (
+            "--json-schema",
+            r#"{"type":"object","properties":{"a":{"pattern":"^4d{927222}$"}}}"#.to_string(),
+            "found 927223 bytes of letters",
+        ),
+        (
+            "--json-schema",
+            r#"{"type":"object","patternProperties":{"^4d{927222}$":{}}}"#.to_string(),
+            "found 927223 bytes of letters",
+        ),
+        (
+            "--grammar",
+            file("0", "start: /((a{1000}){1000}){1000}/"),
+            "too many expressions",
+        ),
+        (
             "--regex",
             "[^\\x00-\\x{10ffff}]".to_string(),
             "no token can say",

@@ -164,6 +164,7 @@ impl Compiler {
                 schema::check(&schema, "schema").map_err(|(place, expected, found)| {
                     wrong(&format!("{expected} at {place}"), found)
                 })?;
+                short_patterns(&schema).map_err(followed)?;
                 let schema = TopLevelGrammar::from_json_schema(with_short_gaps(schema));
                 GrammarInit::Serialized(schema)
             }
@@ -209,13 +210,7 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
 /// The grammar of one expression. The parser would make a grammar in Lark of it and read that with a lexer that it builds anew each
 /// time, which is most of the work.
 fn expression(text: &str, limits: &ParserLimits) -> std::result::Result<GrammarInit, String> {
-    // What is no expression is the parser's to say.
-    let spelled = regex_syntax::parse(text).map_or(0, |hir| spelled(&hir).1);
-    if spelled > text.len() as u64 + MAX_SPELLED {
-        return Err(format!(
-            "{spelled} bytes of letters, once repetitions are written out (at most {MAX_SPELLED} more than the text)"
-        ));
-    }
+    short_enough(text)?;
     // As the parser does with whatever it compiles.
     let made = panic_utils::catch_unwind(AssertUnwindSafe(|| {
         let mut lexer = LexerSpec::new()?;
@@ -241,6 +236,36 @@ fn expression(text: &str, limits: &ParserLimits) -> std::result::Result<GrammarI
     match lexer.cost() <= limits.initial_lexer_fuel {
         true => Ok(GrammarInit::Internal(grammar, lexer)),
         false => Err("an expression that is too large".to_string()),
+    }
+}
+
+/// Refuses an expression that would take the parser much memory before it says so itself.
+fn short_enough(text: &str) -> std::result::Result<(), String> {
+    // What is no expression is the parser's to say.
+    let spelled = regex_syntax::parse(text).map_or(0, |hir| spelled(&hir).1);
+    if spelled > text.len() as u64 + MAX_SPELLED {
+        return Err(format!(
+            "{spelled} bytes of letters, once repetitions are written out (at most {MAX_SPELLED} more than the text)"
+        ));
+    }
+    Ok(())
+}
+
+/// The same of all expressions of a schema.
+fn short_patterns(schema: &Value) -> std::result::Result<(), String> {
+    match schema {
+        Value::Array(of) => of.iter().try_for_each(short_patterns),
+        Value::Object(of) => of.iter().try_for_each(|(key, value)| {
+            match (key.as_str(), value) {
+                ("pattern", Value::String(text)) => short_enough(text)?,
+                ("patternProperties", Value::Object(of)) => {
+                    of.keys().try_for_each(|text| short_enough(text))?;
+                }
+                _ => {}
+            }
+            short_patterns(value)
+        }),
+        _ => Ok(()),
     }
 }
 
