@@ -152,6 +152,8 @@ const MIN_ROWS: usize = 4;
 const MAX_ROWS: usize = 16;
 /// Most panels side by side in any tier.
 const MAX_PANELS: usize = 2;
+/// Rows of a task are whole panels, as many as lie side by side, in any tier ([`super::rows_together`]).
+const _: () = assert!((TOGETHER / 2).is_multiple_of(MAX_PANELS * MAX_ROWS));
 /// Tokens that share the unpacking of a panel; more than this come in several passes.
 const BATCH: usize = 512;
 
