@@ -145,7 +145,7 @@ fn not_there<'a>(folder: &Path, command: &'a str, said: &str) -> Option<&'a str>
 fn masked(command: &str, line: &str) -> String {
     let tiers = octet::simd::TIERS.iter().map(|row| row.name);
     let tiers = tiers.collect::<Vec<_>>().join("|");
-    let others = "scalar|avx2|avxvnni|avx512bw|avx512|neon|dotprod";
+    let others = "scalar|avx2|avxvnni|avx512bw|avx512|amx|neon|dotprod";
     let tier = format!(r"\b({tiers}|{others})\b");
     let mut masks: Vec<(String, &str)> = vec![
         (tier, "TIER"),

@@ -74,7 +74,7 @@ impl Machine {
     /// them: the best of some passes over weights in the L1 cache ([`Kernels::products`]). Takes about 0.1 s.
     pub fn int8_peak(&self) -> f64 {
         const W: usize = 32 << 10;
-        let (w, x) = ([7u8; W], [[5i8; 4]; 8]);
+        let (w, x) = ([7u8; W], [[5i8; 4]; 16]);
         let tasks = 16 * self.pool.batch_threads();
         let seconds = |n: usize| {
             let started = Instant::now();
@@ -92,7 +92,7 @@ impl Machine {
                 n *= 2;
             }
             let best = (0..8).map(|_| seconds(n)).fold(f64::INFINITY, f64::min);
-            (tasks * n * 8 * W) as f64 / best
+            (tasks * n * 16 * W) as f64 / best
         })
     }
 }

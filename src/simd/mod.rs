@@ -5,6 +5,8 @@
 //! holds only what it does better. All tables give the same bits (`check.rs`).
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -61,6 +63,8 @@ pub enum Tier {
     Avx512Bw,
     /// The same with VNNI (Cascade Lake, Ice Lake, Zen 4 and later).
     Avx512,
+    /// The same with AMX for int8 (Sapphire Rapids and later), on Linux.
+    Amx,
     /// aarch64.
     Neon,
     /// The same with DotProd (ARMv8.2: Cortex-A75, Neoverse N1, Apple M1 and later).
@@ -114,6 +118,13 @@ pub const TIERS: &[TierRow] = &[
         name: "avx512",
         detect: avx512::detect,
         install: avx512::install,
+    },
+    #[cfg(target_arch = "x86_64")]
+    TierRow {
+        tier: Tier::Amx,
+        name: "amx",
+        detect: amx::detect,
+        install: amx::install,
     },
     #[cfg(target_arch = "aarch64")]
     TierRow {
@@ -271,7 +282,7 @@ pub struct Kernels {
     widen: unsafe fn(&[f16], &mut [f32]),
     widen_keys: Widen,
     widen_values: Widen,
-    products: unsafe fn(&[u8], &[[i8; 4]; 8]) -> i32,
+    products: unsafe fn(&[u8], &[[i8; 4]; 16]) -> i32,
 }
 
 impl Kernels {
@@ -406,7 +417,7 @@ impl Kernels {
     ///
     /// # Panics
     /// If `w` is not a multiple of 256 bytes.
-    pub fn products(&self, w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+    pub fn products(&self, w: &[u8], x: &[[i8; 4]; 16]) -> i32 {
         assert!(w.len().is_multiple_of(256));
         // SAFETY: see above.
         unsafe { (self.products)(w, x) }

@@ -29,8 +29,8 @@ pub(super) fn table() -> Kernels {
 }
 
 /// [`Kernels::products`], as it is defined.
-fn products(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
-    let mut sums = [0i32; 8];
+fn products(w: &[u8], x: &[[i8; 4]; 16]) -> i32 {
+    let mut sums = [0i32; 16];
     for w in w.as_chunks::<4>().0 {
         for (sum, x) in sums.iter_mut().zip(x) {
             for (w, x) in w.iter().zip(x) {

@@ -149,13 +149,13 @@ pub(super) trait Dot<I>: Copy {
 
 /// Fewest and most rows of a panel in any tier.
 const MIN_ROWS: usize = 4;
-const MAX_ROWS: usize = 16;
+pub(super) const MAX_ROWS: usize = 16;
 /// Most panels side by side in any tier.
 const MAX_PANELS: usize = 2;
 /// Rows of a task are whole panels, as many as lie side by side, in any tier ([`super::rows_together`]).
 const _: () = assert!((TOGETHER / 2).is_multiple_of(MAX_PANELS * MAX_ROWS));
 /// Tokens that share the unpacking of a panel; more than this come in several passes.
-const BATCH: usize = 512;
+pub(super) const BATCH: usize = 512;
 
 /// Some rows × 256 weights, interleaved. Of each array the first [`Tile::ROWS`] columns are in use.
 #[derive(Clone, Copy)]
@@ -184,7 +184,7 @@ impl Panel {
 }
 
 /// One token's results so far, for the rows that go together.
-type Accs = [f32; TOGETHER];
+pub(super) type Accs = [f32; TOGETHER];
 
 /// A block of a panel, to be filled.
 struct Slot<'a> {
@@ -270,7 +270,7 @@ unsafe fn many<T: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_
 }
 
 /// As many copies: what is not used is not touched.
-fn filled<X: Copy>(room: &mut [MaybeUninit<X>], x: X) -> &mut [X] {
+pub(super) fn filled<X: Copy>(room: &mut [MaybeUninit<X>], x: X) -> &mut [X] {
     for one in room.iter_mut() {
         one.write(x);
     }
@@ -324,7 +324,7 @@ unsafe fn together<T: Tile, B: Unpack>(
 /// cache lines. Where rows are shorter than a page, as many bytes of the next panel are fetched, which lies
 /// behind this one: it arrives in the order of memory.
 #[inline(always)]
-unsafe fn unpack<T: Tile, B: Unpack>(
+pub(super) unsafe fn unpack<T: Tile, B: Unpack>(
     rows: *const u8,
     stride: usize,
     b: usize,
@@ -489,13 +489,41 @@ struct Sums {
     /// What the sums of each group start with, where a bias has to leave.
     starts: [i32; CHUNK / HALF],
     /// Over each sub-block, where there are minimums.
-    subs: [i16; CHUNK / SUM],
+    subs: Subs,
+}
+
+/// What the activations of each sub-block add up to, where a format has minimums; only those of its sub-blocks count.
+#[derive(Clone, Copy)]
+#[repr(align(4))]
+pub(super) struct Subs([i16; CHUNK / SUM]);
+
+impl Subs {
+    pub(super) const EMPTY: Subs = Subs([0; CHUNK / SUM]);
+
+    /// The sums of a chunk.
+    #[inline(always)]
+    pub(super) fn of<B: IntBlock>(x: &Chunk) -> Subs {
+        let mut subs = [0; CHUNK / SUM];
+        match B::SUB {
+            SUM => subs = x.sums,
+            _ => subs[..CHUNK / 32].copy_from_slice(&of_32(x)),
+        }
+        Subs(subs)
+    }
+
+    /// The sums over sub-blocks `2 p` and `2 p + 1` in every lane.
+    #[inline(always)]
+    pub(super) unsafe fn pair<T: Tile>(&self, p: usize) -> T::I {
+        let pairs: &[i32; CHUNK / SUM / 2] = bytemuck::cast_ref(&self.0);
+        // SAFETY: the caller's.
+        unsafe { T::splat(pairs[p]) }
+    }
 }
 
 impl Sums {
     const EMPTY: Sums = Sums {
         starts: [0; CHUNK / HALF],
-        subs: [0; CHUNK / SUM],
+        subs: Subs::EMPTY,
     };
 
     /// The sums of a chunk, in groups of `group` weights.
@@ -510,19 +538,8 @@ impl Sums {
             }
         }
         if B::HAS_MIN {
-            match B::SUB {
-                SUM => self.subs = x.sums,
-                _ => self.subs[..CHUNK / 32].copy_from_slice(&of_32(x)),
-            }
+            self.subs = Subs::of::<B>(x);
         }
-    }
-
-    /// The sums over sub-blocks `2 p` and `2 p + 1` in every lane.
-    #[inline(always)]
-    unsafe fn pair<T: Tile>(&self, p: usize) -> T::I {
-        let pairs: &[i32; CHUNK / SUM / 2] = bytemuck::cast_ref(&self.subs);
-        // SAFETY: the caller's.
-        unsafe { T::splat(pairs[p]) }
     }
 }
 
@@ -605,7 +622,7 @@ unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
                 for (p, mins) in panels[r].min_pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
                     let mins = T::load(mins.as_ptr());
                     for t in 0..N {
-                        msum[t] = T::pair(msum[t], mins, sums[t].pair::<T>(p));
+                        msum[t] = T::pair(msum[t], mins, sums[t].subs.pair::<T>(p));
                     }
                 }
             }
@@ -685,20 +702,34 @@ unsafe fn dot<T: Tile, B: IntBlock, const N: usize, const R: usize, const C: usi
 #[inline(always)]
 unsafe fn end_of_32<T: Tile, B: IntBlock, const N: usize>(
     isum: [T::I; N],
-    [d, m]: [T::F; 2],
+    ends: [T::F; 2],
     x: [&Chunk; N],
     sums: &[Sums; N],
     b: usize,
     y: &mut [T::F; N],
 ) {
+    for t in 0..N {
+        // SAFETY: as `tile`.
+        y[t] = unsafe { ended_32::<T, B>(y[t], isum[t], ends, x[t], &sums[t].subs, b) };
+    }
+}
+
+/// The same for one token.
+#[inline(always)]
+pub(super) unsafe fn ended_32<T: Tile, B: IntBlock>(
+    y: T::F,
+    isum: T::I,
+    [d, m]: [T::F; 2],
+    x: &Chunk,
+    subs: &Subs,
+    b: usize,
+) -> T::F {
     // SAFETY: as `tile`.
     unsafe {
-        for t in 0..N {
-            y[t] = T::step(y[t], d, x[t].d[b], isum[t]);
-            if B::HAS_MIN {
-                let total = T::splat(sums[t].subs[b] as i32);
-                y[t] = T::step(y[t], m, x[t].d[b], total);
-            }
+        let y = T::step(y, d, x.d[b], isum);
+        match B::HAS_MIN {
+            true => T::step(y, m, x.d[b], T::splat(subs.0[b] as i32)),
+            false => y,
         }
     }
 }
@@ -709,17 +740,31 @@ unsafe fn end_of_32<T: Tile, B: IntBlock, const N: usize>(
 unsafe fn end_of_256<T: Tile, B: IntBlock, const N: usize>(
     isum: [T::I; N],
     msum: [T::I; N],
-    [d, m]: [T::F; 2],
+    ends: [T::F; 2],
     x: [&Chunk; N],
     y: &mut [T::F; N],
 ) {
+    for t in 0..N {
+        // SAFETY: as `tile`.
+        y[t] = unsafe { ended_256::<T, B>(y[t], isum[t], msum[t], ends, x[t]) };
+    }
+}
+
+/// The same for one token.
+#[inline(always)]
+pub(super) unsafe fn ended_256<T: Tile, B: IntBlock>(
+    y: T::F,
+    isum: T::I,
+    msum: T::I,
+    [d, m]: [T::F; 2],
+    x: &Chunk,
+) -> T::F {
     // SAFETY: as `tile`.
     unsafe {
-        for t in 0..N {
-            y[t] = T::step(y[t], d, x[t].d[0], isum[t]);
-            if B::HAS_MIN {
-                y[t] = T::step(y[t], m, x[t].d[0], msum[t]);
-            }
+        let y = T::step(y, d, x.d[0], isum);
+        match B::HAS_MIN {
+            true => T::step(y, m, x.d[0], msum),
+            false => y,
         }
     }
 }
@@ -821,7 +866,7 @@ impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
     #[inline(always)]
     unsafe fn min_pair(&mut self, p: usize, mins: T::I) {
         // SAFETY: the caller's.
-        unsafe { self.msum = T::pair(self.msum, mins, self.sums[0].pair::<T>(p)) }
+        unsafe { self.msum = T::pair(self.msum, mins, self.sums[0].subs.pair::<T>(p)) }
     }
     #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
@@ -847,17 +892,25 @@ impl<T: Tile, B: IntBlock> Sink<T> for Product<'_, T, B> {
 /// # Safety
 /// The tier's features are enabled.
 #[inline(always)]
-pub(super) unsafe fn products<T: Tile>(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+pub(super) unsafe fn products<T: Tile>(w: &[u8], x: &[[i8; 4]; 16]) -> i32 {
     // SAFETY: the caller's promise, handed on.
     unsafe {
         match T::TOKENS {
-            8 => products_of::<T, 8>(w, x),
-            _ => {
-                let halves = x.as_chunks::<4>().0;
-                products_of::<T, 4>(w, &halves[0]).wrapping_add(products_of::<T, 4>(w, &halves[1]))
-            }
+            8 => products_of_all::<T, 8>(w, x),
+            _ => products_of_all::<T, 4>(w, x),
         }
     }
+}
+
+/// The same, N tokens at a time.
+#[inline(always)]
+unsafe fn products_of_all<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; 16]) -> i32 {
+    let mut total = 0i32;
+    for x in x.as_chunks::<N>().0 {
+        // SAFETY: the caller's.
+        total = total.wrapping_add(unsafe { products_of::<T, N>(w, x) });
+    }
+    total
 }
 
 /// The same for N tokens.
@@ -883,11 +936,16 @@ unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i3
     }
 }
 
-/// One function of a tier per integer format, and `install_tiles(k)`, which puts them into the table.
+/// One function of a tier per integer format, and `install_tiles(k)`, which puts them into the table. `$matmul`: another kernel than
+/// [`matmul`], with its parameters.
 macro_rules! tile_doors {
     ($tile:ty, #[$tier:meta]) => {
+        use $crate::simd::tile::matmul as matmul_tiles;
+        $crate::simd::tile::tile_doors!($tile, matmul_tiles, #[$tier]);
+    };
+    ($tile:ty, $matmul:ident, #[$tier:meta]) => {
         $crate::simd::tile::tile_doors! {
-            $tile, #[$tier];
+            $tile, $matmul, #[$tier];
             matmul_q4_0 = Q4_0, q4_0::Q4_0;
             matmul_q4_1 = Q4_1, q4_1::Q4_1;
             matmul_q5_0 = Q5_0, q5_0::Q5_0;
@@ -902,17 +960,17 @@ macro_rules! tile_doors {
             matmul_iq4_xs = IQ4_XS, iq4_xs::Iq4Xs;
         }
     };
-    ($tile:ty, #[$tier:meta]; $($name:ident = $format:ident, $module:ident::$block:ident;)*) => {
+    ($tile:ty, $matmul:ident, #[$tier:meta]; $($name:ident = $format:ident, $module:ident::$block:ident;)*) => {
         $(
             #[$tier]
             fn $name(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
                 // SAFETY: the features that the body needs are enabled here; `Kernels::matmul` asserts the shapes.
-                unsafe { $crate::simd::tile::matmul::<$tile, quant::$module::$block>(w, x, y) }
+                unsafe { $matmul::<$tile, quant::$module::$block>(w, x, y) }
             }
         )*
 
         #[$tier]
-        fn products(w: &[u8], x: &[[i8; 4]; 8]) -> i32 {
+        fn products(w: &[u8], x: &[[i8; 4]; 16]) -> i32 {
             // SAFETY: as above.
             unsafe { $crate::simd::tile::products::<$tile>(w, x) }
         }
