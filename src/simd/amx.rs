@@ -29,6 +29,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::mem::{MaybeUninit, offset_of};
+use std::ops::Range;
 
 /// Tokens of a matrix, at most: rows of a register.
 const M: usize = 16;
@@ -267,18 +268,48 @@ unsafe fn many<B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, first_
                 }
             }
             let chunks = x.acts.chunks(k / CHUNK);
+            let mut done = 0;
             for (pick, acc) in x.pick.chunks(m).zip(acc.chunks_mut(m)) {
+                let now = done..done + pick.len();
+                fetch_next::<B>(w, &rows, k, now, x.len());
+                done += pick.len();
                 pass::<B>(panels, chunks, pick, acc, width, &mut room);
             }
         }
         for (t, acc) in acc.iter().enumerate() {
-            let out = y.row(first_token + t)[rows.clone()].as_chunks_mut::<MAX_ROWS>().0;
+            let out = y.row(first_token + t)[rows.clone()]
+                .as_chunks_mut::<MAX_ROWS>()
+                .0;
             for (out, acc) in out.iter_mut().zip(acc.as_chunks().0) {
                 *out = *acc;
             }
         }
     }
     end();
+}
+
+/// While the tokens `now` of `n_tok` go through some rows' weights from `k` on, as large a part of what is unpacked next comes
+/// nearer: the same rows' next chunk, or the first one of the rows behind them. CPUs do not find it by themselves, as rows lie
+/// apart.
+#[inline(always)]
+unsafe fn fetch_next<B: Block>(
+    w: Rows<'_>,
+    rows: &Range<usize>,
+    k: usize,
+    now: Range<usize>,
+    n_tok: usize,
+) {
+    let (first, k) = match k + CHUNK < w.k {
+        true => (rows.start, k + CHUNK),
+        false => (rows.end, 0),
+    };
+    let bytes = CHUNK / B::WEIGHTS * size_of::<B>();
+    for row in rows.len() * now.start / n_tok..rows.len() * now.end / n_tok {
+        let at = (first + row) * w.row_bytes() + k / B::WEIGHTS * size_of::<B>();
+        for line in (0..bytes + 63).step_by(64) {
+            T::prefetch(w.bytes.as_ptr().wrapping_add(at + line));
+        }
+    }
 }
 
 /// A matrix of sums: a row of every token.
