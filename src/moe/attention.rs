@@ -36,11 +36,13 @@ impl Rope {
     }
 }
 
-/// Where one row of a batch stands: its sequence's cache and its position in it.
+/// Where one row of a batch stands.
 #[derive(Clone, Copy)]
-pub(super) struct Place<'a> {
-    pub(super) kv: &'a Kv,
-    pub(super) pos: usize,
+pub struct Place<'a> {
+    /// Its sequence's cache.
+    pub kv: &'a Kv,
+    /// Its position in it.
+    pub pos: usize,
 }
 
 /// Tokens that go through the cache's blocks together, so that these are read once for all of them.
@@ -53,7 +55,10 @@ const FEW: usize = 8;
 ///
 /// `q`: `(n_tok, n_head, d_head)`, scaled here by `1 / √d_head`; `out`: the same shape. Keys and
 /// values of these tokens must be in the cache already.
-pub(super) fn attend(
+///
+/// # Panics
+/// If they are not, or shapes do not belong together.
+pub fn attend(
     machine: &Machine,
     config: &Config,
     layer: usize,

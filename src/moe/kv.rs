@@ -285,7 +285,7 @@ impl Kv {
     ///
     /// # Errors
     /// [`Error::ContextFull`] if they would pass the limit; nothing is changed then.
-    pub(super) fn reserve(&mut self, n: usize) -> Result<()> {
+    pub fn reserve(&mut self, n: usize) -> Result<()> {
         let want = self.len + n;
         if want > self.limit {
             return Err(Error::ContextFull {
@@ -304,7 +304,10 @@ impl Kv {
     }
 
     /// Stores one token's keys and values, each `(n_kv, d_head)`, at a reserved position.
-    pub(super) fn write(&mut self, layer: usize, pos: usize, k: &[f32], v: &[f32]) {
+    ///
+    /// # Panics
+    /// If it is not reserved, or there are fewer numbers.
+    pub fn write(&mut self, layer: usize, pos: usize, k: &[f32], v: &[f32]) {
         self.changed(pos);
         let (keys, values) = Arc::make_mut(&mut self.layers[layer][pos / KV_BLOCK]);
         for head in 0..self.n_kv {
@@ -334,7 +337,7 @@ impl Kv {
     }
 
     /// Counts `n` written tokens in.
-    pub(super) fn advance(&mut self, n: usize) {
+    pub fn advance(&mut self, n: usize) {
         self.len += n;
     }
 
