@@ -546,10 +546,11 @@ fn products_of_matrices(w: &[u8], x: &[[i8; 4]; M]) -> i32 {
     let (whole, rest) = w.as_chunks::<FOUR>();
     let mut last = [[0; FOUR]];
     last[0][..rest.len()].copy_from_slice(rest);
+    let last = &last[..rest.len().min(1)];
     // Each token's four activations fill a row.
     let x = x.map(|x| [x; ROW / 4]);
     // SAFETY: the tier is there.
-    unsafe { products_of(whole, &x).wrapping_add(products_of(&last, &x)) }
+    unsafe { products_of(whole, &x).wrapping_add(products_of(last, &x)) }
 }
 
 /// The products of some weights, from one block of assembly: see above.
