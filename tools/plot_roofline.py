@@ -2,7 +2,7 @@
 
     python3 tools/plot_roofline.py docs/performance.md docs/pictures/roofline.svg
 
-Read from the page: the rows of its table for the 4-layer model (`| Q4_0 | prefill 512 | 223 tok/s | …`), and of its section
+Read from the page: the rows of its table for the 4-layer model with AVX-512 (`| Q4_0 | prefill 512 | 223 tok/s | …`), and of its section
 Roofline the two limits (`| memory | 28 GB/s |`, `| int8 | 600 GMAC/s |`).
 """
 
@@ -32,7 +32,7 @@ page = open(sys.argv[1]).read()
 memory = float(re.search(r"\| memory \| ([\d.]+) GB/s", page)[1])
 peak = float(re.search(r"\| int8 \| ([\d.]+) GMAC/s", page)[1])
 points, name = [], None
-for line in page.split("\n"):
+for line in page[page.index("| AVX-512 | tokens |") :].split("\n\n")[0].split("\n"):
     row = re.match(r"\| (\w*) ?\| (prefill \d+|decode) \| ([\d.]+) tok/s", line)
     if row:
         name = row[1] or name
