@@ -96,6 +96,10 @@ fn a_model_that_is_not_there() {
             "models/zzz.gguf",
             "GGUF files in that folder: mixtral-8x7b.Q4_K_M.gguf, tales-0000",
         ),
+        (
+            "mixtral.gguf",
+            "docs/getting-started.md says where Mixtral can be had",
+        ),
     ] {
         let out = octet(&home, &["inspect", path]);
         let want = format!("octet: {path}: {missing}{hint}");

@@ -17,6 +17,9 @@ const UNFINISHED: [&str; 6] = [
 /// A few files are named; more are too many to choose from in a line.
 const A_FEW: usize = 3;
 
+/// Where there is none.
+const GET: &str = "docs/getting-started.md says where Mixtral can be had as GGUF; without --model the demo model answers";
+
 fn is_gguf(name: &str) -> bool {
     name.to_lowercase().ends_with(".gguf")
 }
@@ -50,8 +53,11 @@ pub(super) fn missing(path: &Path) -> Option<String> {
         let other = path.with_file_name(&files[at]);
         return Some(format!("did you mean {}?", other.display()));
     }
-    let few = (1..=A_FEW).contains(&files.len());
-    few.then(|| format!("GGUF files in that folder: {}", files.join(", ")))
+    match files.len() {
+        0 => Some(GET.into()),
+        1..=A_FEW => Some(format!("GGUF files in that folder: {}", files.join(", "))),
+        _ => None,
+    }
 }
 
 /// What to do with a folder.
@@ -60,7 +66,7 @@ pub(super) fn folder(path: &Path) -> Option<String> {
     let files = near::names(path, |name| is_gguf(name) || is_part_of_model(name));
     let ggufs: Vec<&String> = files.iter().filter(|name| is_gguf(name)).collect();
     match ggufs[..] {
-        [] if files.is_empty() => None,
+        [] if files.is_empty() => Some(GET.into()),
         [] => Some(format!("{} makes a GGUF file of it", quantize(path))),
         [only] => Some(format!("did you mean {}?", path.join(only).display())),
         [first, ..] => Some(format!(
