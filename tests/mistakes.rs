@@ -97,6 +97,10 @@ fn a_model_that_is_not_there() {
             "GGUF files in that folder: mixtral-8x7b.Q4_K_M.gguf, tales-0000",
         ),
         (
+            "https://example.org/mixtral.gguf",
+            "octet fetches nothing: download the GGUF file",
+        ),
+        (
             "mixtral.gguf",
             "docs/getting-started.md says where Mixtral can be had",
         ),

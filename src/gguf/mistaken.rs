@@ -27,6 +27,13 @@ fn is_gguf(name: &str) -> bool {
 /// What may be meant by a file that is not there.
 pub(super) fn missing(path: &Path) -> Option<String> {
     let folder = folder_of(path);
+    let text = path.to_string_lossy();
+    if ["https:", "http:", "hf:", "hf.co/", "huggingface.co/"]
+        .iter()
+        .any(|at| text.starts_with(at))
+    {
+        return Some("octet fetches nothing: download the GGUF file, then name it here".into());
+    }
     if !folder.is_dir() {
         return Some(format!("there is no folder {}", folder.display()));
     }
