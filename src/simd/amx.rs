@@ -145,11 +145,11 @@ struct Split<B>(PhantomData<B>);
 impl<B: IntBlock> Split<B> {
     /// Whether both bytes are the weight times some bits of its scale, which is below 64: a multiplication each, as
     /// no byte overflows into its neighbour (31 · 7 = 217).
-    const BITS: bool = B::OFFSET == 0 && B::BITS <= 5;
+    const BY_BITS: bool = B::OFFSET == 0 && B::BITS <= 5;
     /// What the upper byte counts.
-    const SHIFT: i32 = if Self::BITS { 3 } else { 8 };
+    const SHIFT: i32 = if Self::BY_BITS { 3 } else { 8 };
     /// Fewer tokens than this are multiplied faster as in the tier below (measured: `cargo bench --bench kernels`).
-    const FEW: usize = if B::WEIGHTS == CHUNK && !Self::BITS {
+    const FEW: usize = if B::WEIGHTS == CHUNK && !Self::BY_BITS {
         16
     } else {
         8
@@ -158,10 +158,10 @@ impl<B: IntBlock> Split<B> {
     /// The bytes of four weights of each row with their scales. `q`: without bias; `scale`: twice in every lane, as i16.
     #[inline(always)]
     unsafe fn bytes(q: I, scale: I) -> [I; 2] {
-        if Self::BITS {
+        if Self::BY_BITS {
             let low = _mm512_and_si512(scale, _mm512_set1_epi16(7));
             let high = _mm512_srli_epi16(scale, 3);
-            return [low, high].map(|bits| _mm512_mullo_epi16(q, bits));
+            return [_mm512_mullo_epi16(q, low), _mm512_mullo_epi16(q, high)];
         }
         let even = _mm512_mullo_epi16(_mm512_srai_epi16(_mm512_slli_epi16(q, 8), 8), scale);
         let odd = _mm512_mullo_epi16(_mm512_srai_epi16(q, 8), scale);
@@ -242,13 +242,13 @@ unsafe fn many<B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, first_
     let stride = w.row_bytes();
     let m = tokens_at_once(x.len());
     let rows = w.len() / MAX_ROWS * MAX_ROWS;
+    let step = super::rows_together(x.len());
     let mut panels = [const { MaybeUninit::<Panel>::uninit() }; TOGETHER / MAX_ROWS];
     let pairs = |rows: usize| rows.div_ceil(2 * MAX_ROWS);
     let mut acc = [const { MaybeUninit::<Accs>::uninit() }; BATCH];
-    let panels = tile::filled(&mut panels[..2 * pairs(TOGETHER.min(rows))], Panel::EMPTY);
+    let panels = tile::filled(&mut panels[..2 * pairs(step.min(rows))], Panel::EMPTY);
     let mut room = Room::EMPTY;
     begin(m, if B::WEIGHTS == CHUNK { ROW } else { 32 });
-    let step = super::rows_together(x.len());
     for first in (0..rows).step_by(step) {
         let rows = first..rows.min(first + step);
         let panels = &mut panels[..2 * pairs(rows.len())];
@@ -382,15 +382,10 @@ unsafe fn ended_256<B: IntBlock>(
     t: usize,
     y: F,
 ) -> F {
-    let [lower, upper] = [0, 1].map(|i| T::load(products[i][t].as_ptr()));
+    let lower = T::load(products[0][t].as_ptr());
+    let upper = T::load(products[1][t].as_ptr());
     let isum = T::add(lower, T::shl(upper, Split::<B>::SHIFT));
-    let mut msum = T::splat(0);
-    if B::HAS_MIN {
-        for i in 0..CHUNK / B::SUB / 2 {
-            let mins = T::load(panel.min_pairs[i].as_ptr());
-            msum = T::pair(msum, mins, subs.pair::<T>(i));
-        }
-    }
+    let [msum] = tile::minimums::<T, B, 1>(&panel.min_pairs, [subs]);
     let d = T::load_floats(panel.scale[0].as_ptr());
     let m = T::load_floats(panel.min[0].as_ptr());
     tile::ended_256::<T, B>(y, isum, msum, [d, m], x)
@@ -495,7 +490,7 @@ unsafe fn multiply_256<B: IntBlock>(
     panels: &[Panel; 2],
     sums: &mut [Product; CHUNK / 32],
 ) {
-    match Split::<B>::BITS {
+    match Split::<B>::BY_BITS {
         true => multiply_256!(x, panels, sums, "tdpbsud", "tdpbsud"),
         false => multiply_256!(x, panels, sums, "tdpbsud", "tdpbssd"),
     }

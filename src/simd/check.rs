@@ -170,16 +170,20 @@ fn matmul_with_extreme_integers_is_exact() {
                 }
                 let bytes = aligned(&bytes);
                 let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
-                let acts = prepare(scalar, format, &vec![sign; k], k);
-                let want = product(scalar, format, bytes, n, k, &acts, &[0]);
-                for tier in others() {
-                    let got = product(tier, format, bytes, n, k, &acts, &[0]);
-                    assert_eq!(
-                        bits(&got),
-                        bits(&want),
-                        "{format:?} {:?} fill {fill:#x}",
-                        tier.tier()
-                    );
+                // As many as take each of a tier's ways: alone, a few in registers, many in matrices.
+                for n_tok in [1, 8, 16] {
+                    let acts = prepare(scalar, format, &vec![sign; n_tok * k], k);
+                    let pick: Vec<u32> = (0..n_tok as u32).collect();
+                    let want = product(scalar, format, bytes, n, k, &acts, &pick);
+                    for tier in others() {
+                        let got = product(tier, format, bytes, n, k, &acts, &pick);
+                        assert_eq!(
+                            bits(&got),
+                            bits(&want),
+                            "{format:?} {:?} fill {fill:#x} tokens {n_tok}",
+                            tier.tier()
+                        );
+                    }
                 }
             }
         }

@@ -617,19 +617,33 @@ unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
             }
         }
         for r in 0..R {
-            let mut msum = [T::splat(0); N];
-            if B::HAS_MIN {
-                for (p, mins) in panels[r].min_pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
-                    let mins = T::load(mins.as_ptr());
-                    for t in 0..N {
-                        msum[t] = T::pair(msum[t], mins, sums[t].subs.pair::<T>(p));
-                    }
-                }
-            }
+            let subs: [&Subs; N] = std::array::from_fn(|t| &sums[t].subs);
+            let msum = minimums::<T, B, N>(&panels[r].min_pairs, subs);
             let d = T::load_floats(panels[r].scale[0].as_ptr());
             let m = T::load_floats(panels[r].min[0].as_ptr());
             end_of_256::<T, B, N>(isum[r], msum, [d, m], x, &mut y[r]);
         }
+    }
+}
+
+/// The sums of activations times minimums; zero where there are none.
+#[inline(always)]
+pub(super) unsafe fn minimums<T: Tile, B: IntBlock, const N: usize>(
+    min_pairs: &[[i32; MAX_ROWS]; CHUNK / 32],
+    subs: [&Subs; N],
+) -> [T::I; N] {
+    // SAFETY: as `tile`.
+    unsafe {
+        let mut msum = [T::splat(0); N];
+        if B::HAS_MIN {
+            for (p, mins) in min_pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
+                let mins = T::load(mins.as_ptr());
+                for t in 0..N {
+                    msum[t] = T::pair(msum[t], mins, subs[t].pair::<T>(p));
+                }
+            }
+        }
+        msum
     }
 }
 
