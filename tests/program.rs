@@ -192,10 +192,11 @@ pub(crate) fn closing(stderr: &str) -> Closing {
     }
 }
 
+/// Sends a signal as the shell's own `kill` does: a small system has no program of that name.
 #[cfg(unix)]
 pub(crate) fn signal(child: &Child, name: &str) {
-    let ok = Command::new("kill")
-        .args(["-s", name, &child.id().to_string()])
+    let ok = Command::new("sh")
+        .args(["-c", "kill -s \"$0\" \"$1\"", name, &child.id().to_string()])
         .status()
         .unwrap();
     assert!(ok.success());
