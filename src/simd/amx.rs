@@ -18,7 +18,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::avx512bw::Zmm;
-use super::tile::{self, Accs, BATCH, MAX_ROWS, Subs, Tile, tile_doors};
+use super::tile::{self, Accs, BATCH, Ends, MAX_ROWS, Subs, Tile, tile_doors};
 use super::unpack::{Sink, Unpack};
 use super::x86::Vnni;
 use super::{Kernels, Rows, TOGETHER, Tokens};
@@ -121,21 +121,14 @@ struct Panel {
     lower: [u8; CHUNK * MAX_ROWS],
     /// The upper bytes.
     upper: [u8; CHUNK * MAX_ROWS],
-    /// Blocks' scales: one row for 256 weights, or one for every 32.
-    scale: [[f32; MAX_ROWS]; CHUNK / 32],
-    /// Blocks' minimums.
-    min: [[f32; MAX_ROWS]; CHUNK / 32],
-    /// Sub-blocks' minimums, a pair of i16 for two.
-    min_pairs: [[i32; MAX_ROWS]; CHUNK / 32],
+    ends: Ends,
 }
 
 impl Panel {
     const EMPTY: Panel = Panel {
         lower: [0; CHUNK * MAX_ROWS],
         upper: [0; CHUNK * MAX_ROWS],
-        scale: [[0.0; MAX_ROWS]; CHUNK / 32],
-        min: [[0.0; MAX_ROWS]; CHUNK / 32],
-        min_pairs: [[0; MAX_ROWS]; CHUNK / 32],
+        ends: Ends::EMPTY,
     };
 }
 
@@ -184,11 +177,11 @@ struct Slot<'a, B> {
 impl<B: IntBlock> Sink<T> for Slot<'_, B> {
     #[inline(always)]
     unsafe fn scale(&mut self, d: F) {
-        T::store_floats(self.panel.scale[self.b].as_mut_ptr(), d)
+        self.panel.ends.set_scale::<T>(self.b, d)
     }
     #[inline(always)]
     unsafe fn min(&mut self, m: F) {
-        T::store_floats(self.panel.min[self.b].as_mut_ptr(), m)
+        self.panel.ends.set_min::<T>(self.b, m)
     }
     #[inline(always)]
     unsafe fn sub(&mut self, s: usize, scale: I) {
@@ -197,7 +190,7 @@ impl<B: IntBlock> Sink<T> for Slot<'_, B> {
     }
     #[inline(always)]
     unsafe fn min_pair(&mut self, p: usize, mins: I) {
-        T::store(self.panel.min_pairs[p].as_mut_ptr(), mins)
+        self.panel.ends.set_min_pair::<T>(p, mins)
     }
     #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [I; 4]) {
@@ -385,10 +378,8 @@ unsafe fn ended_256<B: IntBlock>(
     let lower = T::load(products[0][t].as_ptr());
     let upper = T::load(products[1][t].as_ptr());
     let isum = T::add(lower, T::shl(upper, Split::<B>::SHIFT));
-    let [msum] = tile::minimums::<T, B, 1>(&panel.min_pairs, [subs]);
-    let d = T::load_floats(panel.scale[0].as_ptr());
-    let m = T::load_floats(panel.min[0].as_ptr());
-    tile::ended_256::<T, B>(y, isum, msum, [d, m], x)
+    let [msum] = panel.ends.minimums::<T, B, 1>([subs]);
+    tile::ended_256::<T, B>(y, isum, msum, panel.ends.of_block::<T>(0), x)
 }
 
 /// A token's results with its sums of `blocks` of 32.
@@ -404,9 +395,7 @@ unsafe fn ended_32<B: IntBlock>(
 ) -> F {
     for b in 0..blocks {
         let isum = T::load(products[b][t].as_ptr());
-        let d = T::load_floats(panel.scale[b].as_ptr());
-        let m = T::load_floats(panel.min[b].as_ptr());
-        y = tile::ended_32::<T, B>(y, isum, [d, m], x, subs, b);
+        y = tile::ended_32::<T, B>(y, isum, panel.ends.of_block::<T>(b), x, subs, b);
     }
     y
 }

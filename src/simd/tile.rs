@@ -163,24 +163,91 @@ pub(super) const BATCH: usize = 512;
 struct Panel {
     /// `(CHUNK / 4, ROWS, 4)`, packed to the tier's number of rows.
     q: [u8; CHUNK * MAX_ROWS],
-    /// Blocks' scales: one row for 256 weights, or one for every 32.
-    scale: [[f32; MAX_ROWS]; CHUNK / 32],
-    /// Blocks' minimums.
-    min: [[f32; MAX_ROWS]; CHUNK / 32],
     /// Sub-blocks' scales.
     sub: [[i32; MAX_ROWS]; CHUNK / 16],
-    /// Sub-blocks' minimums, a pair of i16 for two.
-    min_pairs: [[i32; MAX_ROWS]; CHUNK / 32],
+    ends: Ends,
 }
 
 impl Panel {
     const EMPTY: Panel = Panel {
         q: [0; CHUNK * MAX_ROWS],
+        sub: [[0; MAX_ROWS]; CHUNK / 16],
+        ends: Ends::EMPTY,
+    };
+}
+
+/// What makes results of some rows' integer sums over 256 weights. Of each array the first [`Tile::ROWS`] columns are in use.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Ends {
+    /// Blocks' scales: one row for 256 weights, or one for every 32.
+    scale: [[f32; MAX_ROWS]; CHUNK / 32],
+    /// Blocks' minimums.
+    min: [[f32; MAX_ROWS]; CHUNK / 32],
+    /// Sub-blocks' minimums, a pair of i16 for two.
+    min_pairs: [[i32; MAX_ROWS]; CHUNK / 32],
+}
+
+/// # Safety
+/// Of every function: the tier's features are enabled.
+impl Ends {
+    pub(super) const EMPTY: Ends = Ends {
         scale: [[0.0; MAX_ROWS]; CHUNK / 32],
         min: [[0.0; MAX_ROWS]; CHUNK / 32],
-        sub: [[0; MAX_ROWS]; CHUNK / 16],
         min_pairs: [[0; MAX_ROWS]; CHUNK / 32],
     };
+
+    /// The scale of block `b`, [`Sink::scale`].
+    #[inline(always)]
+    pub(super) unsafe fn set_scale<T: Tile>(&mut self, b: usize, d: T::F) {
+        // SAFETY: the caller's; one row, here and below.
+        unsafe { T::store_floats(self.scale[b].as_mut_ptr(), d) }
+    }
+
+    /// Its minimum, [`Sink::min`].
+    #[inline(always)]
+    pub(super) unsafe fn set_min<T: Tile>(&mut self, b: usize, m: T::F) {
+        // SAFETY: as above.
+        unsafe { T::store_floats(self.min[b].as_mut_ptr(), m) }
+    }
+
+    /// Two sub-blocks' minimums, [`Sink::min_pair`].
+    #[inline(always)]
+    pub(super) unsafe fn set_min_pair<T: Tile>(&mut self, p: usize, mins: T::I) {
+        // SAFETY: as above.
+        unsafe { T::store(self.min_pairs[p].as_mut_ptr(), mins) }
+    }
+
+    /// Scale and minimum of block `b`.
+    #[inline(always)]
+    pub(super) unsafe fn of_block<T: Tile>(&self, b: usize) -> [T::F; 2] {
+        // SAFETY: as above.
+        unsafe {
+            let d = T::load_floats(self.scale[b].as_ptr());
+            [d, T::load_floats(self.min[b].as_ptr())]
+        }
+    }
+
+    /// The sums of N tokens' activations times minimums; zero where there are none.
+    #[inline(always)]
+    pub(super) unsafe fn minimums<T: Tile, B: IntBlock, const N: usize>(
+        &self,
+        subs: [&Subs; N],
+    ) -> [T::I; N] {
+        // SAFETY: as above.
+        unsafe {
+            let mut msum = [T::splat(0); N];
+            if B::HAS_MIN {
+                for (p, mins) in self.min_pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
+                    let mins = T::load(mins.as_ptr());
+                    for t in 0..N {
+                        msum[t] = T::pair(msum[t], mins, subs[t].pair::<T>(p));
+                    }
+                }
+            }
+            msum
+        }
+    }
 }
 
 /// One token's results so far, for the rows that go together.
@@ -195,23 +262,23 @@ struct Slot<'a> {
 impl<T: Tile> Sink<T> for Slot<'_> {
     #[inline(always)]
     unsafe fn scale(&mut self, d: T::F) {
-        // SAFETY: the caller's; a row of the panel, here and below.
-        unsafe { T::store_floats(self.panel.scale[self.b].as_mut_ptr(), d) }
+        // SAFETY: the caller's, here and below.
+        unsafe { self.panel.ends.set_scale::<T>(self.b, d) }
     }
     #[inline(always)]
     unsafe fn min(&mut self, m: T::F) {
         // SAFETY: as above.
-        unsafe { T::store_floats(self.panel.min[self.b].as_mut_ptr(), m) }
+        unsafe { self.panel.ends.set_min::<T>(self.b, m) }
     }
     #[inline(always)]
     unsafe fn sub(&mut self, s: usize, scale: T::I) {
-        // SAFETY: as above.
+        // SAFETY: as above; a row of the panel.
         unsafe { T::store(self.panel.sub[s].as_mut_ptr(), scale) }
     }
     #[inline(always)]
     unsafe fn min_pair(&mut self, p: usize, mins: T::I) {
         // SAFETY: as above.
-        unsafe { T::store(self.panel.min_pairs[p].as_mut_ptr(), mins) }
+        unsafe { self.panel.ends.set_min_pair::<T>(p, mins) }
     }
     #[inline(always)]
     unsafe fn weights(&mut self, first: usize, q: [T::I; 4]) {
@@ -581,9 +648,8 @@ unsafe fn tile_of_32<T: Tile, B: IntBlock, const N: usize, const R: usize>(
             dot_at::<T, B, N, R, 4>(&mut isum, panels, 32 * b + first, x);
         }
         for r in 0..R {
-            let d = T::load_floats(panels[r].scale[b].as_ptr());
-            let m = T::load_floats(panels[r].min[b].as_ptr());
-            end_of_32::<T, B, N>(isum[r], [d, m], x, sums, b, &mut y[r]);
+            let ends = panels[r].ends.of_block::<T>(b);
+            end_of_32::<T, B, N>(isum[r], ends, x, sums, b, &mut y[r]);
         }
     }
 }
@@ -618,32 +684,10 @@ unsafe fn tile_of_256<T: Tile, B: IntBlock, const N: usize, const R: usize>(
         }
         for r in 0..R {
             let subs: [&Subs; N] = std::array::from_fn(|t| &sums[t].subs);
-            let msum = minimums::<T, B, N>(&panels[r].min_pairs, subs);
-            let d = T::load_floats(panels[r].scale[0].as_ptr());
-            let m = T::load_floats(panels[r].min[0].as_ptr());
-            end_of_256::<T, B, N>(isum[r], msum, [d, m], x, &mut y[r]);
+            let msum = panels[r].ends.minimums::<T, B, N>(subs);
+            let ends = panels[r].ends.of_block::<T>(0);
+            end_of_256::<T, B, N>(isum[r], msum, ends, x, &mut y[r]);
         }
-    }
-}
-
-/// The sums of activations times minimums; zero where there are none.
-#[inline(always)]
-pub(super) unsafe fn minimums<T: Tile, B: IntBlock, const N: usize>(
-    min_pairs: &[[i32; MAX_ROWS]; CHUNK / 32],
-    subs: [&Subs; N],
-) -> [T::I; N] {
-    // SAFETY: as `tile`.
-    unsafe {
-        let mut msum = [T::splat(0); N];
-        if B::HAS_MIN {
-            for (p, mins) in min_pairs[..CHUNK / B::SUB / 2].iter().enumerate() {
-                let mins = T::load(mins.as_ptr());
-                for t in 0..N {
-                    msum[t] = T::pair(msum[t], mins, subs[t].pair::<T>(p));
-                }
-            }
-        }
-        msum
     }
 }
 
