@@ -56,19 +56,7 @@ fn parse_kv(text: &str) -> Result<KvType, String> {
 fn config(n_layer: usize) -> Config {
     Config {
         n_layer,
-        d_model: 4096,
-        n_head: 32,
-        n_kv: 8,
-        d_head: 128,
-        d_ff: 14336,
-        n_expert: 8,
-        n_used: 2,
-        routed: true,
-        n_vocab: 32000,
-        n_ctx: 32768,
-        rms_eps: 1e-5,
-        rope_base: 1e6,
-        n_rot: 128,
+        ..Config::MIXTRAL_8X7B
     }
 }
 

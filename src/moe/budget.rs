@@ -257,22 +257,7 @@ mod tests {
     /// Mixtral 8x7B: 24.6 GiB at Q4_0, 26.5 at Q4_K_M, of which experts are 96%.
     #[test]
     fn types_of_mixtral() {
-        let config = Config {
-            n_layer: 32,
-            d_model: 4096,
-            n_head: 32,
-            n_kv: 8,
-            d_head: 128,
-            d_ff: 14336,
-            n_expert: 8,
-            n_used: 2,
-            routed: true,
-            n_vocab: 32000,
-            n_ctx: 32768,
-            rms_eps: 1e-5,
-            rope_base: 1e6,
-            n_rot: 128,
-        };
+        let config = Config::MIXTRAL_8X7B;
         let weights = 3 * 4096 * 14336u64;
         let q4_0 = PARTS.with(&config, Recipe::Q4_0);
         assert_eq!(q4_0.slot, weights / 32 * 18);

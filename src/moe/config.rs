@@ -116,6 +116,24 @@ pub struct Config {
 }
 
 impl Config {
+    /// Mixtral 8x7B's (Jiang et al., "Mixtral of Experts", 2024, table 1; the rest is of its own `config.json`).
+    pub const MIXTRAL_8X7B: Config = Config {
+        n_layer: 32,
+        d_model: 4096,
+        n_head: 32,
+        n_kv: 8,
+        d_head: 128,
+        d_ff: 14336,
+        n_expert: 8,
+        n_used: 2,
+        routed: true,
+        n_vocab: 32000,
+        n_ctx: 32768,
+        rms_eps: 1e-5,
+        rope_base: 1e6,
+        n_rot: 128,
+    };
+
     /// Reads and checks the metadata.
     ///
     /// # Errors
