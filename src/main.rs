@@ -4,6 +4,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 use octet::cli;
 use octet::error::{Error, Result};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 /// Strangers' templates have budgets of memory.
@@ -66,8 +67,12 @@ fn dispatch(octet: &Octet) -> Result<()> {
     }
 }
 
-/// A usage error with what was probably meant, where an argument stands without its option.
-fn explained(mut e: clap::Error) -> clap::Error {
+/// What people ask of other programs to bring a model.
+const FETCH: [&str; 4] = ["pull", "download", "fetch", "get"];
+
+/// A usage error with what was probably meant, where an argument stands without its option or in another place. `args`: all
+/// that was typed.
+fn explained(mut e: clap::Error, args: &[OsString]) -> clap::Error {
     let kind = match e.kind() {
         ErrorKind::InvalidSubcommand => ContextKind::InvalidSubcommand,
         ErrorKind::UnknownArgument => ContextKind::InvalidArg,
@@ -76,26 +81,54 @@ fn explained(mut e: clap::Error) -> clap::Error {
     let Some(ContextValue::String(argument)) = e.get(kind) else {
         return e;
     };
-    let tip = match argument {
-        option if option.starts_with('-') => return e,
+    let run = args.get(1).is_some_and(|command| command == "run");
+    let tip = match argument.as_str() {
+        option if option.starts_with('-') => match commands_with(option) {
+            commands if commands.is_empty() => return e,
+            commands => format!("'{option}' is an option of {}", commands.join(", ")),
+        },
         file if file.to_lowercase().ends_with(".gguf") => {
             format!("a model is named with '--model {file}'")
         }
-        text if text.contains(' ') => {
+        text if run || text.contains(' ') => {
             "a prompt is given with 'octet run --prompt TEXT'".to_string()
+        }
+        "version" => "'octet --version' says it".to_string(),
+        word if FETCH.contains(&word) => {
+            "octet fetches nothing; docs/getting-started.md says where Mixtral can be had as GGUF"
+                .to_string()
         }
         _ => return e,
     };
-    e.insert(
-        ContextKind::Suggested,
-        ContextValue::StyledStrs(vec![tip.into()]),
-    );
+    // What clap has found alike stays.
+    if e.get(ContextKind::SuggestedArg).is_none() {
+        e.insert(
+            ContextKind::Suggested,
+            ContextValue::StyledStrs(vec![tip.into()]),
+        );
+    }
     e
+}
+
+/// The commands that have an option, as it is typed.
+fn commands_with(option: &str) -> Vec<String> {
+    let octet = Octet::command();
+    let has = |command: &&clap::Command| {
+        command.get_arguments().any(|arg| {
+            let long = arg.get_long().map(|long| format!("--{long}"));
+            let short = arg.get_short().map(|short| format!("-{short}"));
+            [long, short].iter().flatten().any(|name| name == option)
+        })
+    };
+    let commands = octet.get_subcommands().filter(has);
+    commands
+        .map(|command| format!("'octet {}'", command.get_name()))
+        .collect()
 }
 
 fn main() -> ExitCode {
     let args = cli::options::long_forms(std::env::args_os().collect());
-    let octet = Octet::try_parse_from(args).unwrap_or_else(|e| explained(e).exit());
+    let octet = Octet::try_parse_from(&args).unwrap_or_else(|e| explained(e, &args).exit());
     match dispatch(&octet) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough (`octet run … | head -1`).

@@ -328,6 +328,13 @@ fn words_that_are_nearly_right() {
             "tip: a prompt is given with 'octet run --prompt TEXT'",
         ),
         (
+            &["run", "hello"],
+            "tip: a prompt is given with 'octet run --prompt TEXT'",
+        ),
+        (&["-p", "hello"], "tip: '-p' is an option of 'octet run'"),
+        (&["pull", "mixtral"], "tip: octet fetches nothing; docs/"),
+        (&["version"], "tip: 'octet --version' says it"),
+        (
             &["completions", "bsh"],
             "tip: a similar value exists: 'bash'",
         ),

@@ -18,7 +18,7 @@ const UNFINISHED: [&str; 6] = [
 const A_FEW: usize = 3;
 
 /// Where there is none.
-const GET: &str = "docs/getting-started.md says where Mixtral can be had as GGUF; without --model the demo model answers";
+const GET: &str = "docs/getting-started.md says where Mixtral can be had as GGUF; `octet` by itself has a small demo model";
 
 fn is_gguf(name: &str) -> bool {
     name.to_lowercase().ends_with(".gguf")
