@@ -14,6 +14,13 @@ use std::sync::Arc;
 /// Rows (token × rank) that are worked at once, which bounds the scratch memory.
 const WAVE: usize = 512;
 
+/// From so many rows of a wave on their activations are copied together: that costs less than it saves when experts' tokens then follow
+/// each other.
+const SIDE_BY_SIDE: usize = 32;
+
+/// Why there is something left to split off.
+const ROOM: &str = "buffers have room for all rows of a wave";
+
 /// The tokens of one expert.
 struct Bucket {
     expert: usize,
@@ -58,7 +65,10 @@ pub(super) struct ExpertScratch {
     result: Vec<f32>,
     /// `(rows that a GPU computed, d_model)`
     returned: Vec<f32>,
+    /// Tokens of a wave's experts, side by side.
+    outer: Input,
     inner: Input,
+    /// `0 ..` rows of a wave.
     all: Vec<u32>,
 }
 
@@ -214,8 +224,8 @@ impl ExpertScratch {
     /// Bytes that the buffers of a wave take.
     pub(super) fn wave_bytes(config: &Config, n_tok: usize) -> usize {
         let rows = WAVE.min(n_tok * config.n_used);
-        // gate, up, down, and gate once more, quantized.
-        4 * rows * (3 * config.d_ff + config.d_model)
+        // gate, up, down; gate and what goes in once more, quantized.
+        4 * rows * (3 * config.d_ff + 2 * config.d_model)
     }
 
     /// Bytes that the buffers hold.
@@ -229,7 +239,7 @@ impl ExpertScratch {
             &self.returned,
         ];
         let floats: usize = floats.iter().map(|v| 4 * v.capacity()).sum();
-        floats + self.inner.bytes()
+        floats + self.outer.bytes() + self.inner.bytes()
     }
 }
 
@@ -298,21 +308,33 @@ fn run_wave(
     s.all.clear();
     s.all.extend(0..rows as u32);
 
+    let picked = || wave.iter().map(|piece| &s.bucket[piece.range.clone()]);
+    let side_by_side = rows >= SIDE_BY_SIDE;
+    if side_by_side {
+        let weights = wave.iter().flat_map(|p| [&p.expert.gate, &p.expert.up]);
+        let picked: Vec<&[u32]> = picked().collect();
+        s.outer.gather(machine, input, &picked.concat(), weights);
+    }
     let (mut gates, mut ups) = (s.gate.as_mut_slice(), s.up.as_mut_slice());
+    let mut all = s.all.as_slice();
     let mut jobs = Vec::with_capacity(2 * wave.len());
-    for Piece { expert, range, .. } in wave {
-        let pick = &s.bucket[range.clone()];
+    for (Piece { expert, range, .. }, picked) in wave.iter().zip(picked()) {
+        let here = all.split_off(..range.len()).expect(ROOM);
+        let (x, pick) = match side_by_side {
+            true => (&s.outer, here),
+            false => (input, picked),
+        };
         jobs.push(Job {
             w: &expert.gate,
-            x: input,
+            x,
             pick,
-            y: split(&mut gates, range.len() * d_ff),
+            y: gates.split_off_mut(..range.len() * d_ff).expect(ROOM),
         });
         jobs.push(Job {
             w: &expert.up,
-            x: input,
+            x,
             pick,
-            y: split(&mut ups, range.len() * d_ff),
+            y: ups.split_off_mut(..range.len() * d_ff).expect(ROOM),
         });
     }
     matmul(machine, &mut jobs);
@@ -342,13 +364,11 @@ fn run_wave(
     let mut all = s.all.as_slice();
     let mut jobs = Vec::with_capacity(wave.len());
     for Piece { expert, range, .. } in wave {
-        let (pick, rest) = all.split_at(range.len());
-        all = rest;
         jobs.push(Job {
             w: &expert.down,
             x: &s.inner,
-            pick,
-            y: split(&mut downs, range.len() * d),
+            pick: all.split_off(..range.len()).expect(ROOM),
+            y: downs.split_off_mut(..range.len() * d).expect(ROOM),
         });
     }
     matmul(machine, &mut jobs);
@@ -357,11 +377,4 @@ fn run_wave(
     for (row, home) in s.down.chunks_exact(d).zip(homes) {
         s.result[*home as usize * d..][..d].copy_from_slice(row);
     }
-}
-
-/// Takes the first `n` elements off a slice.
-fn split<'a>(rest: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
-    let (head, tail) = std::mem::take(rest).split_at_mut(n);
-    *rest = tail;
-    head
 }

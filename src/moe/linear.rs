@@ -67,20 +67,37 @@ impl Input {
         k: usize,
         weights: impl IntoIterator<Item = &'w Weight>,
     ) {
-        let mut done = [false; 3];
-        for w in weights {
-            let kind = w.format.act();
-            if std::mem::replace(&mut done[kind as usize], true) {
-                continue;
-            }
-            let acts = match kind {
-                ActKind::F32 => &mut self.f32,
-                ActKind::Q8 => &mut self.q8,
-                ActKind::Q8K => &mut self.q8k,
-            };
-            match acts.reset(kind, x.len() / k, k) {
+        for kind in kinds(weights) {
+            match self.kind_mut(kind).reset(kind, x.len() / k, k) {
                 Slots::F32(out) => out.copy_from_slice(x),
                 Slots::Int(chunks) => quantize(machine, kind, x, k, chunks),
+            }
+        }
+    }
+
+    /// Brings the tokens `pick` of `from` side by side, for all of `weights`, for which `from` is prepared.
+    pub(super) fn gather<'w>(
+        &mut self,
+        machine: &Machine,
+        from: &Input,
+        pick: &[u32],
+        weights: impl IntoIterator<Item = &'w Weight>,
+    ) {
+        for kind in kinds(weights) {
+            let from = from.kind(kind);
+            match self.kind_mut(kind).reset(kind, pick.len(), from.k()) {
+                Slots::F32(out) => machine.pool.rows(out, from.k(), |i, out| {
+                    out.copy_from_slice(from.token(pick[i] as usize).floats());
+                }),
+                Slots::Int(chunks) => {
+                    let mut rows: Vec<_> = chunks.chunks_mut(pick.len()).collect();
+                    machine.pool.each(&mut rows, |i, out| {
+                        let chunks = from.chunks(i);
+                        for (out, token) in out.iter_mut().zip(pick) {
+                            *out = chunks[*token as usize];
+                        }
+                    });
+                }
             }
         }
     }
@@ -95,12 +112,36 @@ impl Input {
 
     /// The activations for weights of `format`, which were among those prepared for.
     pub(super) fn of(&self, format: Format) -> &Acts {
-        match format.act() {
+        self.kind(format.act())
+    }
+
+    fn kind(&self, kind: ActKind) -> &Acts {
+        match kind {
             ActKind::F32 => &self.f32,
             ActKind::Q8 => &self.q8,
             ActKind::Q8K => &self.q8k,
         }
     }
+
+    fn kind_mut(&mut self, kind: ActKind) -> &mut Acts {
+        match kind {
+            ActKind::F32 => &mut self.f32,
+            ActKind::Q8 => &mut self.q8,
+            ActKind::Q8K => &mut self.q8k,
+        }
+    }
+}
+
+/// The kinds of activations that some weights want, each once.
+fn kinds<'w>(weights: impl IntoIterator<Item = &'w Weight>) -> Vec<ActKind> {
+    let mut kinds = Vec::new();
+    for w in weights {
+        let kind = w.format.act();
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
+    kinds
 }
 
 /// Fills `chunks (k / 256, n_tok)` from `x (n_tok, k)`.

@@ -23,7 +23,7 @@ use super::unpack::{Sink, Unpack};
 use super::x86::Vnni;
 use super::{Kernels, Rows, TOGETHER, Tokens};
 use crate::pool::Stripe;
-use crate::quant::act::{CHUNK, Chunk};
+use crate::quant::act::{Acts, CHUNK, Chunk};
 use crate::quant::{self, Block, IntBlock};
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -106,6 +106,14 @@ impl Shapes {
 /// How many tokens go through a panel at once: as equal parts as can be.
 fn tokens_at_once(n_tok: usize) -> usize {
     n_tok.div_ceil(n_tok.div_ceil(M))
+}
+
+/// Tokens that follow each other.
+fn side_by_side(pick: &[u32]) -> Option<Range<usize>> {
+    let first = *pick.first()? as usize;
+    let mut all = pick.iter().zip(first..);
+    all.all(|(token, next)| *token as usize == next)
+        .then(|| first..first + pick.len())
 }
 
 /// The tier below, which unpacks and ends sums, and multiplies few tokens.
@@ -217,25 +225,36 @@ impl<B: IntBlock> Sink<T> for Slot<'_, B> {
     }
 }
 
-/// `y[t][r] = Σ_k w[r][k] · x[t][k]`, see [`super::Kernels::matmul`]. `U`: the tier below.
+/// `y[t][r] = Σ_k w[r][k] · x[t][k]`, see [`super::Kernels::matmul`]. `U`: the tier below, which takes few tokens, and those that lie
+/// apart: matrices of activations are read from where these are.
 #[inline(always)]
 unsafe fn matmul<U: Tile, B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>) {
-    if x.len() < Split::<B>::FEW {
-        return tile::matmul::<U, B>(w, x, y);
-    }
-    for (batch, pick) in x.pick.chunks(BATCH).enumerate() {
-        many::<B>(w, Tokens { pick, ..x }, y, batch * BATCH);
+    let tokens = match side_by_side(x.pick) {
+        Some(tokens) if tokens.len() >= Split::<B>::FEW => tokens,
+        _ => return tile::matmul::<U, B>(w, x, y),
+    };
+    for done in (0..tokens.len()).step_by(BATCH) {
+        let first = tokens.start + done;
+        let batch = first..tokens.end.min(first + BATCH);
+        many::<B>(w, x.acts, batch, y, done);
     }
     super::matmul_rest(w, w.len() / MAX_ROWS * MAX_ROWS, x, y);
 }
 
-/// [`matmul`] of whole panels with at most [`BATCH`] tokens, whose results go to `y` from row `first_token` on.
+/// [`matmul`] of whole panels with at most [`BATCH`] `tokens` of `acts`, whose results go to `y` from row `done` on.
 #[inline(always)]
-unsafe fn many<B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, first_token: usize) {
+unsafe fn many<B: Unpack>(
+    w: Rows<'_>,
+    acts: &Acts,
+    tokens: Range<usize>,
+    y: &mut Stripe<'_>,
+    done: usize,
+) {
     let stride = w.row_bytes();
-    let m = tokens_at_once(x.len());
+    let n_tok = tokens.len();
+    let m = tokens_at_once(n_tok);
     let rows = w.len() / MAX_ROWS * MAX_ROWS;
-    let step = super::rows_together(x.len());
+    let step = super::rows_together(n_tok);
     let mut panels = [const { MaybeUninit::<Panel>::uninit() }; TOGETHER / MAX_ROWS];
     let pairs = |rows: usize| rows.div_ceil(2 * MAX_ROWS);
     let mut acc = [const { MaybeUninit::<Accs>::uninit() }; BATCH];
@@ -245,7 +264,7 @@ unsafe fn many<B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, first_
     for first in (0..rows).step_by(step) {
         let rows = first..rows.min(first + step);
         let panels = &mut panels[..2 * pairs(rows.len())];
-        let acc = tile::filled(&mut acc[..x.len()], [0.0; TOGETHER]);
+        let acc = tile::filled(&mut acc[..n_tok], [0.0; TOGETHER]);
         for k in (0..w.k).step_by(CHUNK) {
             let width = CHUNK.min(w.k - k);
             for (row, panel) in rows.clone().step_by(MAX_ROWS).zip(panels.iter_mut()) {
@@ -260,19 +279,17 @@ unsafe fn many<B: Unpack>(w: Rows<'_>, x: Tokens<'_>, y: &mut Stripe<'_>, first_
                     tile::unpack::<T, B>(row, stride, k / B::WEIGHTS + b, &mut slot);
                 }
             }
-            let chunks = x.acts.chunks(k / CHUNK);
-            let mut done = 0;
-            for (pick, acc) in x.pick.chunks(m).zip(acc.chunks_mut(m)) {
-                let now = done..done + pick.len();
-                fetch_next::<B>(w, &rows, k, now, x.len());
-                done += pick.len();
-                pass::<B>(panels, chunks, pick, acc, width, &mut room);
+            let x = &acts.chunks(k / CHUNK)[tokens.clone()];
+            for (pass, acc) in acc.chunks_mut(m).enumerate() {
+                let now = pass * m..pass * m + acc.len();
+                fetch_next::<B>(w, &rows, k, now.clone(), n_tok);
+                // The last tokens' matrix begins among those before them, where they do not fill one.
+                let x: &[Chunk] = &x[now.end - m..now.end];
+                self::pass::<B>(panels, x, acc, width, &mut room);
             }
         }
         for (t, acc) in acc.iter().enumerate() {
-            let out = y.row(first_token + t)[rows.clone()]
-                .as_chunks_mut::<MAX_ROWS>()
-                .0;
+            let out = y.row(done + t)[rows.clone()].as_chunks_mut::<MAX_ROWS>().0;
             for (out, acc) in out.iter_mut().zip(acc.as_chunks().0) {
                 *out = *acc;
             }
@@ -309,55 +326,49 @@ unsafe fn fetch_next<B: Block>(
 type Product = [[i32; MAX_ROWS]; M];
 
 /// What a pass needs besides its panels.
-#[repr(C, align(64))]
 struct Room {
-    /// Activations of some tokens.
-    x: [[i8; CHUNK]; M],
-    /// Sums of every block of 32, or of the lower and upper bytes.
+    /// Sums of every block of 32, or of the lower and upper bytes of two panels.
     products: [Product; CHUNK / 32],
     subs: [Subs; M],
 }
 
 impl Room {
     const EMPTY: Room = Room {
-        x: [[0; CHUNK]; M],
         products: [[[0; MAX_ROWS]; M]; CHUNK / 32],
         subs: [Subs::EMPTY; M],
     };
 }
 
-/// Panels × at most [`M`] tokens.
+/// Panels × the tokens of a matrix `x`; the last of them, as many as `acc` has, get results.
 #[inline(always)]
 unsafe fn pass<B: IntBlock>(
     panels: &[Panel],
-    chunks: &[Chunk],
-    pick: &[u32],
+    x: &[Chunk],
     acc: &mut [Accs],
     width: usize,
     room: &mut Room,
 ) {
-    let x: [&Chunk; M] = std::array::from_fn(|t| &chunks[pick[t.min(pick.len() - 1)] as usize]);
-    for t in 0..pick.len() {
-        room.x[t] = x[t].qs;
-        if B::HAS_MIN {
-            room.subs[t] = Subs::of::<B>(x[t]);
+    let before = x.len() - acc.len();
+    if B::HAS_MIN {
+        for (x, subs) in x.iter().zip(&mut room.subs).skip(before) {
+            *subs = Subs::of::<B>(x);
         }
     }
     for (pair, panels) in panels.as_chunks::<2>().0.iter().enumerate() {
         if B::WEIGHTS == CHUNK {
-            multiply_256::<B>(&room.x, panels, &mut room.products);
+            multiply_256::<B>(x, panels, &mut room.products);
         }
         for (p, panel) in panels.iter().enumerate() {
             if B::WEIGHTS != CHUNK {
-                multiply_32(&room.x, panel, &mut room.products);
+                multiply_32(x, panel, &mut room.products);
             }
-            for (t, acc) in acc.iter_mut().enumerate() {
+            for (acc, t) in acc.iter_mut().zip(before..) {
                 let acc = acc[(2 * pair + p) * MAX_ROWS..][..MAX_ROWS].as_mut_ptr();
                 let y = T::load_floats(acc);
-                let (subs, products) = (&room.subs[t], &room.products);
+                let (x, subs, products) = (&x[t], &room.subs[t], &room.products);
                 let y = match B::WEIGHTS {
-                    CHUNK => ended_256::<B>(panel, x[t], subs, &products[2 * p..], t, y),
-                    _ => ended_32::<B>(panel, x[t], subs, products, t, y, width / 32),
+                    CHUNK => ended_256::<B>(panel, x, subs, &products[2 * p..], t, y),
+                    _ => ended_32::<B>(panel, x, subs, products, t, y, width / 32),
                 };
                 T::store_floats(acc, y);
             }
@@ -460,10 +471,10 @@ macro_rules! multiply_256 {
             "tilestored [{sums} + 1*{row} + 1024], tmm1",
             "tilestored [{sums} + 1*{row} + 2048], tmm2",
             "tilestored [{sums} + 1*{row} + 3072], tmm3",
-            x = in(reg) $x,
+            x = in(reg) $x.as_ptr(),
             panel = in(reg) $panels,
             sums = in(reg) $sums,
-            chunk = in(reg) CHUNK,
+            chunk = in(reg) size_of::<Chunk>(),
             row = in(reg) ROW,
             upper = const offset_of!(Panel, upper),
             next = const size_of::<Panel>(),
@@ -475,7 +486,7 @@ macro_rules! multiply_256 {
 /// `sums[0] = x · lower`, `sums[1] = x · upper` of the first panel, then of the second.
 #[inline(always)]
 unsafe fn multiply_256<B: IntBlock>(
-    x: &[[i8; CHUNK]; M],
+    x: &[Chunk],
     panels: &[Panel; 2],
     sums: &mut [Product; CHUNK / 32],
 ) {
@@ -487,7 +498,7 @@ unsafe fn multiply_256<B: IntBlock>(
 
 /// `sums[b] = x · w` over block `b` of 32 weights.
 #[inline(always)]
-unsafe fn multiply_32(x: &[[i8; CHUNK]; M], panel: &Panel, sums: &mut [Product; CHUNK / 32]) {
+unsafe fn multiply_32(x: &[Chunk], panel: &Panel, sums: &mut [Product; CHUNK / 32]) {
     for b in (0..CHUNK / 32).step_by(4) {
         asm!(
             "tilezero tmm0",
@@ -513,7 +524,7 @@ unsafe fn multiply_32(x: &[[i8; CHUNK]; M], panel: &Panel, sums: &mut [Product; 
             x = in(reg) x.as_ptr().cast::<i8>().add(32 * b),
             w = in(reg) panel.lower.as_ptr().add(32 * MAX_ROWS * b),
             sums = in(reg) sums.as_mut_ptr().add(b),
-            chunk = in(reg) CHUNK,
+            chunk = in(reg) size_of::<Chunk>(),
             row = in(reg) ROW,
             options(nostack, preserves_flags)
         );

@@ -124,18 +124,21 @@ fn same_product(random: &mut Random, format: Format, [n, k]: [usize; 2], n_tok: 
     let bytes = blocks(random, format, n * format.row_bytes(k));
     let bytes = aligned(&bytes);
     let bytes = &bytemuck::cast_slice(&bytes)[..n * format.row_bytes(k)];
-    let acts = prepare(scalar, format, &floats(random, n_tok * k), k);
-    let pick: Vec<u32> = (0..n_tok as u32).rev().collect();
-    let want = product(scalar, format, bytes, n, k, &acts, &pick);
-    assert!(want.iter().all(|y| y.is_finite()), "{format:?} {k} {n}");
-    for tier in others() {
-        let got = product(tier, format, bytes, n, k, &acts, &pick);
-        let tier = tier.tier();
-        assert_eq!(
-            bits(&got),
-            bits(&want),
-            "{format:?} {tier:?} k {k} n {n} tokens {n_tok}"
-        );
+    let acts = prepare(scalar, format, &floats(random, (n_tok + 1) * k), k);
+    // Side by side behind another token, and apart from each other.
+    let behind = 1..=n_tok as u32;
+    for pick in [behind.clone().collect::<Vec<_>>(), behind.rev().collect()] {
+        let want = product(scalar, format, bytes, n, k, &acts, &pick);
+        assert!(want.iter().all(|y| y.is_finite()), "{format:?} {k} {n}");
+        for tier in others() {
+            let got = product(tier, format, bytes, n, k, &acts, &pick);
+            let tier = tier.tier();
+            assert_eq!(
+                bits(&got),
+                bits(&want),
+                "{format:?} {tier:?} k {k} n {n} tokens {pick:?}"
+            );
+        }
     }
 }
 

@@ -200,8 +200,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The tokens of a product: rows of some activations, picked by index, so that an expert's tokens
-/// need not be copied together.
+/// The tokens of a product: rows of some activations, picked by index, so that a few tokens of an expert need not be copied
+/// together. Many are better side by side, one index after the other.
 #[derive(Clone, Copy)]
 pub struct Tokens<'a> {
     /// All activations.
