@@ -326,6 +326,7 @@ unsafe fn fetch_next<B: Block>(
 type Product = [[i32; MAX_ROWS]; M];
 
 /// What a pass needs besides its panels.
+#[repr(C, align(64))]
 struct Room {
     /// Sums of every block of 32, or of the lower and upper bytes of two panels.
     products: [Product; CHUNK / 32],
