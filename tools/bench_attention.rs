@@ -5,14 +5,14 @@
 //! cargo bench --bench attention -- --kv f16 --isa avx512 --depth 8192 --threads 2
 //! ```
 
+mod bench_common;
+
+use bench_common::{Common, say};
 use clap::Parser;
-use octet::cli::options::parse_tier;
-use octet::cli::table::{Form, Table};
 use octet::error::Result;
 use octet::moe::attention::{Place, attend};
 use octet::moe::{Config, Kv, KvType, Machine};
-use octet::simd::{Tier, available};
-use std::io::Write;
+use octet::simd::Tier;
 use std::time::Instant;
 
 /// Times attention with Mixtral 8x7B's heads: 32 for queries, 8 for keys and values, 128 wide.
@@ -21,27 +21,17 @@ struct Args {
     /// Kinds of cache
     #[arg(long, value_delimiter = ',', default_value = "f16,q8_0", value_parser = parse_kv)]
     kv: Vec<KvType>,
-    /// CPU tiers [default: all that this CPU has]
-    #[arg(long, value_delimiter = ',', value_parser = parse_tier)]
-    isa: Vec<Tier>,
     /// Tokens in the cache
     #[arg(long, value_delimiter = ',', default_value = "512,8192")]
     depth: Vec<usize>,
     /// Tokens that attend, the last ones in the cache
     #[arg(long, value_delimiter = ',', default_value = "1,16")]
     tokens: Vec<usize>,
-    /// CPU threads
-    #[arg(short, long, default_value_t = 1)]
-    threads: usize,
     /// MiB of keys and values in all layers: more than the caches hold, so that they come from memory
     #[arg(long, default_value_t = 256)]
     mib: usize,
-    /// A Markdown table
-    #[arg(long)]
-    markdown: bool,
-    /// Said by cargo.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    common: Common,
 }
 
 fn parse_kv(text: &str) -> Result<KvType, String> {
@@ -109,8 +99,7 @@ fn seconds_a_layer(machine: &Machine, config: &Config, kv: &Kv, n_tok: usize) ->
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let mut tiers = available();
-    tiers.retain(|tier| args.isa.is_empty() || args.isa.contains(tier));
+    let tiers = args.common.tiers();
     let mut settings = Vec::new();
     for kind in &args.kv {
         for depth in &args.depth {
@@ -129,30 +118,12 @@ fn main() -> Result<()> {
             n.to_string(),
         ]
     };
-    let form = if args.markdown {
-        Form::Markdown
-    } else {
-        Form::Plain
-    };
+    let read = args.common.machine(Tier::Scalar)?.read_bandwidth();
     let names = ["kv", "depth", "isa", "tokens"];
     let figures = ["ms a layer", "GB/s", "of read", "GFMA/s"];
-    let table = Table::new(
-        form,
-        &names,
-        &settings.iter().map(said).collect::<Vec<_>>(),
-        &figures,
-    );
-    let read = Machine::new(args.threads, Some(Tier::Scalar))?.read_bandwidth();
-    let mut out = std::io::stdout().lock();
-    let mut write = |text: &str| {
-        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    };
-    write(&format!(
-        "{} threads; reads {:.1} GB/s\n",
-        args.threads,
-        read / 1e9
-    ));
-    write(table.head());
+    let settings_said: Vec<_> = settings.iter().map(said).collect();
+    let reads = format!("; reads {:.1} GB/s", read / 1e9);
+    let table = args.common.table(&reads, &names, &settings_said, &figures);
     let mut cache: Option<(KvType, usize, Config, Kv)> = None;
     for setting in &settings {
         let (kind, depth, tier, n) = *setting;
@@ -161,7 +132,7 @@ fn main() -> Result<()> {
             cache = Some((kind, depth, config, kv));
         }
         let (_, _, config, kv) = cache.as_ref().expect("made above");
-        let seconds = seconds_a_layer(&Machine::new(args.threads, Some(tier))?, config, kv, n);
+        let seconds = seconds_a_layer(&args.common.machine(tier)?, config, kv, n);
         // Scores and sums of values; keys and values are read once for these tokens.
         let seen: usize = (depth - n..depth).map(|pos| pos + 1).sum();
         let fmas = 2 * seen * config.n_head * config.d_head;
@@ -172,7 +143,7 @@ fn main() -> Result<()> {
             format!("{:.0}%", 100.0 * bytes as f64 / seconds / read),
             format!("{:.1}", fmas as f64 / seconds / 1e9),
         ];
-        write(&table.row([said(setting), figures].concat()));
+        say(&table.row([said(setting), figures].concat()));
     }
     Ok(())
 }

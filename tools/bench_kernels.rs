@@ -7,18 +7,18 @@
 //! cargo bench --bench kernels -- Q4_K --columns 14336 --tokens 128 --scattered --threads 2    # an expert's `ffn_down` in a prompt
 //! ```
 
+mod bench_common;
+
+use bench_common::{Common, say};
 use clap::Parser;
-use octet::cli::options::parse_tier;
-use octet::cli::table::{Form, Table};
 use octet::error::{Error, Result};
 use octet::gguf::{Gguf, Writer};
 use octet::moe::Machine;
 use octet::moe::linear::{Input, Job, Weight, matmul};
 use octet::quant::Format;
 use octet::quant::search::Plain;
-use octet::simd::{Tier, available};
+use octet::simd::Tier;
 use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 
@@ -28,15 +28,9 @@ struct Args {
     /// Formats [default: all]
     #[arg(value_parser = parse_format)]
     formats: Vec<Format>,
-    /// CPU tiers [default: all that this CPU has]
-    #[arg(long, value_delimiter = ',', value_parser = parse_tier)]
-    isa: Vec<Tier>,
     /// Tokens that a row is multiplied with
     #[arg(long, value_delimiter = ',', default_value = "1,8,64")]
     tokens: Vec<usize>,
-    /// CPU threads
-    #[arg(short, long, default_value_t = 1)]
-    threads: usize,
     /// Length of a row, a multiple of 256
     #[arg(long, default_value_t = 4096)]
     columns: usize,
@@ -46,12 +40,8 @@ struct Args {
     /// MiB of weights: more than the caches hold, so that they come from memory
     #[arg(long, default_value_t = 128)]
     mib: usize,
-    /// A Markdown table
-    #[arg(long)]
-    markdown: bool,
-    /// Said by cargo.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    common: Common,
 }
 
 fn parse_format(text: &str) -> Result<Format, String> {
@@ -166,8 +156,7 @@ fn main() -> Result<()> {
         [] => Format::ALL,
         some => some,
     };
-    let mut tiers = available();
-    tiers.retain(|tier| args.isa.is_empty() || args.isa.contains(tier));
+    let tiers = args.common.tiers();
     let mut settings = Vec::new();
     for format in formats {
         for tier in &tiers {
@@ -180,39 +169,21 @@ fn main() -> Result<()> {
             }
         }
     }
-    let form = if args.markdown {
-        Form::Markdown
-    } else {
-        Form::Plain
-    };
-    let figures = ["GB/s", "of read", "GMAC/s", "of int8"];
-    let table = Table::new(form, &["format", "isa", "tokens"], &settings, &figures);
-    let mut settings = settings.into_iter();
-    let mut out = std::io::stdout().lock();
-    let machine = |tier| Machine::new(args.threads, Some(tier));
-    let read = machine(Tier::Scalar)?.read_bandwidth();
+    let read = args.common.machine(Tier::Scalar)?.read_bandwidth();
     let mut peaks = Vec::new();
     for tier in &tiers {
-        peaks.push(machine(*tier)?.int8_peak());
+        peaks.push(args.common.machine(*tier)?.int8_peak());
     }
-    let write = |out: &mut std::io::StdoutLock<'_>, text: &str| {
-        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    };
-    write(
-        &mut out,
-        &format!(
-            "{} threads, {} columns; reads {:.1} GB/s\n",
-            args.threads,
-            args.columns,
-            read / 1e9
-        ),
-    );
-    write(&mut out, table.head());
+    let said = format!(", {} columns; reads {:.1} GB/s", args.columns, read / 1e9);
+    let names = ["format", "isa", "tokens"];
+    let figures = ["GB/s", "of read", "GMAC/s", "of int8"];
+    let table = args.common.table(&said, &names, &settings, &figures);
+    let mut settings = settings.into_iter();
     let dir = tempfile::tempdir().map_err(Error::io(std::env::temp_dir(), "write to"))?;
     for &format in formats {
         let w = weights(dir.path(), format, args.columns, args.mib)?;
         for (tier, peak) in tiers.iter().zip(&peaks) {
-            let machine = machine(*tier)?;
+            let machine = args.common.machine(*tier)?;
             for &n in &args.tokens {
                 let seconds = seconds_a_row(&machine, &w, n, args.scattered);
                 let bytes = format.row_bytes(w.n_in) as f64 / seconds;
@@ -224,7 +195,7 @@ fn main() -> Result<()> {
                     format!("{:.0}%", 100.0 * macs / peak),
                 ];
                 let settings = settings.next().expect("one for each row");
-                write(&mut out, &table.row([settings, figures].concat()));
+                say(&table.row([settings, figures].concat()));
             }
         }
     }

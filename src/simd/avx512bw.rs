@@ -5,7 +5,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::float::float_doors;
-use super::tile::{Dot, Tile, tile_doors};
+use super::tile::{Dot, Kind, Tile, tile_doors};
 use super::x86::{Maddubs, Pairs, Register};
 use crate::quant::float::Lanes;
 use half::{bf16, f16};
@@ -191,18 +191,12 @@ impl<D: Dot<__m512i>> Tile for Zmm<D> {
         _mm_prefetch::<_MM_HINT_T0>(at.cast())
     }
     #[inline(always)]
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[__m512i; N]; R],
         w: [[__m512i; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot::<N, R, C, BITS, WHOLE>(sums, w, x)
+        D::dot::<K, N, R, C>(sums, w, x)
     }
     #[inline(always)]
     unsafe fn pair(acc: __m512i, a: __m512i, b: __m512i) -> __m512i {

@@ -5,7 +5,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::neon::{Quad, pair};
-use super::tile::{Dot, tile_doors};
+use super::tile::{Dot, Kind, tile_doors};
 use super::{Kernels, Rows, Tokens};
 use crate::pool::Stripe;
 use crate::quant;
@@ -25,13 +25,7 @@ impl Dot<int32x4_t> for Sdot {
     const TOKENS: usize = 8;
 
     #[inline(always)]
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[int32x4_t; N]; R],
         w: [[int32x4_t; C]; R],
         x: [*const i8; N],

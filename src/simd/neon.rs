@@ -5,7 +5,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::float::float_doors;
-use super::tile::{Dot, Tile, tile_doors};
+use super::tile::{Dot, Kind, Tile, tile_doors};
 use crate::quant::float::Lanes;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
@@ -174,18 +174,12 @@ impl<D: Dot<int32x4_t>> Tile for Quad<D> {
         ]
     }
     #[inline(always)]
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[int32x4_t; N]; R],
         w: [[int32x4_t; C]; R],
         x: [*const i8; N],
     ) {
-        D::dot::<N, R, C, BITS, WHOLE>(sums, w, x)
+        D::dot::<K, N, R, C>(sums, w, x)
     }
     #[inline(always)]
     unsafe fn pair(acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
@@ -217,19 +211,13 @@ impl Dot<int32x4_t> for Widening {
     const TOKENS: usize = 4;
 
     #[inline(always)]
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[int32x4_t; N]; R],
         w: [[int32x4_t; C]; R],
         x: [*const i8; N],
     ) {
         // Products that fit i16 together: 32 · 127 eight times, 128 · 127 twice.
-        let together = if BITS == 8 { 1 } else { 4 };
+        let together = if K::BITS == 8 { 1 } else { 4 };
         for (sums, w) in sums.iter_mut().zip(w) {
             for first in (0..C).step_by(together) {
                 for t in 0..N {

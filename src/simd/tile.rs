@@ -87,15 +87,9 @@ pub(super) trait Tile: Copy {
     /// The same, into the nearest cache.
     unsafe fn prefetch_near(_at: *const u8) {}
 
-    /// `sums[r][t] += Σ w[r] · x[t]`. `w[r]`: `4 C` weights of each row of panel `r`, of at most `BITS` bits; `x[t]`: `4 C`
-    /// activations; C: 2 or 4. `WHOLE`: sums are of 32 bits; else in halves, where [`Tile::HALVES`] says so.
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    /// `sums[r][t] += Σ w[r] · x[t]`. `w[r]`: `4 C` weights of each row of panel `r`, of at most [`Kind::BITS`]; `x[t]`: `4 C`
+    /// activations; C: 2 or 4.
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[Self::I; N]; R],
         w: [[Self::I; C]; R],
         x: [*const i8; N],
@@ -111,6 +105,22 @@ pub(super) trait Tile: Copy {
     unsafe fn store_floats(to: *mut f32, x: Self::F);
     /// The float step: `fma(d · dx, sum, acc)`.
     unsafe fn step(acc: Self::F, d: Self::F, dx: f32, sum: Self::I) -> Self::F;
+}
+
+/// What [`Tile::dot`] adds up.
+pub(super) trait Kind {
+    /// Bits of a weight, at most.
+    const BITS: u32;
+    /// Whether sums are of 32 bits; else they stay in halves, where [`Tile::HALVES`] says so.
+    const WHOLE: bool;
+}
+
+/// A [`Kind`] by its numbers.
+struct Sum<const BITS: u32, const WHOLE: bool>;
+
+impl<const BITS: u32, const WHOLE: bool> Kind for Sum<BITS, WHOLE> {
+    const BITS: u32 = BITS;
+    const WHOLE: bool = WHOLE;
 }
 
 /// What differs in a [`Tile`] between CPUs with the same registers: how they multiply bytes. `I`: [`Tile::I`].
@@ -132,13 +142,7 @@ pub(super) trait Dot<I>: Copy {
         0
     }
     /// [`Tile::dot`].
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[I; N]; R],
         w: [[I; C]; R],
         x: [*const i8; N],
@@ -747,11 +751,11 @@ unsafe fn dot<T: Tile, B: IntBlock, const N: usize, const R: usize, const C: usi
     // SAFETY: as `tile`.
     unsafe {
         match (B::BITS, narrow::<T, B>()) {
-            (..=4, false) => T::dot::<N, R, C, 4, true>(sums, w, x),
-            (5..=6, false) => T::dot::<N, R, C, 6, true>(sums, w, x),
-            (_, false) => T::dot::<N, R, C, 8, true>(sums, w, x),
-            (..=6, true) => T::dot::<N, R, C, 6, false>(sums, w, x),
-            (_, true) => T::dot::<N, R, C, 8, false>(sums, w, x),
+            (..=4, false) => T::dot::<Sum<4, true>, N, R, C>(sums, w, x),
+            (5..=6, false) => T::dot::<Sum<6, true>, N, R, C>(sums, w, x),
+            (_, false) => T::dot::<Sum<8, true>, N, R, C>(sums, w, x),
+            (..=6, true) => T::dot::<Sum<6, false>, N, R, C>(sums, w, x),
+            (_, true) => T::dot::<Sum<8, false>, N, R, C>(sums, w, x),
         }
     }
 }
@@ -982,7 +986,7 @@ unsafe fn products_of<T: Tile, const N: usize>(w: &[u8], x: &[[i8; 4]; N]) -> i3
         for w in w.chunks_exact(16 * T::ROWS) {
             let w = w.as_ptr().cast::<i32>();
             let w = [0, 1, 2, 3].map(|j| T::load(w.add(j * T::ROWS)));
-            T::dot::<N, 1, 4, 4, true>(&mut sums, [w], x);
+            T::dot::<Sum<4, true>, N, 1, 4>(&mut sums, [w], x);
         }
         let mut total = 0i32;
         for sums in sums[0] {

@@ -5,7 +5,7 @@
 // lead to as much as is said.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::tile::Dot;
+use super::tile::{Dot, Kind};
 
 /// A register.
 ///
@@ -48,13 +48,7 @@ impl<I: Fused> Dot<I> for Vnni {
         offset
     }
     #[inline(always)]
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[I; N]; R],
         w: [[I; C]; R],
         x: [*const i8; N],
@@ -108,28 +102,22 @@ impl<I: Pairs> Dot<I> for Maddubs {
         if offset == 128 { 0 } else { offset }
     }
     #[inline(always)]
-    unsafe fn dot<
-        const N: usize,
-        const R: usize,
-        const C: usize,
-        const BITS: u32,
-        const WHOLE: bool,
-    >(
+    unsafe fn dot<K: Kind, const N: usize, const R: usize, const C: usize>(
         sums: &mut [[I; N]; R],
         w: [[I; C]; R],
         x: [*const i8; N],
     ) {
         // Pairs that fit i16 together: 15 · 127 · 2 eight times, 63 · 127 · 2 twice, 128 · 127 · 2 once.
-        let together = match BITS {
+        let together = match K::BITS {
             ..=4 => 4,
             5..=6 => 2,
             _ => 1,
         };
-        if !WHOLE {
+        if !K::WHOLE {
             for (sums, w) in sums.iter_mut().zip(w) {
                 for j in 0..C {
                     for t in 0..N {
-                        let pairs = product::<I, BITS>(w[j], x[t].add(4 * j));
+                        let pairs = product::<I, K>(w[j], x[t].add(4 * j));
                         sums[t] = I::add_i16(sums[t], pairs);
                     }
                 }
@@ -141,11 +129,11 @@ impl<I: Pairs> Dot<I> for Maddubs {
             for first in (0..C).step_by(together) {
                 let mut pairs = [one; N];
                 for t in 0..N {
-                    pairs[t] = product::<I, BITS>(w[first], x[t].add(4 * first));
+                    pairs[t] = product::<I, K>(w[first], x[t].add(4 * first));
                 }
                 for j in first + 1..C.min(first + together) {
                     for t in 0..N {
-                        pairs[t] = I::add_i16(pairs[t], product::<I, BITS>(w[j], x[t].add(4 * j)));
+                        pairs[t] = I::add_i16(pairs[t], product::<I, K>(w[j], x[t].add(4 * j)));
                     }
                 }
                 for t in 0..N {
@@ -162,9 +150,9 @@ impl<I: Pairs> Dot<I> for Maddubs {
 
 /// The products of 4 activations, pairs of them added.
 #[inline(always)]
-unsafe fn product<I: Pairs, const BITS: u32>(w: I, x: *const i8) -> I {
+unsafe fn product<I: Pairs, K: Kind>(w: I, x: *const i8) -> I {
     let x = I::spread(x.cast());
-    match BITS {
+    match K::BITS {
         8 => I::signed(w, x),
         _ => I::maddubs(w, x),
     }
