@@ -505,7 +505,14 @@ fn chat_answers_standard_input_line_by_line() {
 #[test]
 fn chat_ends_cleanly() {
     let home = Home::new();
-    for input in ["", "\n", "\n\n  \n", "/exit\n", "/exit\nHello\n"] {
+    for input in [
+        "",
+        "\n",
+        "\n\n  \n",
+        "/exit\n",
+        "/exit\nHello\n",
+        "/bye\nHello\n",
+    ] {
         let out = home.octet_with(&["chat"], input);
         assert_eq!((out.text(), out.stderr.as_str()), ("", ""), "{input:?}");
     }

@@ -24,7 +24,7 @@ use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::near::did_you_mean;
 use crate::readable::for_terminal;
-use commands::{COMMANDS, brief};
+use commands::{COMMANDS, brief, command};
 use editor::{Line, Terminal, run_tool, unquoted};
 use screen::{Screen, note};
 use serde_json::{Value, json};
@@ -234,7 +234,7 @@ impl Talk<'_> {
             return self.ask(text);
         }
         let (name, argument) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-        match COMMANDS.iter().find(|c| c.name == name) {
+        match command(name) {
             Some(command) => {
                 let result = (command.run)(self, argument.trim());
                 self.survive(result)

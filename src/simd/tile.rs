@@ -111,7 +111,8 @@ pub(super) trait Tile: Copy {
 pub(super) trait Kind {
     /// Bits of a weight, at most.
     const BITS: u32;
-    /// Whether sums are of 32 bits; else they stay in halves, where [`Tile::HALVES`] says so.
+    /// Whether sums are of 32 bits; else they stay in halves, where [`Tile::HALVES`] says so: no tier of NEON does.
+    #[cfg_attr(target_arch = "aarch64", allow(dead_code))]
     const WHOLE: bool;
 }
 

@@ -154,6 +154,21 @@ pub(super) const COMMANDS: &[Command] = &[
     },
 ];
 
+/// What other programs call some of them.
+const ALSO: &[(&str, &str)] = &[
+    ("/?", "/help"),
+    ("/bye", "/exit"),
+    ("/q", "/exit"),
+    ("/quit", "/exit"),
+];
+
+/// The command of a name.
+pub(super) fn command(name: &str) -> Option<&'static Command> {
+    let also = ALSO.iter().find(|(also, _)| *also == name);
+    let name = also.map_or(name, |(_, ours)| ours);
+    COMMANDS.iter().find(|c| c.name == name)
+}
+
 fn help(_: &mut Talk<'_>, _: &str) -> Result<()> {
     let commands = COMMANDS
         .iter()

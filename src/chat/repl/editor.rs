@@ -1,6 +1,6 @@
 //! Lines from a terminal: keys, completion, texts of several lines, history, and the user's own editor for long ones.
 
-use super::commands::{COMMANDS, Completes};
+use super::commands::{COMMANDS, Completes, command};
 use crate::chat::sampler::settings;
 use crate::chat::saved::Shelf;
 use crate::disk;
@@ -314,7 +314,7 @@ impl Completer for Assistant {
             return matching(0, &mut names);
         };
         let start = name.len() + 1;
-        let command = COMMANDS.iter().find(|c| c.name == name);
+        let command = command(name);
         match command.map_or(Completes::Nothing, |c| c.completes) {
             Completes::Nothing => Ok((pos, Vec::new())),
             Completes::Files => self.files.complete_path(line, pos),
