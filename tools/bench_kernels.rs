@@ -4,7 +4,7 @@
 //! ```text
 //! cargo bench --bench kernels                                    # everything, one thread
 //! cargo bench --bench kernels -- Q4_K Q6_K --isa avx512 --tokens 1,64 --threads 2
-//! cargo bench --bench kernels -- Q4_K --columns 14336 --tokens 128 --scattered --threads 2    # an expert's `ffn_down` in a prompt
+//! cargo bench --bench kernels -- Q4_K --columns 14336 --tokens 128 --threads 2    # an expert's `ffn_down` in a prompt
 //! ```
 
 mod bench_common;
@@ -34,7 +34,7 @@ struct Args {
     /// Length of a row, a multiple of 256
     #[arg(long, default_value_t = 4096)]
     columns: usize,
-    /// Tokens picked at random from four times as many, as an expert's are
+    /// Tokens picked at random from four times as many, as an expert's are where they are few (AMX leaves these to AVX-512)
     #[arg(long)]
     scattered: bool,
     /// MiB of weights: more than the caches hold, so that they come from memory
