@@ -512,6 +512,8 @@ fn chat_ends_cleanly() {
         "/exit\n",
         "/exit\nHello\n",
         "/bye\nHello\n",
+        "/quit\nHello\n",
+        "/q\nHello\n",
     ] {
         let out = home.octet_with(&["chat"], input);
         assert_eq!((out.text(), out.stderr.as_str()), ("", ""), "{input:?}");

@@ -133,15 +133,13 @@ impl Input {
 }
 
 /// The kinds of activations that some weights want, each once.
-fn kinds<'w>(weights: impl IntoIterator<Item = &'w Weight>) -> Vec<ActKind> {
-    let mut kinds = Vec::new();
+fn kinds<'w>(weights: impl IntoIterator<Item = &'w Weight>) -> impl Iterator<Item = ActKind> {
+    let mut kinds = [None; 3];
     for w in weights {
         let kind = w.format.act();
-        if !kinds.contains(&kind) {
-            kinds.push(kind);
-        }
+        kinds[kind as usize] = Some(kind);
     }
-    kinds
+    kinds.into_iter().flatten()
 }
 
 /// Fills `chunks (k / 256, n_tok)` from `x (n_tok, k)`.
